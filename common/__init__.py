@@ -1,0 +1,9 @@
+"""What the detectors share: `npu` (environment), `coco` (data and evaluation), `fps` (measuring).
+
+Import this package before torch: torch loads an installed torch_npu by itself, and without CANN
+that makes `import torch` fail. `common.npu.device` loads it instead, with a helpful message.
+"""
+
+import os
+
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")

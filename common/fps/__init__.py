@@ -1,0 +1,1 @@
+"""Measuring a run: throughput meter, run log, summary, calc_fps and training curves."""

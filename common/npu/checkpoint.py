@@ -1,0 +1,125 @@
+"""Checkpoint files: written whole or not at all, checked before use, never executed."""
+
+import os
+import pickle
+import re
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import torch
+
+from common.npu.errors import UserError
+
+_NAME = re.compile(r"iter_(\d+)\.pt$")
+
+
+def save(path: Path, state: dict) -> None:
+    """Write `state` so that `path` is at every moment the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"checkpoint {path} cannot be written: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint of ours, or None: every byte is compared with its CRC."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+        return f"cut short or damaged ({error})"
+    return None if bad is None else f"damaged ({bad} fails its checksum)"
+
+
+def load(path: str | Path) -> dict:
+    """Read a checkpoint of ours or a published one to the CPU, with `weights_only=True`.
+
+    Raises UserError naming the file when it is missing, damaged or no checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist")
+    if zipfile.is_zipfile(path) and (trouble := damage(path)):
+        raise UserError(f"checkpoint {path} is {trouble}; use another copy")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"checkpoint {path} holds more than tensors and plain values, or is damaged; "
+            "save its state dict alone"
+        ) from None
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"checkpoint {path} cannot be read: {reason}") from None
+    if not isinstance(state, dict):
+        raise UserError(f"checkpoint {path} holds a {type(state).__name__}, not a dictionary")
+    return state
+
+
+def path_of(folder: Path, iteration: int) -> Path:
+    """The file of the state after `iteration` steps."""
+    return folder / f"iter_{iteration}.pt"
+
+
+def by_age(folder: Path) -> list[Path]:
+    """The folder's checkpoints, newest (most steps) first."""
+    found = [(int(m[1]), path) for path in folder.glob("iter_*.pt") if (m := _NAME.match(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, if any, and a line for each that had to be skipped."""
+    skipped = []
+    for path in by_age(folder):
+        trouble = damage(path)
+        if trouble is None:
+            return path, skipped
+        skipped.append(f"skipping checkpoint {path}: {trouble}")
+    return None, skipped
+
+
+def to_resume(resume: str, folder: Path) -> dict | None:
+    """The state that `--resume none|auto|FILE` names, with its "path"; None for a fresh start."""
+    path = None if resume == "none" else resume
+    if resume == "auto":
+        path, skipped = newest(folder)
+        for line in skipped:
+            print(line, file=sys.stderr)
+    if path is None:
+        return None
+    state = load(path)
+    if "run" not in state:
+        raise UserError(f"--resume {path}: holds weights only; use --checkpoint_path {path}")
+    return {**state, "path": str(path)}
+
+
+def tidy(folder: Path, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints, and what killed writers left behind."""
+    for path in by_age(folder)[keep:]:
+        path.unlink(missing_ok=True)
+    for path in folder.glob("*.pt.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def make_room(folder: Path) -> str | None:
+    """Rename a folder that a former run filled, never delete it; a line that says so."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    stamp = time.strftime("%Y%m%d_%H%M%S", time.localtime(folder.stat().st_mtime))
+    aside = folder.with_name(f"{folder.name}_{stamp}")
+    count = 1
+    while aside.exists():
+        count += 1
+        aside = folder.with_name(f"{folder.name}_{stamp}_{count}")
+    folder.rename(aside)
+    return f"the former run in {folder} is now {aside}"

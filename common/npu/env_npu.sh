@@ -1,0 +1,25 @@
+# Sourced: the environment of a run on Ascend NPUs. Silent and harmless on a host without CANN;
+# a variable that is set already is left as it is.
+
+_set() { [ -n "${!1+set}" ] || export "$1=$2"; }
+
+_set TORCH_DEVICE_BACKEND_AUTOLOAD 0 # torch_npu is imported by common.npu.device, with advice
+if [ -z "${ASCEND_HOME_PATH:-}" ]; then
+    _install=$(sed -n 's/^Install_Path=//p' /etc/Ascend/ascend_cann_install.info 2>/dev/null || true)
+    for _base in ${_install:+"$_install"} /usr/local/Ascend "${HOME:-/root}/Ascend"; do
+        for _part in ascend-toolkit cann nnae; do
+            if [ -f "$_base/$_part/set_env.sh" ]; then
+                source "$_base/$_part/set_env.sh"
+                break 2
+            fi
+        done
+    done
+    unset _install _base _part
+fi
+_set TASK_QUEUE_ENABLE 2            # kernels are launched, workspaces handled by a second thread
+_set HCCL_CONNECT_TIMEOUT 1800      # seconds for ranks that start unevenly
+_set HCCL_WHITELIST_DISABLE 1
+_set ASCEND_GLOBAL_LOG_LEVEL 3      # errors only
+_set ASCEND_SLOG_PRINT_TO_STDOUT 0
+_set ASCEND_GLOBAL_EVENT_ENABLE 0
+unset -f _set

@@ -1,0 +1,70 @@
+# Sourced by every model's test/*.sh: `launch RANKS SCRIPT [FLAGS...] "$@"` runs SCRIPT of the model
+# folder on RANKS devices, output in test/output/<id>/. It ends in one command the user could type.
+#
+# Flags of all launch scripts, as --name=value; any other goes through to the program:
+#   --data_path=DIR        COCO folder: annotations/, train2017/, val2017/ (required)
+#   --device_id=N          card of a one-device run; name of the output folder
+#   --batch_size=N         images a device
+#   --nproc_per_node=N     devices of this node, instead of the script's number
+#   --nnodes=N --node_rank=K --master_addr=IP --master_port=PORT --local_addr=IP   several nodes
+
+launch() {
+    local ranks=$1 script=$2 model data='' id='' nodes=1 node=0 master=127.0.0.1 port='' output=''
+    shift 2
+    model=$(cd "$(dirname "${BASH_SOURCE[1]}")/.." && pwd)
+    local flags=() word value
+    for word in "$@"; do
+        value=${word#*=}
+        case $word in
+            --data_path=* | --data-path=* | --data=*) data=$value ;;
+            --device_id=* | --device-id=*) id=$value ;;
+            --nproc_per_node=* | --nproc-per-node=*) ranks=$value ;;
+            --nnodes=*) nodes=$value ;;
+            --node_rank=* | --node-rank=*) node=$value ;;
+            --master_addr=* | --master-addr=*) master=$value ;;
+            --master_port=* | --master-port=*) port=$value ;;
+            --local_addr=* | --local-addr=*) export HCCL_IF_IP=$value ;;
+            --output_dir=* | --output-dir=*) output=$value ;;
+            --help | -h)
+                sed -n '2s/^# \{0,1\}//p' "${BASH_SOURCE[1]}"
+                sed -n '4,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+                echo "Those of $script:"
+                flags+=(--help)
+                data=.
+                ;;
+            --*) flags+=("$word") ;;
+            *)
+                echo "error: $word is no flag; write --name=value" >&2
+                exit 2
+                ;;
+        esac
+    done
+    if [ -z "$data" ]; then
+        echo '[Error] para "data_path" must be confing: give --data_path=DIR, the COCO folder' >&2
+        exit 1
+    fi
+    # As the old scripts: one device takes the card of the environment first, several are "8".
+    if [ "$((ranks * nodes))" = 1 ]; then
+        id=${ASCEND_DEVICE_ID:-${id:-0}}
+    else
+        id=${id:-$((ranks * nodes))}
+    fi
+
+    export ONESTAGE_LAUNCH_TIME=${ONESTAGE_LAUNCH_TIME:-$(date +%s)}
+    [ "${etp_running_flag:-}" = true ] || source "$(dirname "${BASH_SOURCE[0]}")/env_npu.sh"
+    local venv=$model/../.venv/bin/python
+    [ -n "${PYTHON:-}" ] || { [ -x "$venv" ] && PYTHON=$venv || PYTHON=python3; }
+    local command=("$PYTHON")
+    if [ "$((ranks * nodes))" != 1 ]; then
+        # A free port, so that two runs on one host do not meet; several nodes must agree on one.
+        [ "$nodes" != 1 ] && port=${port:-23333}
+        port=${port:-$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
+        command+=(-W ignore::FutureWarning -m torch.distributed.launch --use_env
+            "--nproc_per_node=$ranks" "--nnodes=$nodes" "--node_rank=$node"
+            "--master_addr=$master" "--master_port=$port")
+    fi
+    command+=("$model/$script" "--data=$data" "--device_id=$id"
+        "--output_dir=${output:-$model/test/output/$id}" "${flags[@]}")
+    echo "${command[*]}"
+    exec "${command[@]}"
+}

@@ -1,0 +1,52 @@
+# Sourced: `find_python REQUIREMENTS...` sets PYTHON to an interpreter that has them.
+#
+# A PYTHON given by the user (an Ascend image with its own torch and torch_npu) is taken as it is,
+# nothing is installed. Else .venv at the top of the repository is made once, with uv inside it.
+
+find_python() {
+    local root want stamp
+    root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+    if [ -n "${PYTHON:-}" ]; then
+        command -v "$PYTHON" >/dev/null || { echo "error: PYTHON=$PYTHON does not exist" >&2; return 1; }
+        return 0
+    fi
+    PYTHON=$root/.venv/bin/python
+    want=$(cd "$root" && cat "$@" | cksum)
+    stamp=$root/.venv/.installed-$(echo "$@" | tr -c 'a-z\n' '-')
+    [ -x "$PYTHON" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && return 0
+
+    if [ ! -x "$PYTHON" ]; then
+        local base
+        base=$(_python310) || return 1
+        echo "making $root/.venv with $("$base" --version)"
+        "$base" -m venv "$root/.venv" || {
+            rm -rf "$root/.venv"
+            echo "error: $base -m venv fails; install the venv package of your Python (Debian: apt-get install python3-venv)" >&2
+            return 1
+        }
+    fi
+    "$PYTHON" -m uv --version >/dev/null 2>&1 || "$PYTHON" -m pip install --quiet uv || {
+        echo "error: pip cannot install uv; check the network or the package index of pip" >&2
+        return 1
+    }
+    local files=()
+    for file in "$@"; do files+=(-r "$root/$file"); done
+    echo "installing $* into $root/.venv"
+    "$PYTHON" -m uv pip install --quiet --python "$PYTHON" --compile-bytecode "${files[@]}" || {
+        echo "error: installing $* failed; run again, what is there is kept" >&2
+        return 1
+    }
+    echo "$want" > "$stamp"
+}
+
+_python310() {
+    local name
+    for name in python3 python3.13 python3.12 python3.11 python3.10 python; do
+        if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            echo "$name"
+            return 0
+        fi
+    done
+    echo "error: no Python 3.10 or newer found; install one, or set PYTHON" >&2
+    return 1
+}

@@ -1,0 +1,256 @@
+"""COCO records to uint8 images and padded boxes: what the loader's workers do.
+
+A worker decodes, crops and resizes; it draws every number of a sample's augmentation from
+(seed, epoch, position in the epoch), so that neither the number of workers nor that of ranks nor
+a resumed run changes a sample. Colour, flip and normalisation follow on the device (augment.py).
+"""
+
+import functools
+import signal
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from common.coco.images import read_image
+from common.coco.index import CocoIndex
+from common.npu.device import memory_format
+from common.npu.distributed import Ranks
+from common.npu.errors import UserError
+from ssd_resnet34.config import Recipe
+
+
+class Batch(NamedTuple):
+    """N samples; `boxes` are padded to M rows, `valid` marks the real ones."""
+
+    images: Tensor  # (N, H, W, 3) uint8 RGB
+    boxes: Tensor  # (N, M, 4) float32 normalised ltrb
+    labels: Tensor  # (N, M) int64 0-based classes
+    valid: Tensor  # (N, M) bool
+    flip: Tensor  # (N,) bool
+    jitter: Tensor  # (N, 4) float32: brightness, contrast, saturation factor; hue shift in turns
+    order: Tensor  # (N, 4) int64: which of the four comes first, second, ...
+    image_ids: Tensor  # (N,) int64
+
+    def to(self, device: torch.device) -> "Batch":
+        """On the device, asynchronously where pinned; the ids stay on the host."""
+        moved = (part.to(device, non_blocking=True) for part in self[:-1])
+        return Batch(*moved, self.image_ids)
+
+
+def training_records(index: CocoIndex) -> CocoIndex:
+    """The images with at least one annotation, crowd included, as the original trains on."""
+    return index.subset(np.diff(index.offsets) > 0)
+
+
+def resize(image: np.ndarray, size: int) -> Tensor:
+    """Image (H, W, 3) uint8 to (size, size, 3): bilinear with antialias, Pillow's to a level."""
+    chw = torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0)
+    chw = chw.contiguous(memory_format=torch.channels_last)
+    resized = F.interpolate(chw, (size, size), mode="bilinear", antialias=True)
+    return resized.squeeze(0).permute(1, 2, 0).contiguous()
+
+
+@functools.cache
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)
+
+
+def normalise(images: Tensor, recipe: Recipe) -> Tensor:
+    """Images (N, H, W, 3) in 0..255 to (N, 3, H, W) float32, normalised, in the device's layout."""
+    mean, std = _constant(recipe.mean, images.device), _constant(recipe.std, images.device)
+    planes = images.float().div(255).sub_(mean).div_(std).permute(0, 3, 1, 2)
+    return planes.contiguous(memory_format=memory_format(images.device))
+
+
+def prepare_image(image: np.ndarray, recipe: Recipe) -> Tensor:
+    """The evaluation input (3, 300, 300) float32 of an image (H, W, 3) uint8 RGB."""
+    return normalise(resize(image, recipe.image_size).unsqueeze(0), recipe).squeeze(0)
+
+
+def crop_window(boxes_ltrb: np.ndarray, recipe: Recipe, rng) -> tuple | None:
+    """A random crop: window (left, top, right, bottom), normalised, or None for the whole image.
+
+    `boxes_ltrb` (n, 4) normalised; `rng` has `integers(n)` and `uniform(low, high)`. Every box
+    must overlap the window by more than the drawn IoU, at least one centre lie in it; a window
+    that fails starts anew with another draw of the limit (SSD paper section 2.2, MLPerf's form).
+    """
+    left, top, right, bottom = boxes_ltrb.T
+    center_x, center_y = (left + right) / 2, (top + bottom) / 2
+    areas = (right - left) * (bottom - top)
+    smallest, largest = recipe.crop_scale
+    narrowest, widest = recipe.crop_ratio
+    while True:
+        limit = recipe.crop_ious[rng.integers(len(recipe.crop_ious))]
+        if limit is None:
+            return None
+        width, height = rng.uniform(smallest, largest), rng.uniform(smallest, largest)
+        if not narrowest <= width / height <= widest:
+            continue
+        x, y = rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)
+        inside = (x < center_x) & (center_x < x + width) & (y < center_y) & (center_y < y + height)
+        if not inside.any():
+            continue
+        shared_x = np.minimum(right, x + width) - np.maximum(left, x)
+        shared_y = np.minimum(bottom, y + height) - np.maximum(top, y)
+        overlap = np.maximum(shared_x, 0) * np.maximum(shared_y, 0)
+        if (overlap / (areas + width * height - overlap) > limit).all():
+            return x, y, x + width, y + height
+
+
+def apply_crop(
+    image: np.ndarray, boxes_ltrb: np.ndarray, labels: np.ndarray, window: tuple
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut image and boxes to a window; boxes whose centre lies outside are dropped."""
+    x, y, right, bottom = window
+    center = (boxes_ltrb[:, :2] + boxes_ltrb[:, 2:]) / 2
+    inside = ((center > (x, y)) & (center < (right, bottom))).all(axis=1)
+    boxes = np.clip(boxes_ltrb[inside], (x, y, x, y), (right, bottom, right, bottom))
+    boxes = (boxes - (x, y, x, y)) / (right - x, bottom - y, right - x, bottom - y)
+    height, width = image.shape[:2]
+    cut = image[int(y * height) : int(bottom * height), int(x * width) : int(right * width)]
+    return cut, boxes.astype(np.float32), labels[inside]
+
+
+class TrainingSet(Dataset):
+    """`dataset[epoch, position, record]` is a sample, the fields of a Batch without N."""
+
+    def __init__(self, records: CocoIndex, recipe: Recipe, seed: int):
+        self.records, self.recipe, self.seed = records, recipe, seed
+        self.slots = records.max_boxes()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def truth(self, record: int) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes (n, 4) float32 normalised ltrb and labels (n,) of a record, empty boxes left out."""
+        rows = self.records.annotations(record)
+        xywh = self.records.boxes_xywh[rows]
+        height, width = self.records.sizes[record]
+        ltrb = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+        ltrb = (ltrb / (width, height, width, height)).astype(np.float32)
+        real = (ltrb[:, :2] < ltrb[:, 2:]).all(axis=1)
+        return ltrb[real], self.records.labels[rows][real]
+
+    def __getitem__(self, key: tuple[int, int, int]) -> Batch:
+        epoch, position, record = key
+        recipe = self.recipe
+        image = read_image(self.records.path(record))
+        boxes, labels = self.truth(record)
+        rng = np.random.default_rng((self.seed, epoch, position))
+        flip, jitter, order = False, (1, 1, 1, 0), np.arange(4)
+        if recipe.augment:
+            window = crop_window(boxes, recipe, rng)
+            if window is not None:
+                image, boxes, labels = apply_crop(image, boxes, labels, window)
+            flip = rng.random() < recipe.flip_probability
+            spans = (recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
+            jitter = np.array([1, 1, 1, 0]) + rng.uniform(-1, 1, 4) * spans
+            order = rng.permutation(4)
+        padded_boxes = np.zeros((self.slots, 4), np.float32)
+        padded_labels = np.zeros(self.slots, np.int64)
+        padded_boxes[: len(boxes)] = boxes
+        padded_labels[: len(labels)] = labels
+        return Batch(
+            resize(image, recipe.image_size),
+            torch.from_numpy(padded_boxes),
+            torch.from_numpy(padded_labels),
+            torch.arange(self.slots) < len(boxes),
+            torch.tensor(flip),
+            torch.tensor(jitter, dtype=torch.float32),
+            torch.from_numpy(order),
+            torch.tensor(self.records.image_ids[record]),
+        )
+
+
+def epoch_order(length: int, seed: int, epoch: int, multiple: int) -> Tensor:
+    """A permutation seeded by seed + epoch, extended from its own beginning to a multiple."""
+    generator = torch.Generator().manual_seed(seed + epoch)
+    order = torch.randperm(length, generator=generator)
+    total = -(-length // multiple) * multiple
+    return order.repeat(-(-total // length))[:total]
+
+
+class TrainingOrder(Sampler):
+    """This rank's batches of (epoch, position, record), from any iteration to the run's last.
+
+    One pass over it is a whole run: workers never restart between epochs. Of each epoch's order
+    rank r takes every world-size-th element.
+    """
+
+    def __init__(self, length: int, batch_size: int, ranks: Ranks, seed: int, start: int, end: int):
+        if not length:
+            raise UserError("no image of the training set has an annotation; check --data_path")
+        self.length, self.batch_size, self.ranks, self.seed = length, batch_size, ranks, seed
+        self.start, self.end = start, end
+        self.per_epoch = iterations_per_epoch(length, batch_size, ranks.world_size)
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        step = self.batch_size * self.ranks.world_size
+        epoch, order = -1, None
+        for iteration in range(self.start, self.end):
+            if iteration // self.per_epoch != epoch:
+                epoch = iteration // self.per_epoch
+                order = epoch_order(self.length, self.seed, epoch, step).tolist()
+            first = iteration % self.per_epoch * step + self.ranks.rank
+            positions = range(first, first + step, self.ranks.world_size)
+            yield [(epoch, position, order[position]) for position in positions]
+
+
+def iterations_per_epoch(length: int, batch_size: int, world_size: int) -> int:
+    return -(-length // (batch_size * world_size))
+
+
+class EvaluationSet(Dataset):
+    """Resized uint8 images (H, W, 3) with image id and original (height, width)."""
+
+    def __init__(self, records: CocoIndex, recipe: Recipe):
+        self.records, self.recipe = records, recipe
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, record: int) -> tuple[Tensor, Tensor, Tensor]:
+        image = read_image(self.records.path(record))
+        size = torch.from_numpy(self.records.sizes[record].astype(np.int64))
+        image_id = torch.tensor(self.records.image_ids[record])
+        return resize(image, self.recipe.image_size), size, image_id
+
+
+def build_loader(
+    recipe: Recipe,
+    records: CocoIndex,
+    training: bool,
+    *,
+    ranks: Ranks | None = None,
+    workers: int = 0,
+    seed: int = 0,
+    start: int = 0,
+    end: int | None = None,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """The loader of this rank: training Batches of iterations `start` to `end` (default: of the
+    whole run), or every evaluation image of the rank once."""
+    ranks = ranks or Ranks()
+    options = {"num_workers": workers, "pin_memory": pin_memory, "worker_init_fn": _quiet_worker}
+    if workers:
+        options["prefetch_factor"] = 4
+    if not training:
+        mine = records.subset(np.arange(ranks.rank, len(records), ranks.world_size))
+        return DataLoader(EvaluationSet(mine, recipe), recipe.eval_batch_size, **options)
+    per_epoch = iterations_per_epoch(len(records), recipe.batch_size, ranks.world_size)
+    end = recipe.epochs * per_epoch if end is None else end
+    order = TrainingOrder(len(records), recipe.batch_size, ranks, seed, start, end)
+    return DataLoader(TrainingSet(records, recipe, seed), batch_sampler=order, **options)
+
+
+def _quiet_worker(worker: int) -> None:
+    """Ctrl-C is the main process's to handle: it finishes the step and saves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,140 @@
+#!/usr/bin/env python3
+"""Evaluate SSD300-ResNet34 on a COCO-format val set.
+
+    python3 evaluate.py --data DIR --checkpoint FILE                  one device
+    python3 -m torch.distributed.launch --use_env --nproc_per_node=8 evaluate.py ...
+
+Each image counts once, whatever the number of ranks and the batch size. `--format_only` writes
+the results in COCO's submission format and computes nothing.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # noqa: F401 before torch
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from common.coco import evaluation
+from common.coco.evaluation import Evaluation
+from common.coco.index import CocoIndex, find_coco, read_index
+from common.fps import summary
+from common.npu import checkpoint, cli, distributed, entry
+from common.npu.device import memory_format, setup_device
+from common.npu.distributed import Ranks
+from common.npu.precision import Precision
+from ssd_resnet34.config import RECIPES, Recipe
+from ssd_resnet34.data import build_loader, normalise
+from ssd_resnet34.model import build_model
+from ssd_resnet34.postprocess import detect
+from ssd_resnet34.weights import load_weights
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    started = cli.launch_time(time.time())
+    ranks = Ranks.from_environment()
+    device, why = setup_device(args.device, ranks.card(args.device_id))
+    distributed.start(device, ranks, args.timeout)
+    say = print if ranks.main else (lambda *_: None)
+    say(why)
+
+    path = cli.checkpoint_to_use(args)
+    state = checkpoint.load(path)
+    recipe = own_network(cli.chosen_recipe(args, RECIPES), state)
+    files = find_coco(args.data, "val", annotations=args.val_annotations, images=args.val_images)
+    records = read_index(*files, classes=state.get("classes"))
+    cli.check_num_classes(args, len(records.class_names))
+    model = build_model(recipe, len(records.class_names))
+    say(f"{path}: {load_weights(model, state)}")
+    model.to(device, memory_format=memory_format(device))
+
+    precision = Precision(device, getattr(args, "amp", "O0"), recipe.loss_scale, args.amp_dtype)
+    workers = cli.workers_for(args.num_workers, ranks.local_world_size)
+    rows = detect_all(model, recipe, records, device, ranks, workers, precision)
+    if rows is None:
+        return
+    results = args.output_dir / "results.bbox.json"
+    evaluation.save_results(results, rows)
+    say(f"{len(rows)} detections in {len(records)} images: {results}")
+    if args.format_only:
+        return
+    outcome = evaluation.evaluate(records.annotation_file, rows, backend=args.eval_backend)
+    tell(outcome, recipe, say, args.per_class)
+    evaluation.draw_pr_curves(args.output_dir / "pr_curves.png", outcome)
+    figures = {"accuracy": outcome.stats["AP"], "seconds": time.time() - started}
+    summary.write_summary(
+        args.output_dir,
+        network=recipe.name,
+        batch_size=recipe.eval_batch_size,
+        rank_size=ranks.world_size,
+        kind="eval",
+        **figures,
+    )
+    say("\n".join(summary.final_lines(**figures)))
+
+
+def parse(argv: list[str] | None):
+    parser = cli.Parser(description=__doc__.split("\n")[0])
+    cli.add_data_flags(parser)
+    cli.add_output_flags(parser)
+    cli.add_device_flags(parser)
+    cli.add_evaluation_flags(parser)
+    parser.add_argument("--format-only", action="store_true", help="write results, no metrics")
+    cli.add_recipe_flags(parser, RECIPES)
+    return parser.parse_args(argv)
+
+
+def own_network(recipe: Recipe, state: dict) -> Recipe:
+    """The recipe with the network that a checkpoint of ours was trained with."""
+    kept = state.get("recipe", {})
+    return replace(recipe, **{key: kept[key] for key in ("name", "backbone") if key in kept})
+
+
+@torch.no_grad()
+def detect_all(
+    model: nn.Module,
+    recipe: Recipe,
+    records: CocoIndex,
+    device: torch.device,
+    ranks: Ranks,
+    workers: int,
+    precision: Precision,
+) -> np.ndarray | None:
+    """Detect on every image once, shared among the ranks; result rows on rank 0, else None."""
+    loader = build_loader(recipe, records, False, ranks=ranks, workers=workers)
+    was_training = model.training
+    model.eval()
+    rows = []
+    silent = not (ranks.main and sys.stderr.isatty())
+    for images, sizes, image_ids in tqdm(loader, "evaluating", leave=False, disable=silent):
+        with precision.autocast():
+            outputs = model(normalise(images.to(device, non_blocking=True), recipe))
+        for image_id, found in zip(image_ids.tolist(), detect(outputs, sizes, recipe), strict=True):
+            parts = (part.numpy() for part in found)
+            rows.append(evaluation.to_rows(image_id, *parts, records.category_ids))
+    model.train(was_training)
+    return evaluation.gather_rows(rows, ranks)
+
+
+def tell(outcome: Evaluation, recipe: Recipe, say: Callable, per_class: bool = False) -> None:
+    """The 12 COCO lines, the classes where asked, and the line the port's users look for."""
+    for note in outcome.notes:
+        say(note)
+    say(outcome.text)
+    if per_class:
+        width = max(len(name) for name, _ in outcome.per_class)
+        say("\n".join(f"{name:<{width}}  AP {value:.3f}" for name, value in outcome.per_class))
+    say(f"Current AP: {outcome.stats['AP']:.5f} AP goal: {recipe.threshold:.5f}")
+
+
+if __name__ == "__main__":
+    entry.run(main)

@@ -1,0 +1,417 @@
+#!/usr/bin/env python3
+"""Train SSD300-ResNet34 on COCO or on any COCO-format data set.
+
+    python3 train.py --data DIR                                        one device
+    python3 -m torch.distributed.launch --use_env --nproc_per_node=8 train.py --recipe 8p --data DIR
+    ... --nnodes=2 --node_rank=0 --master_addr=10.0.0.1                several nodes
+
+Recipe (MLPerf v0.7, Ascend port): SGD, step decay, batch 32 a device, 90 epochs, AP 0.23.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # noqa: F401 before torch
+
+import dataclasses
+import time
+from collections.abc import Iterator
+
+import torch
+
+from common.coco import check, evaluation
+from common.coco.index import CocoIndex, find_coco, read_index
+from common.fps import curves, summary
+from common.fps.meter import Meter
+from common.fps.runlog import RunLog
+from common.fps.window import LossWindow, NonFinite
+from common.npu import checkpoint, cli, distributed, entry
+from common.npu.device import (
+    be_deterministic,
+    environment,
+    memory_format,
+    memory_mib,
+    setup_device,
+)
+from common.npu.distributed import Ranks
+from common.npu.errors import UserError
+from common.npu.precision import Precision, build_sgd, default_level
+from ssd_resnet34.augment import augment
+from ssd_resnet34.config import RECIPES, Recipe
+from ssd_resnet34.data import Batch, build_loader, iterations_per_epoch, training_records
+from ssd_resnet34.evaluate import detect_all, tell
+from ssd_resnet34.loss import DetectionLoss
+from ssd_resnet34.model import build_model
+from ssd_resnet34.weights import load_weights, published_state_dict
+
+LOSSES = ("loss_cls", "loss_bbox", "loss")
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    args = parse(argv)
+    args.started = cli.launch_time(time.time())
+    recipe = cli.chosen_recipe(args, RECIPES)
+    train_files, val_files = (
+        find_coco(
+            args.data,
+            split,
+            annotations=getattr(args, f"{split}_annotations"),
+            images=getattr(args, f"{split}_images"),
+        )
+        for split in ("train", "val")
+    )
+    if args.check_data:
+        return check.print_report(train_files, val_files)
+
+    ranks = Ranks.from_environment()
+    device, why = setup_device(args.device, ranks.card(args.device_id))
+    distributed.start(device, ranks, args.timeout)
+    stop = entry.StopRequest()
+    torch.manual_seed(args.seed)
+    if args.deterministic:
+        be_deterministic(device)
+    level = getattr(args, "amp", None) or default_level(device, recipe.amp)
+    precision = Precision(device, level, recipe.loss_scale, args.amp_dtype, args.amp_backend)
+
+    resumed = checkpoint.to_resume(args.resume, args.output_dir)
+    moved = checkpoint.make_room(args.output_dir) if ranks.main and resumed is None else None
+    ranks.barrier()
+    workers = cli.workers_for(args.num_workers, ranks.local_world_size)
+    with RunLog(
+        args.output_dir,
+        device_id=args.device_id,
+        main=ranks.main,
+        rank=ranks.rank,
+        append=resumed is not None,
+        num_workers=workers,
+    ) as log:
+        log.header(environment(device), recipe.listing(), args.seed, f"{args.tag}{recipe.name}")
+        for line in filter(None, (moved, why, f"precision: {precision}")):
+            log.info(line)
+        classes = resumed["classes"] if resumed else None
+        train_set = training_records(read(train_files, classes, log))
+        val_set = read(val_files, train_set.class_names, log)
+        cli.check_num_classes(args, len(train_set.class_names))
+
+        training = Training(
+            args, recipe, device, ranks, precision, log, train_set, val_set, resumed
+        )
+        log.info(training.plan())
+        loader = build_loader(
+            recipe,
+            train_set,
+            True,
+            ranks=ranks,
+            workers=workers,
+            seed=args.seed,
+            start=training.iteration,
+            end=training.end,
+            pin_memory=device.type != "cpu",
+        )
+        status = training.run(iter(repeated(loader) if args.fake_input else loader), stop)
+        if status is None:
+            training.finish()
+    return status
+
+
+def parse(argv: list[str] | None):
+    parser = cli.Parser(description=__doc__.split("\n")[0])
+    cli.add_data_flags(parser)
+    cli.add_output_flags(parser)
+    cli.add_run_flags(parser)
+    cli.add_evaluation_flags(parser)
+    cli.add_device_flags(parser)
+    cli.add_recipe_flags(parser, RECIPES)
+    return parser.parse_args(argv)
+
+
+def read(files: tuple[str, str], classes: tuple[str, ...] | None, log: RunLog) -> CocoIndex:
+    """The index of an annotation file; what was noticed about it goes to the log."""
+    report = check.DataReport()
+    index = read_index(*files, classes=classes, report=report)
+    for line in report.lines():
+        log.warning(f"{files[0]}: {line}")
+    return index
+
+
+def repeated(loader) -> Iterator[Batch]:
+    """The first batch again and again."""
+    batch = next(iter(loader))
+    for _ in range(len(loader)):
+        yield batch
+
+
+class Training:
+    """A run's state, and the parts of its loop."""
+
+    def __init__(
+        self,
+        args,
+        recipe: Recipe,
+        device: torch.device,
+        ranks: Ranks,
+        precision: Precision,
+        log: RunLog,
+        train_set: CocoIndex,
+        val_set: CocoIndex,
+        resumed: dict | None,
+    ):
+        self.args, self.recipe, self.device, self.ranks = args, recipe, device, ranks
+        self.precision, self.log, self.val_set = precision, log, val_set
+        self.classes, self.records = train_set.class_names, len(train_set)
+        self.per_epoch = iterations_per_epoch(self.records, recipe.batch_size, ranks.world_size)
+        self.end = min(recipe.epochs * self.per_epoch, args.max_iters or sys.maxsize)
+        self.log_interval = max(1, min(args.log_interval, self.per_epoch // 2, self.end // 2))
+        self.iteration, self.best, self.accuracy = 0, -1.0, -1.0
+        self.pending = None  # what a log line needs, on its way from the device
+        self.logged_losses: list[float] = []
+
+        self.model = build_model(recipe, len(self.classes))
+        for path in filter(None, (args.pretrained, args.checkpoint)):
+            log.info(f"{path}: {load_weights(self.model, path)}")
+        if not (args.pretrained or args.checkpoint or resumed):
+            log.info("weights: random; --pretrained takes torchvision's ImageNet file")
+        self.model.to(device, memory_format=memory_format(device))
+        self.optimizer = build_sgd(
+            list(self.model.parameters()), device, 0.0, recipe.momentum, recipe.weight_decay
+        )
+        self.window = LossWindow(LOSSES, device)
+        if resumed is not None:
+            self.restore(resumed)
+        self.network, self.optimizer = precision.prepare(self.model, self.optimizer)
+        if ranks.world_size > 1:
+            self.network = distributed.parallel(self.network, device, precision.reduce_dtype)
+        self.network.train()
+        self.criterion = DetectionLoss(recipe, len(self.classes)).to(device)
+        self.meter = Meter(recipe.batch_size * ranks.world_size)
+
+    def plan(self) -> str:
+        """What is about to happen, with the rate for the real global batch."""
+        batch, world = self.recipe.batch_size, self.ranks.world_size
+        return (
+            f"{self.records} images, {len(self.classes)} classes; global batch {batch * world} "
+            f"({world} x {batch}): base learning rate {self.recipe.base_lr(world, batch):g}; "
+            f"{self.per_epoch} iterations an epoch, steps {self.iteration} to {self.end}; "
+            f"{self.meter.formula}"
+        )
+
+    def run(self, batches: Iterator[Batch], stop: entry.StopRequest) -> int | None:
+        """All steps; an exit status if a signal ended it. Bad data ends it with its UserError.
+
+        Either way all ranks leave at the same step, with a checkpoint of it.
+        """
+        self.log.progress(self.end, self.iteration)
+        while self.iteration < self.end:
+            asked, batch, trouble = time.perf_counter(), None, None
+            try:
+                batch = next(batches)
+            except UserError as error:
+                trouble = error
+            waited = time.perf_counter() - asked
+            if stop.agreed(self.ranks, also=trouble is not None):
+                self.save()
+                if trouble is not None:
+                    raise trouble
+                return stop.status
+            self.step(batch)
+            self.report()  # of an earlier step: an accelerator has this one to do meanwhile
+            self.meter.step(waited)
+            self.log.advance()
+            done = (self.iteration - 1) % self.per_epoch + 1  # steps of this epoch
+            if done % self.log_interval == 0:
+                self.pending = (self.iteration, self.window.close())
+                if self.device.type == "cpu":
+                    self.report()
+            if self.iteration == self.end:
+                break
+            if done == self.per_epoch and self.evaluation_due() and self.evaluate():
+                break
+            if done % (self.args.save_interval or self.per_epoch) == 0:
+                self.save()
+        return None
+
+    def step(self, batch: Batch) -> None:
+        """One update. Nothing in it waits for the device or has a shape that depends on data."""
+        batch = batch.to(self.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr(self.iteration)
+        self.optimizer.zero_grad(set_to_none=True)
+        images, boxes = augment(batch, self.recipe)
+        with self.precision.autocast():
+            outputs = self.network(images)
+        losses = self.criterion(outputs, boxes, batch.labels, batch.valid)
+        self.precision.backward(losses["loss"], self.optimizer)
+        self.precision.step(self.optimizer, self.recipe.clip_norm)
+        self.window.add(self.iteration, losses, batch.image_ids)
+        self.iteration += 1
+
+    def lr(self, iteration: int) -> float:
+        batch_size, world_size = self.recipe.batch_size, self.ranks.world_size
+        return self.recipe.lr_at(iteration, self.per_epoch, world_size, batch_size)
+
+    def report(self) -> None:
+        """Write the pending log line, if there is one: losses are means over window and ranks."""
+        if self.pending is None:
+            return
+        iteration, window = self.pending
+        self.pending = None
+        self.demand_finite(window.bad())
+        gathered = self.ranks.all_gather_objects(window.means())
+        losses = {name: sum(m[name] for m in gathered) / len(gathered) for name in LOSSES}
+        self.logged_losses.append(losses["loss"])
+        epoch, done = divmod(iteration - 1, self.per_epoch)
+        window = self.meter.window()
+        self.log.train(
+            epoch + 1,
+            done + 1,
+            iteration,
+            self.per_epoch,
+            self.lr(iteration - 1),
+            losses,
+            window,
+            (self.end - iteration) * self.meter.images_per_step / window.fps_average,
+            memory_mib(self.device),
+        )
+
+    def demand_finite(self, bad: NonFinite | None) -> None:
+        """Stop all ranks where one of them met a loss that is not finite."""
+        found = [
+            (other.step, rank, other)
+            for rank, other in enumerate(self.ranks.all_gather_objects(bad))
+            if other is not None
+        ]
+        if not found:
+            return
+        step, rank, first = min(found, key=lambda entry: entry[:2])
+        kept = checkpoint.by_age(self.args.output_dir)
+        raise UserError(
+            f"{first.term} is not finite, first at iteration {step} (epoch "
+            f"{step // self.per_epoch + 1}) on rank {rank}, learning rate {self.lr(step):g}, "
+            f"images {first.image_ids}; last good checkpoint: {kept[0] if kept else 'none'}; "
+            "lower --lr, clip with --clip_norm=10, use --loss_scale=dynamic, or see --check_data"
+        )
+
+    def evaluation_due(self) -> bool:
+        return self.args.kind == "acc" and self.iteration // self.per_epoch in self.recipe.evaluation
+
+    def evaluate(self) -> bool:
+        """COCO evaluation on all ranks, in fp32; whether the goal is reached."""
+        self.report()
+        with self.meter.paused():
+            distributed.average_buffers(self.model, self.ranks)
+            rows = detect_all(
+                self.model,
+                self.recipe,
+                self.val_set,
+                self.device,
+                self.ranks,
+                self.log.num_workers,
+                Precision(self.device),
+            )
+            if rows is not None:
+                evaluation.save_results(self.args.output_dir / "results.bbox.json", rows)
+                outcome = evaluation.evaluate(
+                    self.val_set.annotation_file, rows, backend=self.args.eval_backend
+                )
+                tell(outcome, self.recipe, self.log.info, self.args.per_class)
+                evaluation.draw_pr_curves(self.args.output_dir / "pr_curves.png", outcome)
+                epoch = -(-self.iteration // self.per_epoch)
+                self.log.val(epoch, self.per_epoch, self.lr(self.iteration - 1), outcome.mmdet())
+                self.accuracy = outcome.stats["AP"]
+            self.accuracy = self.ranks.broadcast(self.accuracy)
+            if self.accuracy > self.best:
+                self.best = self.accuracy
+                self.save("best.pt")
+        return 0 < self.recipe.threshold <= self.accuracy
+
+    def save(self, name: str | None = None) -> None:
+        """Write the whole state, `iter_<n>.pt` or `name`; never one that is not finite."""
+        if not self.args.save:
+            return
+        self.report()
+        with self.meter.paused():
+            self.demand_finite(self.window.peek())
+            buffers = distributed.gather_buffers(self.model, self.ranks)
+            if self.ranks.main:
+                weights = published_state_dict(self.model) | distributed.mean_buffers(buffers)
+                if not all(torch.isfinite(value).all() for value in weights.values()):
+                    raise UserError("weights are not finite; use --loss_scale=dynamic or a lower --lr")
+                folder = self.args.output_dir
+                path = folder / name if name else checkpoint.path_of(folder, self.iteration)
+                checkpoint.save(path, self.state(weights, buffers))
+                checkpoint.tidy(folder, self.args.keep)
+                self.log.info(f"Saving checkpoint {path}")
+            self.ranks.barrier()
+
+    def state(self, weights: dict, buffers: list) -> dict:
+        return {
+            "model": weights,  # running statistics averaged over ranks, for whoever evaluates
+            "buffers": buffers,  # and each rank's own, for an exact resume
+            "optimizer": self.optimizer.state_dict(),
+            "precision": self.precision.state_dict(),
+            "window": self.window.state_dict(),
+            "iteration": self.iteration,
+            "best": self.best,
+            "recipe": dataclasses.asdict(self.recipe),
+            "classes": list(self.classes),
+            "category_ids": list(self.val_set.category_ids),
+            "run": self.identity(),
+        }
+
+    def identity(self) -> dict:
+        """What must be the same for a resumed run to go on where it was."""
+        batch = self.recipe.batch_size * self.ranks.world_size
+        return {"global batch": batch, "training images": self.records, "seed": self.args.seed}
+
+    def restore(self, state: dict) -> None:
+        """Go on from a state: in the middle of an epoch, with the same order and augmentation."""
+        for what, value in self.identity().items():
+            if state["run"][what] != value:
+                raise UserError(
+                    f"--resume {state['path']}: its {what} was {state['run'][what]}, now {value}; "
+                    "go on as it was, or start anew from its weights with --checkpoint_path"
+                )
+        load_weights(self.model, state)
+        if len(state["buffers"]) == self.ranks.world_size:
+            self.model.load_state_dict(state["buffers"][self.ranks.rank], strict=False)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.precision.load_state_dict(state["precision"])
+        if self.ranks.main:
+            self.window.load_state_dict(state["window"])
+        self.iteration, self.best = state["iteration"], state["best"]
+        self.log.info(f"resumed from {state['path']} at iteration {self.iteration}")
+
+    def finish(self) -> None:
+        """Evaluate and save the last state, draw the curves, write the summary."""
+        self.report()
+        if self.args.kind == "acc":
+            self.evaluate()
+        self.save()
+        if not self.ranks.main:
+            return
+        folder = self.args.output_dir
+        figures = {
+            "fps": self.meter.fps_average,
+            "accuracy": self.accuracy if self.args.kind == "acc" else None,
+            "seconds": time.time() - self.args.started,
+        }
+        if self.logged_losses:
+            curves.draw_curves(sorted(folder.glob("*.log.json")), folder / "curves.png")
+            case = (self.recipe.name, self.recipe.batch_size, self.ranks.world_size, self.args.kind)
+            summary.write_losses(folder, summary.case_name(*case), self.logged_losses)
+            summary.write_summary(
+                folder,
+                network=self.recipe.name,
+                batch_size=self.recipe.batch_size,
+                rank_size=self.ranks.world_size,
+                kind=self.args.kind,
+                loss=self.logged_losses[-1],
+                **figures,
+            )
+        for line in (self.meter.formula, *summary.final_lines(**figures)):
+            self.log.info(line)
+
+
+if __name__ == "__main__":
+    entry.run(main)

@@ -1,0 +1,88 @@
+"""Loading weights: our checkpoints, the port's, and torchvision's ImageNet ResNets.
+
+The network's own keys are the published ones (see model.py), so the maps are few: a `module.`
+prefix of distributed runs goes, torchvision's names become positions of the trunk.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from common.npu import checkpoint
+from common.npu.errors import UserError
+
+# torchvision's name: position in the trunk. Its layer4 and fc have no place here.
+TORCHVISION = {"conv1": 0, "bn1": 1, "layer1": 3, "layer2": 4, "layer3": 5}
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of each tensor; names as in the network or, for `skipped`, in the file."""
+
+    loaded: tuple[str, ...]
+    skipped: tuple[str, ...]  # in the file, not in the network
+    reinitialised: tuple[str, ...]  # in both, of another shape: kept as initialised
+    missing: tuple[str, ...]  # not in the file: kept as initialised
+
+    def __str__(self) -> str:
+        kept = [name for name in self.missing if not name.endswith("num_batches_tracked")]
+        parts = [f"{len(self.loaded)} tensors loaded"]
+        for what, names in (
+            ("skipped", self.skipped),
+            ("re-initialised (other shape)", self.reinitialised),
+            ("missing, left as initialised", kept),
+        ):
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                parts.append(f"{len(names)} {what}: {', '.join(names[:3])}{more}")
+        return "; ".join(parts)
+
+
+def load_weights(
+    model: nn.Module, source: str | Path | Mapping[str, Tensor], *, heads: bool = True
+) -> LoadReport:
+    """Load a file or state dict into the network, whatever of the known layouts it has.
+
+    Tensors of another shape, and with `heads=False` all heads, stay as initialised. Raises
+    UserError for an unreadable file or one of which nothing fits.
+    """
+    name = "the state dict" if isinstance(source, Mapping) else str(source)
+    state = source if isinstance(source, Mapping) else checkpoint.load(source)
+    given = network_keys(state)
+    own = model.state_dict()
+    loaded, skipped, reinitialised = {}, [], []
+    for key, value in given.items():
+        if key not in own:
+            skipped.append(key)
+        elif own[key].shape != value.shape or (key.startswith("mbox.") and not heads):
+            reinitialised.append(key)
+        else:
+            loaded[key] = value
+    if not any(key.endswith("weight") for key in loaded):
+        raise UserError(f"{name}: no tensor fits this network; is it a checkpoint of another one?")
+    model.load_state_dict(loaded, strict=False)
+    missing = tuple(key for key in own if key not in given)
+    return LoadReport(tuple(loaded), tuple(skipped), tuple(reinitialised), missing)
+
+
+def network_keys(state: Mapping) -> dict[str, Tensor]:
+    """The tensors of any known layout under the network's keys."""
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    renamed = {}
+    for key, value in tensors.items():
+        key = key.removeprefix("module.")
+        first, _, rest = key.partition(".")
+        if first in TORCHVISION:
+            key = f"model.{TORCHVISION[first]}.{rest}"
+        renamed[key] = value
+    return renamed
+
+
+def published_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The weights as the port's checkpoints have them: fp32 on the CPU, under its keys."""
+    return {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}

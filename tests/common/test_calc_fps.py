@@ -1,0 +1,109 @@
+import ast
+import json
+import subprocess
+import sys
+
+import pytest
+
+from common.fps.calc_fps import fps_per_epoch, main
+from common.fps.meter import Window
+from common.fps.runlog import RunLog
+from common.npu.errors import UserError
+
+
+def entry(mode, epoch, iter, time=None):
+    return {"mode": mode, "epoch": epoch, "iter": iter} | ({"time": time} if time else {})
+
+
+def write(path, entries):
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return str(path)
+
+
+def old_calc_fps(path, cards, batch):
+    """The original's rule, re-told: rates beyond iteration 50, a mean at each val line."""
+    printed, rates, means = [], [], []
+    with open(path) as lines:
+        for line in map(json.loads, lines):
+            if line.get("mode") == "train" and line["iter"] > 50:
+                rates.append(cards * batch / line["time"])
+            if line.get("mode") == "val":
+                means.append(sum(rates) / len(rates))
+                printed.append({"epoch": len(means), "fps": means[-1]})
+                rates = []
+    return [*printed, {"fps": sum(means) / len(means)}]
+
+
+def test_a_log_of_ours_gives_what_the_original_gave(tmp_path, capsys):
+    log = RunLog(tmp_path, device_id=0)
+    log.header("env", "config", seed=1, exp_name="x")
+    step = 0
+    for epoch in (1, 2, 3):
+        for iter in (50, 100, 150):
+            step += 50
+            time = 1 / 3 + epoch / 10 + iter / 700
+            window = Window(50, 50 * time, time, 0.01, 64 / time, 64 / time, False, 0.01 / time)
+            log.train(epoch, iter, step, 150, 0.01, {"loss": 1.0}, window, 0)
+        log.val(epoch, 150, 0.01, {"bbox_mAP": 0.1})
+    log.close()
+    capsys.readouterr()
+    assert main([str(log.json_path), "8", "8"]) == 0
+    printed = [ast.literal_eval(line) for line in capsys.readouterr().out.splitlines()]
+    assert printed == old_calc_fps(log.json_path, 8, 8)
+
+
+def test_without_val_lines_the_whole_log_counts(tmp_path, capsys):
+    lines = [{"seed": 1}, *(entry("train", 1, i, t) for i, t in [(50, 9.0), (100, 0.5), (150, 2)])]
+    assert main([write(tmp_path / "x.log.json", lines), "2", "4"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "{'fps': 10.0}\n"
+    assert err == ""
+
+
+def test_lines_after_the_last_val_line_do_not_count():
+    lines = [entry("train", 1, 100, 0.5), entry("val", 1, 100), entry("train", 2, 100, 0.1)]
+    assert fps_per_epoch(lines, 1, 1) == [2.0]
+
+
+@pytest.mark.parametrize(("times", "fps"), [([9.0, 0.5, 0.25], 3.0), ([0.5], 2.0)])
+def test_short_epochs_fall_back_and_say_so(capsys, times, fps):
+    lines = [entry("train", 4, 10 * (i + 1), time) for i, time in enumerate(times)]
+    assert fps_per_epoch([*lines, entry("val", 4, 30)], 1, 1) == [fps]
+    assert "epoch 4: no line beyond iteration 50" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ('{"seed": 1}\n', "no train line"),
+        ('{"mode": "train", "iter": 100}\n', "lacks a usable"),
+        ('{"mode": "train", "iter": 100, "time": 0.0}\n', "lacks a usable"),
+        ('{"mode": "train"\n', "line 1 is not JSON"),
+        ("[1]\n", "line 1 is not a JSON object"),
+        (None, "cannot read the log"),
+    ],
+)
+def test_a_bad_log_is_one_line_and_status_1(tmp_path, capsys, content, message):
+    path = tmp_path / "x.log.json"
+    if content is not None:
+        path.write_text(content)
+    assert main([str(path), "1", "1"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_log_without_train_lines_is_the_users_to_mend():
+    with pytest.raises(UserError, match="no train line"):
+        fps_per_epoch([entry("val", 1, 100)], 1, 1)
+
+
+def test_it_runs_as_a_module_without_torch(tmp_path):
+    path = write(tmp_path / "x.log.json", [entry("train", 1, 100, 0.5), entry("val", 1, 100)])
+    command = [sys.executable, "-X", "importtime", "-m", "common.fps.calc_fps", path, "8", "32"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "{'epoch': 1, 'fps': 512.0}\n{'fps': 512.0}\n"
+    assert "torch" not in done.stderr

@@ -1,0 +1,86 @@
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from common.fps.curves import draw_curves
+from common.npu.errors import UserError
+
+
+def write_log(path, steps, val_epochs=(), loss=lambda step: 30 / step**0.5, terms=True):
+    lines = [{"env_info": "", "config": "", "seed": 1, "exp_name": "x"}]
+    for step in steps:
+        total = loss(step)
+        parts = {"loss_cls": 0.7 * total, "loss_bbox": 0.3 * total} if terms else {}
+        speed = {"time": 0.1, "fps": 300 + step % 7, "step": step}
+        about = {"mode": "train", "epoch": 1, "iter": step, "lr": 0.01 if step < 600 else 0.001}
+        lines.append(about | parts | {"loss": total} | speed)
+    for epoch in val_epochs:
+        scores = {"bbox_mAP": 0.05 * epoch, "bbox_mAP_50": 0.1 * epoch, "bbox_mAP_75": 0.04 * epoch}
+        lines.append({"mode": "val", "epoch": epoch, "iter": 200, "lr": 0.01} | scores)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def figure(monkeypatch):
+    """The figure that was drawn, to be asked what it shows."""
+    drawn = []
+    save = Figure.savefig
+
+    def keep(self, *args, **options):
+        drawn.append(self)
+        save(self, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return drawn
+
+
+def test_a_run_is_drawn_whole(tmp_path, figure):
+    log = write_log(tmp_path / "a.log.json", range(10, 1001, 10), val_epochs=[1, 2, 3, 4, 5])
+    out = draw_curves(log, tmp_path / "out" / "curves.png")
+    pixels = np.asarray(Image.open(out).convert("RGB"))
+    assert pixels.std() > 5
+    assert [path.name for path in out.parent.iterdir()] == ["curves.png"]
+    losses, rate, fps, ap = figure[0].axes
+    assert [line.get_label() for line in losses.lines] == ["loss", "loss_bbox", "loss_cls"]
+    assert losses.get_yscale() == "log"
+    assert set(rate.lines[0].get_ydata()) == {0.01, 0.001}
+    assert list(fps.lines[0].get_xdata()) == list(range(10, 1001, 10))
+    assert list(ap.lines[0].get_xdata()) == [200, 400, 600, 800, 1000]
+    assert {a.get_xlim() for a in (losses, rate, fps)} == {ap.get_xlim()}
+
+
+def test_a_resumed_run_is_joined_and_the_later_log_wins(tmp_path, figure):
+    first = write_log(tmp_path / "1.log.json", range(50, 501, 50), loss=lambda _: 2.0, terms=False)
+    second = write_log(
+        tmp_path / "2.log.json", range(300, 801, 50), loss=lambda _: 1.0, terms=False
+    )
+    draw_curves([first, second], tmp_path / "curves.png")
+    assert len(figure[0].axes) == 3  # nothing was evaluated
+    line = figure[0].axes[0].lines[0]
+    assert list(line.get_xdata()) == list(range(50, 801, 50))
+    assert all(before <= after for before, after in pairwise(line.get_xdata()))
+    assert [y for x, y in zip(*line.get_data(), strict=True) if x < 300] == [2.0] * 5
+    assert [y for x, y in zip(*line.get_data(), strict=True) if x >= 300] == [1.0] * 11
+    assert figure[0].axes[0].get_yscale() == "linear"
+
+
+def test_a_null_loss_is_a_gap(tmp_path, figure):
+    log = write_log(tmp_path / "a.log.json", [10, 20, 30], terms=False)
+    log.write_text(log.read_text().replace(json.dumps(30 / 20**0.5), "null"))
+    draw_curves(log, tmp_path / "curves.png")
+    assert np.isnan(figure[0].axes[0].lines[0].get_ydata()).tolist() == [False, True, False]
+
+
+def test_logs_with_nothing_to_draw_are_refused(tmp_path):
+    log = write_log(tmp_path / "a.log.json", [], val_epochs=[1])
+    with pytest.raises(UserError, match="no train line"):
+        draw_curves(log, tmp_path / "curves.png")
+    log.write_text('{"mode": "train", "epoch": 1, "iter": 50, "loss": 1.0}\n')
+    with pytest.raises(UserError, match="without `step`"):
+        draw_curves(log, tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()

@@ -1,0 +1,83 @@
+"""Drawn boxes lie where they should, and sheets are written whole."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.coco.draw import draw_boxes, draw_pairs
+
+NAMES = ("disc", "box", "triangle", "star")
+GREY = np.full((120, 200, 3), 128, np.uint8)
+NO_BOXES, NO_LABELS = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+
+
+def drawn(*args, **flags):
+    """Where `draw_boxes` changed the grey picture (H, W) bool, and its pixels."""
+    pixels = np.asarray(draw_boxes(GREY, *args, **flags))
+    return (pixels != 128).any(2), pixels
+
+
+def test_outline_is_drawn_on_the_box_and_not_inside():
+    before = GREY.copy()
+    changed, pixels = drawn(np.array([[50, 40, 150, 100]], np.float32), [1], NAMES)
+    np.testing.assert_array_equal(GREY, before)
+    assert changed[40:101, 50].all()
+    assert changed[100, 50:151].all()
+    assert changed[40:101, 150].all()
+    assert not changed[44:97, 54:147].any()
+    assert not changed[102:].any()
+    other = drawn(np.array([[50, 40, 150, 100]], np.float32), [2], NAMES)[1]
+    assert tuple(pixels[100, 100]) != tuple(other[100, 100])  # a class has its colour
+
+
+def test_boxes_are_cut_at_the_border_and_outside_ones_left_out():
+    changed, _ = drawn(np.array([[-30, 60, 500, 400.0]]), [0], NAMES)
+    assert changed[60:, 0].all()
+    assert changed[60:, -1].all()
+    assert changed[-1].all()
+    assert not drawn(np.array([[210, 10, 250, 60.0]]), [0], NAMES)[0].any()
+
+
+def test_no_boxes_is_the_plain_image():
+    assert not drawn(NO_BOXES, NO_LABELS, NAMES, NO_LABELS)[0].any()
+    assert not drawn([], [], NAMES)[0].any()
+
+
+def test_min_score_and_the_best_on_top():
+    boxes = np.array([[50, 40, 150, 100], [50, 40, 150, 100], [10, 10, 30, 30.0]])
+    best = drawn(boxes[:1], [3], NAMES)[1]
+    both = drawn(boxes, [3, 1, 0], NAMES, np.array([0.9, 0.8, 0.1]), min_score=0.5)[1]
+    np.testing.assert_array_equal(both[42:, 50:], best[42:, 50:])
+    assert (both[:20] == 128).all()
+    kept = drawn(boxes, [3, 1, 0], NAMES, np.array([0.9, 0.8, 0.1]), min_score=0.1)[0]
+    assert kept[10:31, 10].all()
+
+
+def test_labels_and_scores_of_other_lengths_are_refused():
+    with pytest.raises(ValueError, match="shorter"):
+        draw_boxes(GREY, np.zeros((2, 4)), [0, 1], NAMES, [0.5])
+
+
+def test_sheet_has_truth_at_left_and_detections_at_right(tmp_path):
+    truth = np.array([[20, 20, 100, 100.0]])
+    tall = np.ascontiguousarray(GREY.transpose(1, 0, 2))
+    rows = [
+        (GREY, truth, [0], NO_BOXES, NO_LABELS, NO_LABELS),
+        (tall, NO_BOXES, NO_LABELS, truth, [0], [0.9]),
+        (GREY, truth, [0], truth, [0], [0.2]),
+    ]
+    draw_pairs(tmp_path / "sheet.png", rows, NAMES, columns=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.format == "PNG"
+        pixels = np.asarray(sheet.convert("RGB"), np.int64)
+    coloured = np.ptp(pixels, axis=2) > 60
+    half = coloured.shape[1] // 2
+    where = [coloured[:280], coloured[300:680], coloured[720:]]
+    seen = [(bool(part[:, :half].any()), bool(part[:, half:].any())) for part in where]
+    assert seen == [(True, False), (False, True), (True, False)]
+
+    draw_pairs(tmp_path / "wide.png", rows, NAMES, columns=5)
+    with Image.open(tmp_path / "wide.png") as wide:
+        assert wide.width > 2 * coloured.shape[1]
+        assert wide.height < coloured.shape[0] / 2

@@ -1,0 +1,157 @@
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.coco.check import DataReport
+from common.coco.index import find_coco, read_index
+from common.npu.errors import UserError
+
+TINY = Path(__file__).parents[1] / "data" / "tiny_coco"
+TRAIN = TINY / "annotations" / "instances_train2017.json"
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """A writer of small annotation files: two images, categories 7 "cat" and 3 "dog"."""
+
+    def write(name="a.json", **changes):
+        box = {"image_id": 20, "category_id": 3, "bbox": [1, 2, 3, 4]}
+        content = {
+            "images": [
+                {"id": 20, "file_name": "b/é猫.jpg", "height": 30, "width": 40},
+                {"id": 10, "file_name": "a.jpg", "height": 50, "width": 60},
+            ],
+            "categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}],
+            "annotations": [
+                {**box, "id": 1},
+                {**box, "id": 2, "image_id": 10, "category_id": 7, "iscrowd": 1, "area": 2.5},
+                {**box, "id": 3, "ignore": 1},
+            ],
+        } | changes
+        (tmp_path / "images" / "b").mkdir(parents=True, exist_ok=True)
+        for image in content["images"]:
+            (tmp_path / "images" / image["file_name"]).touch()
+        (tmp_path / name).write_text(json.dumps(content))
+        return str(tmp_path / name), str(tmp_path / "images")
+
+    return write
+
+
+def test_index_of_real_annotations_equals_the_file():
+    coco = json.loads(TRAIN.read_text())
+    index = read_index(str(TRAIN), str(TINY / "train2017"))
+    assert index.class_names == tuple(c["name"] for c in coco["categories"])
+    assert index.category_ids == tuple(c["id"] for c in coco["categories"])
+    for i, image in enumerate(coco["images"]):
+        mine = [a for a in coco["annotations"] if a["image_id"] == image["id"]]
+        rows = index.annotations(i)
+        assert index.image_ids[i] == image["id"]
+        assert tuple(index.sizes[i]) == (image["height"], image["width"])
+        assert Path(index.path(i)).is_file()
+        assert index.boxes_xywh[rows].tolist() == [a["bbox"] for a in mine]
+        assert index.areas[rows].tolist() == [a["area"] for a in mine]
+        assert index.crowd[rows].tolist() == [a["iscrowd"] == 1 for a in mine]
+        assert [index.category_ids[k] for k in index.labels[rows]] == [
+            a["category_id"] for a in mine
+        ]
+    assert index.offsets[-1] == len(coco["annotations"])
+
+
+def test_slim_files_order_and_names(coco):
+    index = read_index(*coco())
+    assert len(index) == 2
+    assert index.image_ids.tolist() == [20, 10]
+    assert index.annotation_ids.tolist() == [1, 3, 2]
+    assert index.labels.tolist() == [1, 1, 0]
+    assert index.crowd.tolist() == [False, False, True]
+    assert index.ignore.tolist() == [False, True, False]
+    np.testing.assert_array_equal(index.areas, [np.nan, np.nan, 2.5])
+    assert index.path(0).endswith("b/é猫.jpg")
+    assert Path(index.path(0)).is_file()
+    assert index.max_boxes() == 16
+    assert index.max_boxes(multiple=1) == 2
+    with pytest.raises(IndexError):
+        index.annotations(2)
+
+
+def test_no_python_object_per_image(coco):
+    index = pickle.loads(pickle.dumps(read_index(*coco())))
+    arrays = [v for v in vars(index).values() if isinstance(v, np.ndarray)]
+    assert len(arrays) == 10
+    assert all(not array.dtype.hasobject and array.base is None for array in arrays)
+
+
+def test_subset_by_mask_and_by_position():
+    index = read_index(str(TRAIN), str(TINY / "train2017"))
+    positions = np.array([31, 4, 4, 49])
+    part = index.subset(positions)
+    assert part.image_ids.tolist() == index.image_ids[positions].tolist()
+    for i, position in enumerate(positions):
+        whole, cut = index.annotations(position), part.annotations(i)
+        assert part.annotation_ids[cut].tolist() == index.annotation_ids[whole].tolist()
+        assert part.boxes_xywh[cut].tolist() == index.boxes_xywh[whole].tolist()
+        assert part.path(i) == index.path(position)
+    mask = np.diff(index.offsets) > 5
+    assert index.subset(mask).image_ids.tolist() == index.image_ids[mask].tolist()
+    assert np.diff(index.subset(mask).offsets).min() > 5
+    nothing = index.subset([])
+    assert (len(nothing), len(nothing.labels), nothing.max_boxes()) == (0, 0, 16)
+
+
+def test_classes_of_a_checkpoint_map_by_name(coco):
+    index = read_index(*coco(), classes=("bird", "dog", "cat"))
+    assert index.class_names == ("bird", "dog", "cat")
+    assert index.category_ids == (-1, 3, 7)
+    assert index.labels.tolist() == [1, 1, 2]
+    with pytest.raises(UserError, match=r"not among the 2 classes.*'cat'"):
+        read_index(*coco(), classes=("dog", "bird"))
+
+
+def test_file_without_annotations_is_legal(coco):
+    path, images = coco()
+    content = json.loads(Path(path).read_text())
+    del content["annotations"]
+    Path(path).write_text(json.dumps(content))
+    index = read_index(path, images)
+    assert (len(index), len(index.labels), index.boxes_xywh.shape) == (2, 0, (0, 4))
+    assert index.annotations(1) == slice(0, 0)
+    assert index.max_boxes() == 16
+
+
+def test_missing_images_are_named(coco, tmp_path):
+    path, images = coco()
+    (tmp_path / "images" / "b" / "é猫.jpg").unlink()
+    with pytest.raises(UserError, match=r"image file missing in .*: 1 \(b/é猫\.jpg\)"):
+        read_index(path, images)
+    assert len(read_index(path, images, need_images=False)) == 2
+    with pytest.raises(UserError, match="no such folder"):
+        read_index(path, str(tmp_path / "nowhere"))
+
+
+def test_report_is_filled(coco):
+    box = {"image_id": 20, "category_id": 3, "bbox": [1, 2, 0, 4], "id": 5}
+    report = DataReport()
+    index = read_index(*coco(annotations=[box]), report=report)
+    assert len(index.labels) == 0
+    assert report.lines() == ["note: zero-size box, skipped: 1 (image 20 annotation 5)"]
+
+
+def test_find_coco(tmp_path):
+    assert find_coco(str(TINY), "train") == (str(TRAIN), str(TINY / "train2017"))
+    with pytest.raises(UserError, match=r"instances_val2017\.json.*val2017.*download_dataset\.sh"):
+        find_coco(str(tmp_path), "val")
+    (tmp_path / "val2017").mkdir()
+    (tmp_path / "annotations").mkdir()
+    slim = tmp_path / "annotations" / "bbox_only_instances_val2017.json"
+    slim.touch()
+    assert find_coco(str(tmp_path), "val") == (str(slim), str(tmp_path / "val2017"))
+    full = tmp_path / "annotations" / "instances_val2017.json"
+    full.touch()
+    assert find_coco(str(tmp_path), "val")[0] == str(full)
+    mine = find_coco(None, "val", annotations=str(TRAIN), images=str(TINY / "train2017"))
+    assert mine == (str(TRAIN), str(TINY / "train2017"))
+    with pytest.raises(UserError, match=r"none\.json"):
+        find_coco(str(TINY), "val", annotations=str(tmp_path / "none.json"))

@@ -1,0 +1,264 @@
+import json
+import math
+import re
+import sys
+from collections import defaultdict
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from common.fps.meter import Window
+from common.fps.runlog import RunLog
+
+STAMP = "20260102_030405"
+METRICS = {
+    "bbox_mAP": 0.1230004,
+    "bbox_mAP_50": 0.25,
+    "bbox_mAP_75": 0.1,
+    "bbox_mAP_s": 0.01,
+    "bbox_mAP_m": 0.1,
+    "bbox_mAP_l": 0.2,
+    "bbox_mAP_copypaste": "0.123 0.250 0.100 0.010 0.100 0.200",
+}
+
+
+def window(data_share=0.1, seconds_a_step=0.5, warming_up=False):
+    return Window(
+        steps=50,
+        seconds=50 * seconds_a_step,
+        time=seconds_a_step,
+        data_time=data_share * seconds_a_step,
+        fps=32 / seconds_a_step,
+        fps_average=63.5,
+        warming_up=warming_up,
+        data_share=data_share,
+    )
+
+
+def open_log(folder, **options):
+    return RunLog(folder, **({"device_id": 0, "timestamp": STAMP} | options))
+
+
+def train(log, epoch, iter, iters_per_epoch=200, lr=2.5e-06, **options):
+    losses = {"loss": 3.25, "loss_centerness": 0.5, "loss_bbox": 0.75, "loss_cls": 2.0 + 1e-9}
+    options = {"losses": losses, "window": window(), "eta_seconds": 93784.6} | options
+    log.train(epoch, iter, (epoch - 1) * iters_per_epoch + iter, iters_per_epoch, lr, **options)
+
+
+def write_run(folder, epochs=3, iters_per_epoch=200, interval=50):
+    log = open_log(folder)
+    log.header("sys.platform: linux", "lr = 0.1", seed=1, exp_name="ssd300")
+    for epoch in range(1, epochs + 1):
+        for iter in range(interval, iters_per_epoch + 1, interval):
+            speed = window(seconds_a_step=0.25 * epoch + iter / 1000)
+            train(log, epoch, iter, iters_per_epoch, lr=0.01 / epoch, window=speed)
+        log.val(epoch, iters_per_epoch, 0.01 / epoch, METRICS)
+    log.close()
+    return log.json_path
+
+
+def json_lines(path):
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def test_text_lines_keep_the_known_layout(tmp_path, capsys):
+    log = open_log(tmp_path, device_id=3)
+    train(log, 1, 100, 9162, lr=3.98e-4, memory_mib=1234)
+    log.val(1, 9162, 1e-3, METRICS)
+    train(log, 2, 50, window=window(warming_up=True), eta_seconds=4)
+    text = (tmp_path / "train_3.log").read_text()
+    assert capsys.readouterr().out == text
+    head = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - onestage - INFO - "
+    lines = [re.sub(head, "", line) for line in text.splitlines()]
+    assert lines == [
+        "Epoch [1][100/9162]\tlr: 3.980e-04, eta: 1 day, 2:03:04, time: 0.500, data_time: 0.050, "
+        "memory: 1234, loss_cls: 2.0000, loss_bbox: 0.7500, loss_centerness: 0.5000, "
+        "loss: 3.2500, fps: 64.00, fps_avg: 63.50, data_wait: 2.5 s",
+        "Epoch(val) [1][9162]\tbbox_mAP: 0.1230, bbox_mAP_50: 0.2500, bbox_mAP_75: 0.1000, "
+        "bbox_mAP_s: 0.0100, bbox_mAP_m: 0.1000, bbox_mAP_l: 0.2000, "
+        "bbox_mAP_copypaste: 0.123 0.250 0.100 0.010 0.100 0.200",
+        "Epoch [2][50/200]\tlr: 2.500e-06, eta: 0:00:04, time: 0.500, data_time: 0.050, "
+        "loss_cls: 2.0000, loss_bbox: 0.7500, loss_centerness: 0.5000, "
+        "loss: 3.2500, fps: 64.00, fps_avg: 63.50 (warm-up), data_wait: 2.5 s",
+    ]
+
+
+def test_json_lines_have_the_known_keys_in_order_rounded(tmp_path):
+    log = open_log(tmp_path)
+    log.header("env", "config", seed=7, exp_name="fcos", classes=["cat"])
+    train(log, 2, 50, memory_mib=99, window=window(seconds_a_step=1 / 3))
+    log.val(2, 200, 2.5e-06, METRICS)
+    about, line, val = json_lines(log.json_path)
+    assert log.json_path.name == f"{STAMP}.log.json"
+    assert list(about) == ["env_info", "config", "seed", "exp_name", "classes"]
+    assert " ".join(line) == (
+        "mode epoch iter lr memory data_time loss_cls loss_bbox loss_centerness loss time fps step"
+    )
+    assert (line["mode"], line["epoch"], line["iter"], line["step"]) == ("train", 2, 50, 250)
+    assert (line["lr"], line["time"], line["loss_cls"]) == (2.5e-06, 0.33333, 2.0)
+    assert list(val) == ["mode", "epoch", "iter", "lr", *METRICS]
+    assert (val["mode"], val["bbox_mAP"], val["lr"]) == ("val", 0.123, 2.5e-06)
+
+
+def test_non_finite_values_stay_valid_json(tmp_path):
+    log = open_log(tmp_path)
+    train(log, 1, 50, losses={"loss_cls": math.inf, "loss_bbox": 1.0, "loss": math.nan})
+    (line,) = json_lines(log.json_path)
+    assert (line["loss_cls"], line["loss_bbox"], line["loss"]) == (None, 1.0, None)
+    assert "loss_cls: inf, loss_bbox: 1.0000, loss: nan" in log.text_path.read_text()
+
+
+def test_nothing_waits_in_a_buffer(tmp_path):
+    log = open_log(tmp_path)
+    train(log, 1, 50)
+    assert len(json_lines(log.json_path)) == 1
+    assert log.text_path.read_text().count("Epoch [1][50/200]") == 1
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(50, 3.25)]
+
+
+def test_resume_appends_text_and_starts_a_json_file_of_its_own(tmp_path):
+    first = RunLog(tmp_path, device_id=0)
+    first.info("before")
+    first.close()
+    second = RunLog(tmp_path, device_id=0, append=True)  # within the same second
+    second.header("env", "config", seed=1, exp_name="x")
+    second.close()
+    assert first.json_path != second.json_path
+    assert list(json_lines(second.json_path)[0]) == ["env_info", "config", "seed", "exp_name"]
+    assert "before" in first.text_path.read_text()
+    RunLog(tmp_path, device_id=0).close()
+    assert first.text_path.read_text() == ""
+
+
+def test_other_ranks_write_errors_only(tmp_path, capsys):
+    main = open_log(tmp_path)
+    main.info("first")
+    before = sorted(tmp_path.rglob("*"))
+    log = open_log(tmp_path, main=False, rank=3)
+    log.header("env", "config", seed=1, exp_name="x")
+    log.info("no")
+    log.warning("no")
+    log.progress(10)
+    train(log, 1, 50)
+    log.val(1, 200, 0.1, METRICS)
+    log.advance()
+    log.error("the loss is not finite")
+    main.info("last")
+    log.close()
+    assert sorted(tmp_path.rglob("*")) == before
+    messages = [line.split(" - ", 2)[2] for line in main.text_path.read_text().splitlines()]
+    assert messages == ["INFO - first", "ERROR - rank 3: the loss is not finite", "INFO - last"]
+    assert "rank 3: the loss" in capsys.readouterr().err
+
+
+def test_a_slow_loader_is_warned_of_once_in_ten_lines(tmp_path):
+    log = open_log(tmp_path, num_workers=4)
+    train(log, 1, 10, window=window(data_share=0.2))
+    for iter in range(20, 240, 10):  # 22 lines
+        train(log, 1, iter, window=window(data_share=0.375))
+    lines = log.text_path.read_text().splitlines()
+    warned = [number for number, line in enumerate(lines) if " - WARNING - " in line]
+    assert warned == [2, 13, 24]  # after train lines 2, 12 and 22
+    assert "waits for the loader 38% of the time: raise --num_workers (now 4)" in lines[2]
+
+
+def test_tensorboard_missing_is_one_line_and_no_events(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    log = open_log(tmp_path)
+    train(log, 1, 50)
+    log.close()
+    assert not (tmp_path / "tensorboard").exists()
+    assert log.text_path.read_text().count("tensorboard is not installed") == 1
+
+
+def test_events_hold_the_run(tmp_path):
+    write_run(tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/loss_cls", "train/lr", "train/fps", "train/time", "val/bbox_mAP"} <= tags
+    assert "val/bbox_mAP_copypaste" not in tags
+    assert [e.step for e in events.Scalars("val/bbox_mAP")] == [200, 400, 600]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_bar_is_for_terminals_and_leaves_text_lines_whole(
+    tmp_path, capsys, monkeypatch, terminal
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    log = open_log(tmp_path)
+    log.progress(100, done=20)
+    log.advance(30)
+    log.info("a line")
+    log.close()
+    out, err = capsys.readouterr()
+    assert out == log.text_path.read_text()
+    assert ("20/100" in err) == terminal
+
+
+# How MMDetection's analyze_logs reads such a file, re-told from its behaviour.
+
+
+def read_as_mmdet2(path):
+    epochs = {}
+    for number, entry in enumerate(json_lines(path)):
+        if number == 0 or "epoch" not in entry:
+            continue
+        series = epochs.setdefault(entry.pop("epoch"), defaultdict(list))
+        for key, value in entry.items():
+            series[key].append(value)
+    return epochs
+
+
+def read_as_mmdet3(path):
+    epochs, epoch = {}, 1
+    for entry in json_lines(path):
+        if len(entry) <= 1:
+            continue
+        series = epochs.setdefault(epoch, defaultdict(list))
+        for key, value in entry.items():
+            series[key].append(value)
+        epoch = entry.get("epoch", epoch)
+    return epochs
+
+
+@pytest.fixture
+def run(tmp_path):
+    return SimpleNamespace(path=write_run(tmp_path), steps=list(range(50, 601, 50)))
+
+
+@pytest.mark.parametrize("key", ["loss", "loss_cls", "lr", "fps"])
+def test_mmdet2_plots_our_curves(run, key):
+    epochs = read_as_mmdet2(run.path)
+    an_epoch = epochs[1]["iter"][-2]
+    assert an_epoch == 200
+    xs, ys = [], []
+    for epoch, series in epochs.items():
+        iters = series["iter"][:-1] if series["mode"][-1] == "val" else series["iter"]
+        xs += [iter + (epoch - 1) * an_epoch for iter in iters]
+        ys += series[key][: len(iters)]
+    assert xs == run.steps
+    expected = [e for e in json_lines(run.path) if e.get("mode") == "train"]
+    assert ys == [entry[key] for entry in expected]
+
+
+def test_mmdet2_plots_map_and_averages_times(run):
+    epochs = read_as_mmdet2(run.path)
+    assert [e for e, series in epochs.items() if "val" in series["mode"]] == [1, 2, 3]
+    assert [value for s in epochs.values() for value in s["bbox_mAP"]] == [0.123] * 3
+    times = np.array([series["time"][1:] for series in epochs.values()])
+    np.testing.assert_allclose(times.mean(-1), [0.4, 0.65, 0.9], atol=1e-5)
+
+
+def test_mmdet3_plots_our_curves_over_step(run):
+    epochs = read_as_mmdet3(run.path)
+    xs = [step for series in epochs.values() for step in series["step"]]
+    ys = [v for series in epochs.values() for v in series["loss"][: len(series["step"])]]
+    assert xs == run.steps
+    assert ys == [3.25] * 12
+    assert all(np.mean(series["time"]) > 0 for series in epochs.values())

@@ -1,0 +1,98 @@
+"""What the tests of ssd_resnet34 share: the golden files, the filled network, real data."""
+
+import functools
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.coco.index import read_index
+from ssd_resnet34.config import RECIPES
+from ssd_resnet34.data import normalise
+from ssd_resnet34.model import build_model
+from tests.golden.fill import fill_value
+
+TESTS = Path(__file__).parents[1]
+GOLDEN = TESTS / "golden" / "ssd_resnet34"
+TINY = TESTS / "data" / "tiny_coco"
+
+
+@pytest.fixture(scope="session")
+def recipe():
+    return RECIPES["1p"]
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """`golden("loss")`: the arrays of loss.npz; `golden("lr")`: the contents of lr.json."""
+
+    @functools.cache
+    def read(name):
+        path = GOLDEN / f"{name}.npz"
+        if path.exists():
+            return dict(np.load(path))
+        return json.loads((GOLDEN / f"{name}.json").read_text())
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def filled_state(golden):
+    """The state dict that every golden value was computed with, by the golden README's rule."""
+
+    def value(key, shape):
+        array = fill_value(key, tuple(shape))
+        if key.endswith("bn2.weight") or (key.startswith("mbox.") and key.endswith(".weight")):
+            array = array * np.float32(0.1)
+        return torch.from_numpy(array)
+
+    return {key: value(key, shape) for key, shape in golden("keys")}
+
+
+@pytest.fixture(scope="session")
+def filled_model(recipe, filled_state):
+    """The filled network in evaluation mode; whoever changes it takes a copy."""
+    model = build_model(recipe, 80)
+    model.load_state_dict(filled_state)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_train():
+    return read_index(str(TINY / "annotations/instances_train2017.json"), str(TINY / "train2017"))
+
+
+@pytest.fixture(scope="session")
+def tiny_val():
+    return read_index(str(TINY / "annotations/instances_val2017.json"), str(TINY / "val2017"))
+
+
+@pytest.fixture(scope="session")
+def real(golden, tiny_val, recipe):
+    """The golden's two real images: positions in tiny_val, and their input as Pillow resizes it."""
+    ids = golden("preprocess")["image_id"]
+    records = [int(np.flatnonzero(tiny_val.image_ids == image_id)[0]) for image_id in ids]
+    size = (recipe.image_size, recipe.image_size)
+    images = [
+        np.array(Image.open(tiny_val.path(k)).convert("RGB").resize(size, Image.Resampling.BILINEAR))
+        for k in records
+    ]
+    inputs = normalise(torch.from_numpy(np.stack(images)), recipe)
+    return SimpleNamespace(records=records, inputs=inputs)
+
+
+@pytest.fixture(scope="session")
+def real_truth(golden):
+    """Padded boxes, 0-based labels and validity (3, 32, ...): real images 0 and 1, then nothing."""
+    boxes, labels = torch.zeros(3, 32, 4), torch.zeros(3, 32, dtype=torch.int64)
+    valid = torch.zeros(3, 32, dtype=torch.bool)
+    for i in (0, 1):
+        given = torch.from_numpy(golden("targets")[f"{i}.boxes_ltrb"])
+        boxes[i, : len(given)] = given
+        labels[i, : len(given)] = torch.from_numpy(golden("targets")[f"{i}.labels"]).long() - 1
+        valid[i, : len(given)] = True
+    return boxes, labels, valid
