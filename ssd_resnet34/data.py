@@ -127,7 +127,7 @@ class TrainingSet(Dataset):
         return len(self.records)
 
     def truth(self, record: int) -> tuple[np.ndarray, np.ndarray]:
-        """Boxes (n, 4) float32 normalised ltrb and labels (n,) of a record, empty boxes left out."""
+        """Boxes (n, 4) float32 normalised ltrb, labels (n,); empty boxes are left out."""
         rows = self.records.annotations(record)
         xywh = self.records.boxes_xywh[rows]
         height, width = self.records.sizes[record]
@@ -252,5 +252,7 @@ def build_loader(
 
 
 def _quiet_worker(worker: int) -> None:
-    """Ctrl-C is the main process's to handle: it finishes the step and saves."""
+    """Ctrl-C and a SIGTERM to the whole process group are the main process's to handle: while it
+    finishes its step and saves, a worker must not die; it does a minute later at the latest."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))

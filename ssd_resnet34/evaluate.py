@@ -14,6 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: F401 before torch
 
+# isort: split
+
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +26,9 @@ from torch import nn
 from tqdm import tqdm
 
 from common.coco import evaluation
+from common.coco.draw import draw_pairs
 from common.coco.evaluation import Evaluation
+from common.coco.images import read_image
 from common.coco.index import CocoIndex, find_coco, read_index
 from common.fps import summary
 from common.npu import checkpoint, cli, distributed, entry
@@ -70,6 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     outcome = evaluation.evaluate(records.annotation_file, rows, backend=args.eval_backend)
     tell(outcome, recipe, say, args.per_class)
     evaluation.draw_pr_curves(args.output_dir / "pr_curves.png", outcome)
+    draw_examples(args.output_dir / "detections.png", records, rows)
     figures = {"accuracy": outcome.stats["AP"], "seconds": time.time() - started}
     summary.write_summary(
         args.output_dir,
@@ -134,6 +139,31 @@ def tell(outcome: Evaluation, recipe: Recipe, say: Callable, per_class: bool = F
         width = max(len(name) for name, _ in outcome.per_class)
         say("\n".join(f"{name:<{width}}  AP {value:.3f}" for name, value in outcome.per_class))
     say(f"Current AP: {outcome.stats['AP']:.5f} AP goal: {recipe.threshold:.5f}")
+
+
+def draw_examples(path: Path, records: CocoIndex, rows: np.ndarray, count: int = 8) -> None:
+    """Some images with ground truth beside detections, spread over the set."""
+    with_truth = np.flatnonzero(np.diff(records.offsets))
+    label = {category: position for position, category in enumerate(records.category_ids)}
+    pictures = []
+    for i in with_truth[np.linspace(0, len(with_truth) - 1, count, dtype=int)]:
+        truth = records.annotations(i)
+        found = rows[rows[:, 0] == records.image_ids[i]]
+        pictures.append(
+            (
+                read_image(records.path(i)),
+                to_xyxy(records.boxes_xywh[truth]),
+                records.labels[truth],
+                to_xyxy(found[:, 1:5]),
+                np.array([label[category] for category in found[:, 6]], np.int64),
+                found[:, 5],
+            )
+        )
+    draw_pairs(path, pictures, records.class_names)
+
+
+def to_xyxy(boxes_xywh: np.ndarray) -> np.ndarray:
+    return np.concatenate([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], axis=1)
 
 
 if __name__ == "__main__":

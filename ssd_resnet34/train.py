@@ -14,6 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: F401 before torch
 
+# isort: split
+
 import dataclasses
 import time
 from collections.abc import Iterator
@@ -40,7 +42,7 @@ from common.npu.precision import Precision, build_sgd, default_level
 from ssd_resnet34.augment import augment
 from ssd_resnet34.config import RECIPES, Recipe
 from ssd_resnet34.data import Batch, build_loader, iterations_per_epoch, training_records
-from ssd_resnet34.evaluate import detect_all, tell
+from ssd_resnet34.evaluate import detect_all, draw_examples, tell
 from ssd_resnet34.loss import DetectionLoss
 from ssd_resnet34.model import build_model
 from ssd_resnet34.weights import load_weights, published_state_dict
@@ -293,7 +295,9 @@ class Training:
         )
 
     def evaluation_due(self) -> bool:
-        return self.args.kind == "acc" and self.iteration // self.per_epoch in self.recipe.evaluation
+        return (
+            self.args.kind == "acc" and self.iteration // self.per_epoch in self.recipe.evaluation
+        )
 
     def evaluate(self) -> bool:
         """COCO evaluation on all ranks, in fp32; whether the goal is reached."""
@@ -316,6 +320,7 @@ class Training:
                 )
                 tell(outcome, self.recipe, self.log.info, self.args.per_class)
                 evaluation.draw_pr_curves(self.args.output_dir / "pr_curves.png", outcome)
+                draw_examples(self.args.output_dir / "detections.png", self.val_set, rows)
                 epoch = -(-self.iteration // self.per_epoch)
                 self.log.val(epoch, self.per_epoch, self.lr(self.iteration - 1), outcome.mmdet())
                 self.accuracy = outcome.stats["AP"]
@@ -336,7 +341,9 @@ class Training:
             if self.ranks.main:
                 weights = published_state_dict(self.model) | distributed.mean_buffers(buffers)
                 if not all(torch.isfinite(value).all() for value in weights.values()):
-                    raise UserError("weights are not finite; use --loss_scale=dynamic or a lower --lr")
+                    raise UserError(
+                        "weights are not finite; use --loss_scale=dynamic or a lower --lr"
+                    )
                 folder = self.args.output_dir
                 path = folder / name if name else checkpoint.path_of(folder, self.iteration)
                 checkpoint.save(path, self.state(weights, buffers))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from common.coco.names import COCO_CLASSES
 from common.npu import checkpoint
 from common.npu.errors import UserError
 
@@ -81,6 +82,25 @@ def network_keys(state: Mapping) -> dict[str, Tensor]:
             key = f"model.{TORCHVISION[first]}.{rest}"
         renamed[key] = value
     return renamed
+
+
+def num_classes_of(state: Mapping) -> int:
+    """Foreground classes of the detector in a checkpoint. Raises UserError where it has no head."""
+    head = network_keys(state).get("mbox.0.weight")
+    if head is None:
+        raise UserError("the checkpoint has no detection heads; give one of a trained detector")
+    # Per prior shape, of which the first map has 4: a channel per class, background, coordinate.
+    return len(head) // 4 - 5
+
+
+def class_names_of(state: Mapping) -> tuple[str, ...]:
+    """The class names in a checkpoint; the port's hold none: COCO's where there are 80 classes."""
+    if "classes" in state:
+        return tuple(state["classes"])
+    count = num_classes_of(state)
+    if count == len(COCO_CLASSES):
+        return COCO_CLASSES
+    return tuple(f"class_{label}" for label in range(count))
 
 
 def published_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -73,7 +73,9 @@ def path_of(folder: Path, iteration: int) -> Path:
 
 def by_age(folder: Path) -> list[Path]:
     """The folder's checkpoints, newest (most steps) first."""
-    found = [(int(m[1]), path) for path in folder.glob("iter_*.pt") if (m := _NAME.match(path.name))]
+    found = [
+        (int(m[1]), path) for path in folder.glob("iter_*.pt") if (m := _NAME.match(path.name))
+    ]
     return [path for _, path in sorted(found, reverse=True)]
 
 

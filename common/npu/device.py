@@ -127,7 +127,7 @@ def memory_format(device: torch.device) -> torch.memory_format:
 
 
 def images_at_once(tensor: Tensor) -> int:
-    """How much of a batch to work on at a time: a CPU is fastest on what fits its cache, one image."""
+    """How much of a batch to take at a time: a CPU is fastest on what fits its cache, one image."""
     return 1 if tensor.device.type == "cpu" else len(tensor)
 
 

@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """Bad input (file, flag, data): printed as one line, exit status 1; the text names the remedy."""
+    """Bad input (file, flag, data): printed as one line that names the remedy, exit status 1."""

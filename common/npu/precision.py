@@ -42,7 +42,9 @@ class Precision:
             return torch.float32
         if self.device.type == "cpu":
             if wanted == "fp16":
-                raise UserError("--amp_dtype fp16: of no use on a CPU; leave it to bf16 or --amp O0")
+                raise UserError(
+                    "--amp_dtype fp16: of no use on a CPU; leave it to bf16 or --amp O0"
+                )
             return torch.bfloat16
         if wanted == "bf16":
             if not has_bf16(self.device):
@@ -122,9 +124,7 @@ def build_sgd(
 ) -> torch.optim.SGD:
     """SGD in one fused kernel where the device has it; on an Ascend 910A one kernel per list."""
     fused = device.type != "npu" or has_bf16(device)  # 910A: has neither
-    return torch.optim.SGD(
-        params, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=fused
-    )
+    return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=fused)
 
 
 def _positive(text: str) -> float:

@@ -78,7 +78,9 @@ def real(golden, tiny_val, recipe):
     records = [int(np.flatnonzero(tiny_val.image_ids == image_id)[0]) for image_id in ids]
     size = (recipe.image_size, recipe.image_size)
     images = [
-        np.array(Image.open(tiny_val.path(k)).convert("RGB").resize(size, Image.Resampling.BILINEAR))
+        np.array(
+            Image.open(tiny_val.path(k)).convert("RGB").resize(size, Image.Resampling.BILINEAR)
+        )
         for k in records
     ]
     inputs = normalise(torch.from_numpy(np.stack(images)), recipe)

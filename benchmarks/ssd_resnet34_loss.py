@@ -1,0 +1,87 @@
+#!/usr/bin/env python3
+"""Matching, loss and backward pass of ssd_resnet34 on one core, against the original's way.
+
+The original's time is that of encoding every image's boxes, which its workers do, and of the loss
+and its backward pass. Both peers are first checked to give the same loss and gradients.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # noqa: F401 before torch
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.ssd_resnet34_reference import Encoder, ReferenceLoss
+from benchmarks.timing import print_table, race, ratio
+from ssd_resnet34.config import RECIPES
+from ssd_resnet34.loss import DetectionLoss
+
+AIM, CLASSES, SLOTS = 0.65, 80, 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+
+    rows = []
+    for real in (SLOTS, 8):
+        ours, original = peers(args.batch_size, real)
+        for mine, theirs in zip(ours(), original(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+        times = race({"ours": ours, "original": original}, args.rounds)
+        cpu = {name: timing.cpu / args.batch_size * 1e3 for name, timing in times.items()}
+        medians = (f"{np.median(cpu[name]):.2f}" for name in ("ours", "original"))
+        rows.append((real, *medians, f"{ratio(cpu['ours'], cpu['original']):.2f}"))
+    header = (
+        "real boxes an image",
+        "ours: CPU ms an image",
+        "original, re-implemented: CPU ms an image",
+        "ours / original",
+    )
+    title = f"Loss with matching and backward, batch {args.batch_size}, M = {SLOTS}, aim {AIM}"
+    print_table(title, header, rows)
+
+
+def peers(batch_size: int, real: int):
+    """Two functions of the same outputs and ground truth that return loss and gradients."""
+    recipe = RECIPES["1p"]
+    generator = torch.Generator().manual_seed(0)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator)
+
+    low = 0.7 * uniform(batch_size, SLOTS, 2)
+    boxes = torch.cat([low, low + 0.02 + 0.28 * uniform(batch_size, SLOTS, 2)], dim=-1)
+    labels = torch.randint(CLASSES, (batch_size, SLOTS), generator=generator)
+    valid = (torch.arange(SLOTS) < real).expand(batch_size, SLOTS)
+    criterion, encoder = DetectionLoss(recipe, CLASSES), Encoder(recipe)
+    reference = ReferenceLoss(recipe)
+    priors = len(encoder.priors)
+    outputs = tuple(
+        torch.randn(batch_size, channels, priors, generator=generator).requires_grad_()
+        for channels in (4, 1 + CLASSES)
+    )
+
+    def ours() -> tuple[Tensor, ...]:
+        loss = criterion(outputs, boxes, labels, valid)["loss"]
+        return loss.detach(), *torch.autograd.grad(loss, outputs)
+
+    def original() -> tuple[Tensor, ...]:
+        pairs = zip(boxes[:, :real], labels[:, :real] + 1, strict=True)
+        dense = (torch.stack(part) for part in zip(*(encoder(*x) for x in pairs), strict=True))
+        loss = reference(outputs, *dense)
+        return loss.detach(), *torch.autograd.grad(loss, outputs)
+
+    return ours, original
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+#!/usr/bin/env python3
+"""Export SSD300-ResNet34 to ONNX, checked with onnxruntime against torch on real images.
+
+    python3 pthtar2onnx.py --checkpoint FILE             offsets (N, 4, 8732), logits (N, C, 8732)
+    python3 pthtar2onnx.py --checkpoint FILE --decoded   boxes (N, 8732, 4), scores (N, C-1, 8732)
+
+Input: `image` (N, 3, 300, 300) float32, N free. How to prepare it, the class names and the numbers
+of the NMS are in the file's metadata.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # noqa: F401 before torch
+
+import importlib.util
+import itertools
+import json
+import logging
+import tempfile
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from common.coco.images import read_image
+from common.coco.sample import write_sample
+from common.npu import checkpoint, cli, entry
+from common.npu.errors import UserError
+from ssd_resnet34.anchors import make_anchors
+from ssd_resnet34.config import RECIPES, Recipe
+from ssd_resnet34.data import prepare_image
+from ssd_resnet34.evaluate import own_network
+from ssd_resnet34.model import build_model
+from ssd_resnet34.postprocess import decode_outputs
+from ssd_resnet34.weights import class_names_of, load_weights, num_classes_of
+
+TOLERANCE = 1e-4  # of an output's largest value; fp32 rounding makes about 1e-6
+
+
+class Decoded(nn.Module):
+    """The network with boxes (N, P, 4) normalised ltrb and scores (N, classes, P) as outputs."""
+
+    def __init__(self, network: nn.Module, recipe: Recipe):
+        super().__init__()
+        self.network, self.recipe = network, recipe
+        self.register_buffer("anchors", make_anchors(recipe))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return decode_outputs(self.network(images), self.anchors, self.recipe)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    needed = ("onnx", "onnxruntime", "onnxscript")
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise UserError(f"the export needs more packages: pip install {' '.join(missing)}")
+    path = cli.checkpoint_to_use(args)
+    state = checkpoint.load(path)
+    recipe = own_network(RECIPES["1p"], state)
+    model = build_model(recipe, num_classes_of(state)).eval()
+    print(f"{path}: {load_weights(model, state)}")
+    outputs = ["offsets", "logits"]
+    if args.decoded:
+        model, outputs = Decoded(model, recipe).eval(), ["boxes", "scores"]
+
+    images = real_images(args.images, recipe)
+    graph = export(model, recipe, outputs, args.opset)
+    for batch_size in (1, 3):
+        batch = torch.stack([*itertools.islice(itertools.cycle(images), batch_size)])
+        print(f"onnxruntime against torch, batch {batch_size}: {compare(graph, model, batch)}")
+    describe(graph, recipe, class_names_of(state))
+    try:
+        args.output_file.parent.mkdir(parents=True, exist_ok=True)
+        args.output_file.write_bytes(graph.SerializeToString())
+    except OSError as error:
+        raise UserError(f"{args.output_file} cannot be written: {error}") from None
+    print(f"{args.output_file}: {graph.ByteSize() / 2**20:.1f} MiB, opset {args.opset}")
+
+
+def parse(argv: list[str] | None):
+    parser = cli.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output-file", type=Path, default="ssd300_resnet34.onnx", help="to write")
+    parser.add_argument("--decoded", action="store_true", help="boxes and scores, not raw outputs")
+    parser.add_argument("--opset", type=int, default=17, help="version of ONNX's operator set")
+    parser.add_argument("--images", nargs="+", help="to check with; default: sample images")
+    cli.add_output_flags(parser)
+    return parser.parse_args(argv)
+
+
+def real_images(paths: list[str] | None, recipe: Recipe) -> list[Tensor]:
+    """Network inputs (3, 300, 300) of the files, by default of three images of the sample."""
+    with tempfile.TemporaryDirectory() as scratch:
+        if not paths:
+            write_sample(Path(scratch, "sample"), train=1, val=3)
+            paths = sorted(map(str, Path(scratch, "sample", "val2017").iterdir()))
+        return [prepare_image(read_image(path), recipe) for path in paths]
+
+
+def export(model: nn.Module, recipe: Recipe, outputs: list[str], opset: int):
+    """The network as an onnx.ModelProto. Raises UserError where torch cannot write the opset."""
+    import onnx
+
+    for name in ("torch.onnx", "onnxscript"):  # they warn of detours of their own
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # Not one: an example batch of one would fix the batch axis.
+    example = torch.zeros(2, 3, recipe.image_size, recipe.image_size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        program = torch.onnx.export(
+            model,
+            (example,),
+            dynamo=True,
+            input_names=["image"],
+            output_names=outputs,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            opset_version=opset,
+            verbose=False,
+        )
+    graph = program.model_proto
+    written = next(used.version for used in graph.opset_import if not used.domain)
+    if written != opset:
+        raise UserError(f"--opset {opset}: torch cannot write it; give --opset {written}")
+    onnx.checker.check_model(graph, full_check=True)
+    return graph
+
+
+@torch.no_grad()
+def compare(graph, model: nn.Module, images: Tensor) -> str:
+    """How far onnxruntime is from torch on `images` (N, 3, H, W); UserError where too far."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(
+        graph.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    parts = []
+    exported = session.run(None, {"image": images.numpy()})
+    for output, theirs, ours in zip(session.get_outputs(), exported, model(images), strict=True):
+        largest = ours.abs().max().item()
+        difference = (ours - torch.from_numpy(theirs)).abs().max().item()
+        parts.append(f"{output.name} differ by {difference:.1e} (largest value {largest:.3g})")
+        if not difference <= TOLERANCE * largest:
+            raise UserError(f"the exported network is wrong, {parts[-1]}; try another --opset")
+    return ", ".join(parts)
+
+
+def describe(graph, recipe: Recipe, class_names: tuple[str, ...]) -> None:
+    """Put what a deployer must know into the graph's metadata, lists as JSON."""
+    import onnx
+
+    size = recipe.image_size
+    notes = {
+        "classes": json.dumps(class_names),
+        "input_size": json.dumps([size, size]),
+        "preprocessing": f"RGB, resized to {size}x{size} (bilinear, antialias, aspect not kept), "
+        "divided by 255, minus mean, divided by std",
+        "boxes": "left, top, right, bottom, 0..1 of the image",
+        "offsets": "centre shift / prior size / variance, log of size ratio / variance",
+        "logits": "background, then the classes; softmax over them gives scores",
+    }
+    numbers = ("mean", "std", "center_variance", "size_variance", "score_threshold", "nms_iou")
+    for name in (*numbers, "max_per_class", "max_detections"):
+        notes[name] = json.dumps(getattr(recipe, name))
+    onnx.helper.set_model_props(graph, notes)
+
+
+if __name__ == "__main__":
+    entry.run(main)
