@@ -13,6 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: F401 before torch
 
+# isort: split
+
 import numpy as np
 import torch
 from torch import Tensor

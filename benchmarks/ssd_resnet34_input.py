@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: F401 before torch
 
+# isort: split
+
 import numpy as np
 import torch
 from torch.utils.data import default_collate

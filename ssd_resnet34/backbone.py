@@ -5,8 +5,9 @@ Residual learning paper, section 4; post-activation, stride in the 3x3 convoluti
 
 from torch import Tensor, nn
 
-# depth: (blocks of stages 1 to 3, bottleneck?)
+# name: (blocks of stages 1 to 3, bottleneck?); resnet10 is for quick tries, it has no weights.
 STAGES = {
+    "resnet10": ((1, 1, 1), False),
     "resnet18": ((2, 2, 2), False),
     "resnet34": ((3, 4, 6), False),
     "resnet50": ((3, 4, 6), True),

@@ -14,6 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: F401 before torch
 
+# isort: split
+
 import json
 import os
 import tempfile
@@ -73,14 +75,11 @@ def main(argv: list[str] | None = None) -> int:
                 picture.save(args.show_dir / name, quality=95)
             except OSError as error:
                 raise UserError(f"{args.show_dir / name} cannot be written: {error}") from None
-    seconds = time.perf_counter() - started
+    speed = len(results) / (time.perf_counter() - started)
     if results:
         text = json.dumps(results, indent=1, ensure_ascii=False)
         (args.show_dir / "results.json").write_text(text + "\n", encoding="utf-8")
-    print(
-        f"{len(results)} of {len(files)} images drawn in {args.show_dir}, "
-        f"{len(results) / seconds:.1f} images/s from file to picture"
-    )
+    print(f"{len(results)} of {len(files)} images drawn in {args.show_dir}, {speed:.1f} images/s")
     return int(len(results) < len(files))
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: F401 before torch
 
+# isort: split
+
 import importlib.util
-import itertools
 import json
 import logging
 import tempfile
@@ -65,11 +66,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.decoded:
         model, outputs = Decoded(model, recipe).eval(), ["boxes", "scores"]
 
-    images = real_images(args.images, recipe)
     graph = export(model, recipe, outputs, args.opset)
-    for batch_size in (1, 3):
-        batch = torch.stack([*itertools.islice(itertools.cycle(images), batch_size)])
-        print(f"onnxruntime against torch, batch {batch_size}: {compare(graph, model, batch)}")
+    images = real_images(args.images, recipe)
+    for batch in (images[:1], images):
+        print(f"onnxruntime against torch, batch {len(batch)}: {compare(graph, model, batch)}")
     describe(graph, recipe, class_names_of(state))
     try:
         args.output_file.parent.mkdir(parents=True, exist_ok=True)
@@ -89,13 +89,14 @@ def parse(argv: list[str] | None):
     return parser.parse_args(argv)
 
 
-def real_images(paths: list[str] | None, recipe: Recipe) -> list[Tensor]:
-    """Network inputs (3, 300, 300) of the files, by default of three images of the sample."""
+def real_images(paths: list[str] | None, recipe: Recipe) -> Tensor:
+    """Network inputs (at least 3, 3, 300, 300) of the files, by default of the sample's images."""
     with tempfile.TemporaryDirectory() as scratch:
         if not paths:
             write_sample(Path(scratch, "sample"), train=1, val=3)
             paths = sorted(map(str, Path(scratch, "sample", "val2017").iterdir()))
-        return [prepare_image(read_image(path), recipe) for path in paths]
+        inputs = [prepare_image(read_image(path), recipe) for path in paths]
+    return torch.stack((inputs * 3)[: max(3, len(inputs))])
 
 
 def export(model: nn.Module, recipe: Recipe, outputs: list[str], opset: int):
@@ -106,18 +107,13 @@ def export(model: nn.Module, recipe: Recipe, outputs: list[str], opset: int):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     # Not one: an example batch of one would fix the batch axis.
     example = torch.zeros(2, 3, recipe.image_size, recipe.image_size)
+    names = {"input_names": ["image"], "output_names": outputs}
+    options = {"dynamo": True, "opset_version": opset, "verbose": False}
+    # An end, though none is meant: torch 2.6 refuses an open one.
+    options["dynamic_shapes"] = ({0: torch.export.Dim("batch", max=4096)},)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        program = torch.onnx.export(
-            model,
-            (example,),
-            dynamo=True,
-            input_names=["image"],
-            output_names=outputs,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            opset_version=opset,
-            verbose=False,
-        )
+        program = torch.onnx.export(model, (example,), **names, **options)
     graph = program.model_proto
     written = next(used.version for used in graph.opset_import if not used.domain)
     if written != opset:
@@ -131,10 +127,8 @@ def compare(graph, model: nn.Module, images: Tensor) -> str:
     """How far onnxruntime is from torch on `images` (N, 3, H, W); UserError where too far."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(
-        graph.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    parts = []
+    content, parts = graph.SerializeToString(), []
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     exported = session.run(None, {"image": images.numpy()})
     for output, theirs, ours in zip(session.get_outputs(), exported, model(images), strict=True):
         largest = ours.abs().max().item()
@@ -149,18 +143,17 @@ def describe(graph, recipe: Recipe, class_names: tuple[str, ...]) -> None:
     """Put what a deployer must know into the graph's metadata, lists as JSON."""
     import onnx
 
-    size = recipe.image_size
     notes = {
         "classes": json.dumps(class_names),
-        "input_size": json.dumps([size, size]),
-        "preprocessing": f"RGB, resized to {size}x{size} (bilinear, antialias, aspect not kept), "
+        "input_size": json.dumps([recipe.image_size] * 2),
+        "preprocessing": "RGB, resized without keeping the aspect (bilinear, antialias), "
         "divided by 255, minus mean, divided by std",
         "boxes": "left, top, right, bottom, 0..1 of the image",
         "offsets": "centre shift / prior size / variance, log of size ratio / variance",
         "logits": "background, then the classes; softmax over them gives scores",
     }
-    numbers = ("mean", "std", "center_variance", "size_variance", "score_threshold", "nms_iou")
-    for name in (*numbers, "max_per_class", "max_detections"):
+    numbers = "mean std center_variance size_variance score_threshold nms_iou max_per_class"
+    for name in (*numbers.split(), "max_detections"):
         notes[name] = json.dumps(getattr(recipe, name))
     onnx.helper.set_model_props(graph, notes)
 

@@ -151,7 +151,7 @@ def _outlines(
         cells = cells - cells.mean(0) + rng.uniform(-0.2, 0.2, cells.shape)
         return [_shape(rng, kind) * side + centre + 1.5 * side * cell for cell in cells]
     side = (
-        rng.uniform(8, 16) if rng.random() < 0.02 else rng.uniform(0.09, 0.6) * min(height, width)
+        rng.uniform(8, 16) if rng.random() < 0.02 else rng.uniform(0.12, 0.6) * min(height, width)
     )
     return [_shape(rng, kind) * side + centre]
 
@@ -190,13 +190,13 @@ def _paint(rng: np.random.Generator, canvas: np.ndarray, coverage: np.ndarray) -
     window = _extent(coverage > 0)
     alpha, below = coverage[window][..., None], canvas[window]
     behind = (below * alpha).sum((0, 1)) / alpha.sum()
-    fill = _texture(rng, *alpha.shape[:2], _colours(rng, spread=25, unlike=behind))
+    fill = _texture(rng, *alpha.shape[:2], _vivid(rng, behind))
     canvas[window] = below + alpha * (fill - below)
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """Texture (H, W, 3) float32 with a few lines that are no objects."""
-    texture = _texture(rng, height, width, _colours(rng, spread=35))
+    texture = _texture(rng, height, width, _muted(rng))
     picture = Image.fromarray(texture.astype(np.uint8))
     draw = ImageDraw.Draw(picture)
     for _ in range(rng.integers(0, 5)):
@@ -206,14 +206,18 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
     return np.array(picture, np.float32)
 
 
-def _colours(
-    rng: np.random.Generator, spread: float, unlike: np.ndarray | None = None
-) -> np.ndarray:
-    """Two related colours (2, 3), 0..255; their mean stands off from the colour `unlike` (3,)."""
+def _muted(rng: np.random.Generator) -> np.ndarray:
+    """Two related colours (2, 3), 0..255, not far from grey."""
+    pair = rng.uniform(40, 215) + rng.uniform(-35, 35, 3) + rng.normal(0, 20, (2, 3))
+    return pair.clip(0, 255)
+
+
+def _vivid(rng: np.random.Generator, unlike: np.ndarray) -> np.ndarray:
+    """Two related colours (2, 3), 0..255, far from grey and from the colour `unlike` (3,)."""
     while True:
-        pair = rng.uniform(10, 245, 3) + rng.normal(0, spread, (2, 3))
-        pair = pair.clip(0, 255)
-        if unlike is None or np.linalg.norm(pair.mean(0) - unlike) > 90:
+        pair = (rng.uniform(0, 255, 3) + rng.normal(0, 25, (2, 3))).clip(0, 255)
+        mean = pair.mean(0)
+        if np.ptp(mean) > 120 and np.linalg.norm(mean - unlike) > 90:
             return pair
 
 

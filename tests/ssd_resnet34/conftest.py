@@ -21,6 +21,15 @@ GOLDEN = TESTS / "golden" / "ssd_resnet34"
 TINY = TESTS / "data" / "tiny_coco"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """As the golden values were computed; also far quicker on busy cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def recipe():
     return RECIPES["1p"]

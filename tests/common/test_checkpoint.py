@@ -1,0 +1,210 @@
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.npu import checkpoint
+from common.npu.errors import UserError
+
+
+def state(value=1.0):
+    weights = {f"layer{k}.weight": torch.full((40, 30), value + k) for k in range(3)}
+    return {"model": weights, "run": {"seed": 0}, "iteration": 3}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = checkpoint.path_of(tmp_path, 3)
+    checkpoint.save(path, state())
+    return path
+
+
+def test_what_was_saved_is_loaded(saved):
+    loaded = checkpoint.load(saved)
+    assert loaded.keys() == state().keys()
+    assert loaded["run"] == {"seed": 0}
+    for key, value in state()["model"].items():
+        assert torch.equal(loaded["model"][key], value)
+    assert [path.name for path in saved.parent.iterdir()] == ["iter_3.pt"]
+
+
+@pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("where", ["save", "fsync", "replace"])
+def test_a_failing_write_leaves_the_old_file(saved, monkeypatch, where, error):
+    old = saved.read_bytes()
+
+    def fail(*args):
+        if where == "save":
+            args[1].write(b"half a checkpoint")
+        raise error
+
+    owner = {"save": torch, "fsync": os, "replace": os}[where]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, where, fail)
+        with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt) as seen:
+            checkpoint.save(saved, state(2.0))
+    if isinstance(error, OSError):
+        assert str(saved) in str(seen.value)
+        assert "No space left" in str(seen.value)
+    assert saved.read_bytes() == old
+    assert [path.name for path in saved.parent.iterdir()] == ["iter_3.pt"]
+
+
+def test_bytes_are_on_the_disk_before_the_name(saved, monkeypatch):
+    """A power cut after the rename must not find an empty file under the good name."""
+    events = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *a, n=name, f=original: (events.append(n), f(*a))[1], raising=True
+        )
+    checkpoint.save(saved, state())
+    assert events[:2] == ["fsync", "replace"]
+
+
+def test_an_unwritable_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises((UserError, FileExistsError, NotADirectoryError), match="file"):
+        checkpoint.save(tmp_path / "file" / "iter_1.pt", state())
+
+
+def test_every_flipped_byte_of_a_tensor_is_noticed(saved):
+    data = saved.read_bytes()
+    with zipfile.ZipFile(saved) as archive:
+        for entry in archive.infolist():
+            if "/data/" not in entry.filename:
+                continue
+            value = archive.read(entry)
+            start = data.index(value)
+            for offset in range(0, len(value), max(1, len(value) // 12)):
+                broken = bytearray(data)
+                broken[start + offset] ^= 1 << offset % 8
+                saved.write_bytes(broken)
+                assert entry.filename in checkpoint.damage(saved)
+                with pytest.raises(UserError, match=r"iter_3\.pt is damaged"):
+                    checkpoint.load(saved)
+    saved.write_bytes(data)
+    assert checkpoint.damage(saved) is None
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return a == b
+
+
+@settings(max_examples=150, deadline=None)
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_flipped_bit_anywhere_is_noticed_or_without_effect(tmp_path_factory, place, bit):
+    path = tmp_path_factory.getbasetemp() / "flip" / "iter_3.pt"
+    if not path.exists():
+        checkpoint.save(path, state())
+    data = path.read_bytes()
+    broken = bytearray(data)
+    broken[int(place * len(data))] ^= 1 << bit
+    copy = path.with_name("copy.pt")
+    copy.write_bytes(broken)
+    try:
+        loaded = checkpoint.load(copy)
+    except UserError as error:
+        assert "copy.pt" in str(error)  # noqa: PT017 either outcome is right
+    else:
+        assert same(loaded, state())
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.3, 0.5, 0.9, 0.999])
+def test_a_file_cut_short_is_noticed(saved, share):
+    data = saved.read_bytes()
+    saved.write_bytes(data[: int(share * len(data))])
+    assert "cut short or damaged" in checkpoint.damage(saved)
+    with pytest.raises(UserError, match=r"iter_3\.pt"):
+        checkpoint.load(saved)
+
+
+def test_the_newest_whole_one_is_found_and_the_others_are_named(tmp_path):
+    for iteration in (5, 40, 300, 1000):
+        checkpoint.save(checkpoint.path_of(tmp_path, iteration), state(iteration))
+    (tmp_path / "best.pt").write_bytes(b"")
+    (tmp_path / "iter_x.pt").write_bytes(b"")
+    (tmp_path / "iter_2000.pt.77.tmp").write_bytes(b"half")
+    names = [path.name for path in checkpoint.by_age(tmp_path)]
+    assert names == ["iter_1000.pt", "iter_300.pt", "iter_40.pt", "iter_5.pt"]
+    assert checkpoint.newest(tmp_path) == (tmp_path / "iter_1000.pt", [])
+
+    cut, flipped = tmp_path / "iter_1000.pt", tmp_path / "iter_300.pt"
+    cut.write_bytes(cut.read_bytes()[:-1000])
+    data = bytearray(flipped.read_bytes())
+    data[data.index(torch.full((4,), 300.0).numpy().tobytes())] ^= 4
+    flipped.write_bytes(data)
+    path, skipped = checkpoint.newest(tmp_path)
+    assert path == tmp_path / "iter_40.pt"
+    assert [line.split(":")[0] for line in skipped] == [
+        f"skipping checkpoint {cut}",
+        f"skipping checkpoint {flipped}",
+    ]
+
+
+def test_nothing_to_resume_from(tmp_path, capsys):
+    assert checkpoint.newest(tmp_path / "missing") == (None, [])
+    assert checkpoint.to_resume("auto", tmp_path) is None
+    assert checkpoint.to_resume("none", tmp_path) is None
+    assert capsys.readouterr().err == ""
+
+
+def test_resume_takes_the_newest_whole_one_and_says_what_it_skips(saved, capsys):
+    checkpoint.path_of(saved.parent, 9).write_bytes(b"PK broken")
+    assert checkpoint.to_resume("none", saved.parent) is None
+    found = checkpoint.to_resume("auto", saved.parent)
+    assert found["path"] == str(saved)
+    assert found["iteration"] == 3
+    assert "skipping checkpoint" in capsys.readouterr().err
+    assert checkpoint.to_resume(str(saved), saved.parent / "elsewhere")["iteration"] == 3
+
+
+def test_weights_alone_cannot_be_resumed(tmp_path):
+    torch.save({"model": {}}, tmp_path / "weights.pt")
+    with pytest.raises(UserError, match=r"weights\.pt: holds weights only; use --checkpoint_path"):
+        checkpoint.to_resume(str(tmp_path / "weights.pt"), tmp_path)
+
+
+def test_load_refuses_with_one_line_what_is_no_checkpoint(tmp_path):
+    text, array, pickled = (tmp_path / name for name in ("a.txt", "b.pt", "c.pt"))
+    text.write_text("hello\nworld")
+    torch.save([1, 2], array)
+    pickled.write_bytes(pickle.dumps(print, 2))
+    for path in (tmp_path / "none.pt", text, array, pickled, tmp_path):
+        with pytest.raises(UserError) as error:
+            checkpoint.load(path)
+        assert str(path) in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_tidy_keeps_the_newest_and_the_best(tmp_path):
+    for name in ("iter_1.pt", "iter_20.pt", "iter_3.pt", "best.pt", "iter_9.pt.12.tmp", "note.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    checkpoint.tidy(tmp_path, 2)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["best.pt", "iter_20.pt", "iter_3.pt", "note.txt"]
+
+
+def test_make_room_renames_and_never_deletes(tmp_path):
+    folder = tmp_path / "output"
+    assert checkpoint.make_room(folder) is None
+    folder.mkdir()
+    assert checkpoint.make_room(folder) is None
+    for text in ("first", "second", "third"):
+        folder.mkdir(exist_ok=True)
+        (folder / "log").write_text(text)
+        os.utime(folder, (1.7e9, 1.7e9))  # the same second each time
+        line = checkpoint.make_room(folder)
+        assert str(folder) in line
+        assert not folder.exists()
+    kept = sorted(tmp_path.iterdir())
+    assert {path.joinpath("log").read_text() for path in kept} == {"first", "second", "third"}
+    assert all(path.name.startswith("output_2023") for path in kept)

@@ -1,0 +1,119 @@
+"""The ONNX export: onnxruntime gives what torch gives, and the file says how to use it."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from common.coco.images import read_image
+from common.npu import checkpoint
+from common.npu.errors import UserError
+from ssd_resnet34 import pthtar2onnx
+from ssd_resnet34.anchors import make_anchors
+from ssd_resnet34.config import Recipe
+from ssd_resnet34.data import prepare_image
+from ssd_resnet34.model import build_model
+from ssd_resnet34.postprocess import decode_outputs, detect
+
+PHOTOS = sorted(Path(__file__).parents[1].glob("data/tiny_coco/val2017/*.jpg"))[:2]
+RECIPE = Recipe(backbone="resnet18")
+NAMES = ["cat", "dog"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return build_model(RECIPE, len(NAMES)).eval()
+
+
+@pytest.fixture(scope="module")
+def weights(model, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("run") / "iter_3.pt"
+    kept = {"model": model.state_dict(), "classes": NAMES}
+    checkpoint.save(path, {**kept, "recipe": dataclasses.asdict(RECIPE)})
+    return path
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return torch.stack([prepare_image(read_image(str(photo)), RECIPE) for photo in PHOTOS])
+
+
+def run(file: Path, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    values = session.run(names, {"image": images.numpy()})
+    return dict(zip(names, map(torch.from_numpy, values), strict=True))
+
+
+def test_raw_outputs_lead_to_the_same_detections(weights, model, images, tmp_path, capsys):
+    file = tmp_path / "new" / "raw.onnx"
+    given = map(str, PHOTOS)
+    pthtar2onnx.main([f"--checkpoint={weights}", f"--output_file={file}", "--images", *given])
+    assert "batch 3: offsets differ by" in capsys.readouterr().out
+
+    exported = run(file, images)
+    assert list(exported) == ["offsets", "logits"]
+    with torch.no_grad():
+        outputs = model(images)
+    for ours, theirs in zip(outputs, exported.values(), strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+    sizes = torch.tensor([[300, 300], [480, 640]])
+    ours, theirs = detect(outputs, sizes, RECIPE), detect(tuple(exported.values()), sizes, RECIPE)
+    for expected, found in zip(ours, theirs, strict=True):
+        assert len(expected.scores) > 20
+        torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-4)
+
+    graph = onnx.load(file)
+    assert [used.version for used in graph.opset_import] == [17]
+    assert len(graph.graph.node) < 100, "the graph is no longer folded"
+    notes = {entry.key: entry.value for entry in graph.metadata_props}
+    assert json.loads(notes["classes"]) == NAMES
+    assert json.loads(notes["input_size"]) == [300, 300]
+    assert json.loads(notes["mean"]) == list(RECIPE.mean)
+    assert json.loads(notes["std"]) == list(RECIPE.std)
+
+
+def test_decoded_outputs(weights, model, images, tmp_path):
+    file = tmp_path / "decoded.onnx"
+    pthtar2onnx.main([f"--checkpoint={weights}", f"--output_file={file}", "--decoded"])
+    exported = run(file, images)
+    assert exported["boxes"].shape == (2, 8732, 4)
+    assert exported["scores"].shape == (2, len(NAMES), 8732)
+    with torch.no_grad():
+        boxes, scores = decode_outputs(model(images), make_anchors(RECIPE), RECIPE)
+    torch.testing.assert_close(exported["boxes"], boxes, rtol=0, atol=1e-5)
+    torch.testing.assert_close(exported["scores"], scores, rtol=0, atol=1e-5)
+
+
+def test_a_wrong_export_is_found(images):
+    """A graph that is off in one value stands for an export gone wrong."""
+    offset = onnx.helper.make_tensor("offset", onnx.TensorProto.FLOAT, [1], [0.01])
+    shape = ["batch", 3, 300, 300]
+    value = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        for name in ("image", "same")
+    ]
+    add = onnx.helper.make_node("Add", ["image", "offset"], ["same"])
+    body = onnx.helper.make_graph([add], "wrong", value[:1], value[1:], [offset])
+    opset = onnx.helper.make_opsetid("", 17)
+    graph = onnx.helper.make_model(body, opset_imports=[opset], ir_version=10)
+
+    right = pthtar2onnx.compare(graph, lambda x: (x + np.float32(0.01),), images)
+    assert right.startswith("same differ by 0.0e+00")
+    with pytest.raises(UserError, match=r"network is wrong, same differ by 1\.0e-02"):
+        pthtar2onnx.compare(graph, lambda x: (x,), images)
+
+
+def test_an_opset_out_of_reach_is_an_error_that_names_one_within():
+    class Doubled(torch.nn.Module):
+        def forward(self, images):
+            return images * 2
+
+    with pytest.raises(UserError, match=r"--opset 5: .*give --opset 18"):
+        pthtar2onnx.export(Doubled().eval(), RECIPE, ["doubled"], 5)

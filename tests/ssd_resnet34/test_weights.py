@@ -1,0 +1,143 @@
+import pickle
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from common.npu.errors import UserError
+from ssd_resnet34.config import RECIPES
+from ssd_resnet34.model import build_model
+from ssd_resnet34.weights import load_weights, published_state_dict
+
+RECIPE = RECIPES["1p"]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(1)
+    return build_model(RECIPE, 80)
+
+
+def torchvision_state(filled_state):
+    """As resnet34-333f7ec4.pth: the trunk under torchvision's names, layer4 and fc, no counters."""
+    names = {"0": "conv1", "1": "bn1", "3": "layer1", "4": "layer2", "5": "layer3"}
+    state = {}
+    for key, value in filled_state.items():
+        package, position, rest = key.split(".", 2)
+        if package == "model" and not rest.endswith("num_batches_tracked"):
+            state[f"{names[position]}.{rest}"] = value
+    state["layer4.0.conv1.weight"] = torch.zeros(512, 256, 3, 3)
+    state["fc.weight"], state["fc.bias"] = torch.zeros(1000, 512), torch.zeros(1000)
+    return state
+
+
+def assert_holds(model, expected, keys):
+    state = model.state_dict()
+    for key in keys:
+        assert torch.equal(state[key], expected[key]), key
+
+
+def test_torchvisions_backbone(model, filled_state, tmp_path):
+    before = published_state_dict(model)
+    torch.save(torchvision_state(filled_state), tmp_path / "resnet34.pth")
+    report = load_weights(model, tmp_path / "resnet34.pth")
+    trunk = {key for key in filled_state if key.startswith("model.")}
+    counters = {key for key in trunk if key.endswith("num_batches_tracked")}
+    assert set(report.loaded) == trunk - counters
+    assert report.skipped == ("layer4.0.conv1.weight", "fc.weight", "fc.bias")
+    assert report.reinitialised == ()
+    assert set(report.missing) == set(filled_state) - set(report.loaded)
+    assert_holds(model, filled_state, report.loaded)
+    assert_holds(model, before, report.missing)
+    assert "num_batches_tracked" not in str(report)
+    assert f"{len(report.loaded)} tensors loaded" in str(report)
+
+
+def test_the_real_torchvision_names(model):
+    """The names are torchvision's own, not just our idea of them."""
+    resnet34 = pytest.importorskip("torchvision.models").resnet34
+    theirs = resnet34().state_dict()
+    report = load_weights(model, theirs)
+    assert {key.split(".")[0] for key in report.skipped} == {"layer4", "fc"}
+    assert all(not key.startswith("model.") for key in report.missing)
+    assert_close(model.model[5][3].bn2.weight, theirs["layer3.3.bn2.weight"])
+    assert torch.equal(
+        model.model[4][0].downsample[0].weight, theirs["layer2.0.downsample.0.weight"]
+    )
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("wrapper", ["model", "state_dict", None])
+def test_the_ports_checkpoint(model, filled_state, tmp_path, prefix, wrapper):
+    state = {prefix + key: value for key, value in filled_state.items()}
+    torch.save({wrapper: state} if wrapper else state, tmp_path / "iter_1.pt")
+    report = load_weights(model, tmp_path / "iter_1.pt")
+    assert set(report.loaded) == set(filled_state)
+    assert report.skipped == report.reinitialised == report.missing == ()
+    assert_holds(model, filled_state, filled_state)
+
+
+def test_our_checkpoint_with_everything_in_it(model, filled_state, tmp_path):
+    state = {"model": filled_state, "optimizer": {"state": {}}, "iteration": 7, "classes": ["a"]}
+    torch.save(state, tmp_path / "iter_7.pt")
+    load_weights(model, str(tmp_path / "iter_7.pt"))
+    assert_holds(model, filled_state, filled_state)
+
+
+def test_heads_of_another_class_count_start_anew_and_are_reported(filled_state):
+    torch.manual_seed(2)
+    model = build_model(RECIPE, 85)
+    before = published_state_dict(model)
+    report = load_weights(model, {"module." + key: value for key, value in filled_state.items()})
+    heads = [key for key in filled_state if key.startswith("mbox.")]
+    assert sorted(report.reinitialised) == sorted(heads)
+    assert "12 re-initialised (other shape): mbox.0.weight" in str(report)
+    assert_holds(model, before, heads)
+    assert_holds(model, filled_state, set(filled_state) - set(heads))
+
+
+def test_heads_can_be_left_out(model, filled_state):
+    before = published_state_dict(model)
+    report = load_weights(model, filled_state, heads=False)
+    assert len(report.reinitialised) == 12
+    assert_holds(model, before, report.reinitialised)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [{}, {"a": torch.zeros(3)}, {"model": {"backbone.conv1.weight": torch.zeros(64, 3, 7, 7)}}],
+)
+def test_nothing_that_fits(model, state, tmp_path):
+    torch.save(state, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"other\.pt: no tensor fits this network"):
+        load_weights(model, tmp_path / "other.pt")
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda s, p: p.write_bytes(pickle.dumps(s, 2))])
+def test_code_in_a_file_is_refused_and_not_run(model, filled_state, tmp_path, write):
+    trace = tmp_path / "trace"
+    write({"model": {"model.0.weight": torch.zeros(1)}, "x": Bomb(trace)}, tmp_path / "bomb.pt")
+    with pytest.raises(UserError, match=r"bomb\.pt"):
+        load_weights(model, tmp_path / "bomb.pt")
+    assert not trace.exists()
+
+
+def test_published_state_dict_is_the_ports_layout_and_a_copy(model, golden, filled_state):
+    model.to(memory_format=torch.channels_last)
+    state = published_state_dict(model)
+    assert [[key, list(value.shape)] for key, value in state.items()] == golden("keys")
+    floats = [value for value in state.values() if value.is_floating_point()]
+    assert {value.dtype for value in floats} == {torch.float32}
+    assert {value.device.type for value in floats} == {"cpu"}
+    kept = state["model.1.weight"].clone()
+    with torch.no_grad():
+        model.model[1].weight.add_(1)
+    assert torch.equal(state["model.1.weight"], kept)
