@@ -16,7 +16,7 @@ source common/npu/venv.sh
 find_python requirements.txt
 source common/npu/env_npu.sh
 
-[ -d quickstart/sample ] || "$PYTHON" -m common.coco.sample quickstart/sample
+[ -d quickstart/sample ] || "$PYTHON" -m common.coco.sample quickstart/sample --train 1200
 "$PYTHON" ssd_resnet34/train.py --recipe=quickstart --data=quickstart/sample \
     --output_dir=quickstart/output "$@"
 

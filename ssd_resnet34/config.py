@@ -17,7 +17,7 @@ class Recipe:
     name: str = _option("SSD-ResNet34", "network name in logs and file names")
 
     # Network
-    backbone: str = _option("resnet34", "resnet18, resnet34 or resnet50")
+    backbone: str = _option("resnet34", "resnet18, resnet34, resnet50, or resnet10 for quick tries")
     image_size: int = _option(300, "side of the square network input, pixels; priors fit 300 only")
 
     # Default boxes ("priors"), SSD paper section 2.2, sizes of the SSD300 COCO model
@@ -111,13 +111,14 @@ RECIPES: dict[str, Recipe] = {
     # Minutes on two CPU cores, for the built-in sample set, from random initialisation: a smaller
     # network and batch, and a warm-up because nothing is pretrained.
     "quickstart": Recipe(
-        name="SSD-ResNet18",
-        backbone="resnet18",
+        name="SSD-ResNet10",
+        backbone="resnet10",
+        augment=False,
         batch_size=8,
-        epochs=20,
-        lr=4e-2,
+        epochs=7,
+        lr=8e-2,
         lr_step=0,
-        lr_decay_epochs=(14, 18),
+        lr_decay_epochs=(6,),
         warmup=60,
         warmup_factor=0,
         clip_norm=10.0,

@@ -229,7 +229,7 @@ class Training:
                 break
             if done == self.per_epoch and self.evaluation_due() and self.evaluate():
                 break
-            if done % (self.args.save_interval or self.per_epoch) == 0:
+            if self.iteration % (self.args.save_interval or self.per_epoch) == 0:
                 self.save()
         return None
 

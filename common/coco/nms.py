@@ -1,6 +1,7 @@
 """Class-wise greedy non-maximum suppression on the host: fp32, exact, no shifted coordinates."""
 
 import functools
+import sys
 
 import numpy as np
 import torch
@@ -48,7 +49,12 @@ def _suppress(boxes, scores, labels, chosen, iou_threshold: float) -> np.ndarray
 
 @functools.cache
 def _torchvision():
-    """torchvision.ops.nms, or None where torchvision is absent or was built for another torch."""
+    """torchvision.ops.nms, or None where torchvision is absent or was built for another torch.
+
+    On an NPU host it is not even tried: there is no torchvision for torch_npu's torch.
+    """
+    if "torch_npu" in sys.modules:
+        return None
     try:
         from torchvision.ops import nms
     except (ImportError, RuntimeError):

@@ -151,7 +151,7 @@ def _outlines(
         cells = cells - cells.mean(0) + rng.uniform(-0.2, 0.2, cells.shape)
         return [_shape(rng, kind) * side + centre + 1.5 * side * cell for cell in cells]
     side = (
-        rng.uniform(8, 16) if rng.random() < 0.02 else rng.uniform(0.12, 0.6) * min(height, width)
+        rng.uniform(8, 16) if rng.random() < 0.02 else rng.uniform(0.16, 0.6) * min(height, width)
     )
     return [_shape(rng, kind) * side + centre]
 

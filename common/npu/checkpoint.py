@@ -6,12 +6,15 @@ import re
 import sys
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
 
 from common.npu.errors import UserError
 
+# What zipfile raises for damage in its own structures.
+_UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
 _NAME = re.compile(r"iter_(\d+)\.pt$")
 
 
@@ -25,8 +28,10 @@ def save(path: Path, state: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"checkpoint {path} cannot be written: {error}") from None
+    except (OSError, RuntimeError) as error:
+        # On a full disk torch's writer may hide the OSError behind one of its own.
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        raise UserError(f"checkpoint {path} cannot be written: {reason}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -35,10 +40,12 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint of ours, or None: every byte is compared with its CRC."""
     try:
         with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-    except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+            # Marked a directory (0x10), an entry would be read as uninitialised memory.
+            marked = (i.filename for i in archive.infolist() if i.external_attr & 0x10)
+            bad = archive.testzip() or next(marked, None)
+    except _UNREADABLE as error:
         return f"cut short or damaged ({error})"
-    return None if bad is None else f"damaged ({bad} fails its checksum)"
+    return None if bad is None else f"damaged ({bad} is not what was written)"
 
 
 def load(path: str | Path) -> dict:
@@ -60,7 +67,7 @@ def load(path: str | Path) -> dict:
         ) from None
     except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"checkpoint {path} cannot be read: {reason}") from None
+        raise UserError(f"checkpoint {path} is cut short or no checkpoint: {reason}") from None
     if not isinstance(state, dict):
         raise UserError(f"checkpoint {path} holds a {type(state).__name__}, not a dictionary")
     return state
@@ -83,10 +90,12 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, if any, and a line for each that had to be skipped."""
     skipped = []
     for path in by_age(folder):
-        trouble = damage(path)
-        if trouble is None:
+        try:
+            load(path)
+        except UserError as error:
+            skipped.append(f"skipping {error}")
+        else:
             return path, skipped
-        skipped.append(f"skipping checkpoint {path}: {trouble}")
     return None, skipped
 
 

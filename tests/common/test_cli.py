@@ -1,0 +1,193 @@
+import argparse
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from common.npu import checkpoint, cli
+from common.npu.errors import UserError
+
+
+def option(default, *flags):
+    return field(default=default, metadata={"help": f"about {default}", "flags": flags})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str = option("net")
+    batch_size: int = option(32, "-b")
+    lr: float = option(1e-3)
+    weight_decay: float = option(5e-4, "--wd")
+    steps: tuple[int, ...] = option((4, 8))
+    scales: tuple[float, ...] = option((0.5, 1.0))
+    none_yet: tuple[int, ...] = option(())
+    augment: bool = option(True)
+    epochs: int = option(9)
+    hidden: int = 7
+
+
+RECIPES = {"small": Recipe(), "large": Recipe(batch_size=64, augment=False)}
+
+
+def parser():
+    p = cli.Parser(prog="train")
+    cli.add_data_flags(p)
+    cli.add_output_flags(p)
+    cli.add_run_flags(p)
+    cli.add_device_flags(p)
+    cli.add_evaluation_flags(p)
+    cli.add_recipe_flags(p, RECIPES)
+    return p
+
+
+def recipe_of(*words):
+    return cli.chosen_recipe(parser().parse_args(list(words)), RECIPES)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--weight-decay", "0.25", "--data-path=/a_b/c_d", "--max-iters=3"],
+        ["--weight_decay", "0.25", "--data_path=/a_b/c_d", "--max_iters=3"],
+        ["--wd=0.25", "-d", "/a_b/c_d", "--profile", "3"],
+        ["--wd=0.25", "--data", "/a_b/c_d", "--profile=3"],
+    ],
+)
+def test_dash_and_underscore_are_the_same_in_names_only(words):
+    args = parser().parse_args(words)
+    assert (args.data, args.max_iters, args.weight_decay) == ("/a_b/c_d", 3, 0.25)
+
+
+def test_the_command_line_is_the_default(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "--save_interval", "5"])
+    assert parser().parse_args().save_interval == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--learning_rat", "3"], "--learning-rat"),
+        (["--batch", "3"], "--batch"),  # no abbreviations
+        (["--batch_size", "many"], "--batch-size"),
+        (["--device", "tpu"], "--device"),
+        (["--recipe", "huge"], "--recipe"),
+        (["--lr"], "--lr"),
+        (["stray"], "stray"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_status_2(words, named, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parser().parse_args(words)
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert named in err
+
+
+def test_help_shows_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parser().parse_args(["--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ("--batch-size", "(default: 32)", "(default: 4 8)", "--no-augment", "--resume"):
+        assert words in text
+    assert "hidden" not in text
+    assert "local-rank" not in text
+
+
+def test_a_preset_alone_is_unchanged():
+    assert recipe_of() == RECIPES["small"]
+    assert recipe_of("--recipe", "large") == RECIPES["large"]
+
+
+def test_flags_override_fields_with_their_types():
+    words = "--recipe large --name x -b 8 --lr 1 --steps 1 2 3 --scales 2 --none_yet 5 --augment"
+    found = recipe_of(*words.split())
+    expected = dataclasses.replace(
+        RECIPES["large"],
+        name="x",
+        batch_size=8,
+        lr=1.0,
+        steps=(1, 2, 3),
+        scales=(2.0,),
+        none_yet=(5,),
+        augment=True,
+    )
+    assert found == expected
+    for one, other in zip(dataclasses.astuple(found), dataclasses.astuple(expected), strict=True):
+        assert type(one) is type(other)
+    assert isinstance(found.scales[0], float)
+
+
+def test_a_tuple_can_be_emptied_and_a_switch_put_out():
+    found = recipe_of("--steps", "--no-augment")
+    assert found.steps == ()
+    assert found.augment is False
+    assert recipe_of("--no_augment").augment is False
+
+
+@pytest.mark.parametrize("flag", ["--batch_size", "--epochs"])
+@pytest.mark.parametrize("value", ["0", "-1"])
+def test_counts_must_be_positive(flag, value):
+    with pytest.raises(UserError, match=f"{flag} {value}: must be at least 1"):
+        recipe_of(f"{flag}={value}")
+
+
+def test_undocumented_fields_have_no_flag(capsys):
+    with pytest.raises(SystemExit):
+        recipe_of("--hidden", "3")
+    assert "--hidden" in capsys.readouterr().err
+
+
+def test_defaults_of_a_run():
+    args = parser().parse_args([])
+    assert (args.resume, args.save, args.kind, args.device) == ("none", True, "acc", "auto")
+    assert parser().parse_args(["--no_save"]).save is False
+    assert parser().parse_args(["--local_rank=3"]).local_rank == 3
+
+
+def test_workers(monkeypatch):
+    monkeypatch.setattr(cli.os, "sched_getaffinity", lambda pid: range(24), raising=False)
+    assert [cli.workers_for(n, 1) for n in (0, 5, 40)] == [0, 5, 40]
+    assert [cli.workers_for(None, ranks) for ranks in (1, 2, 8, 24, 30)] == [16, 11, 2, 0, 0]
+    with pytest.raises(UserError, match="--num_workers -1"):
+        cli.workers_for(-1, 1)
+
+
+@pytest.mark.parametrize("given", [None, 80, 81])
+def test_a_class_count_that_agrees(given):
+    cli.check_num_classes(argparse.Namespace(num_classes=given), 80)
+
+
+@pytest.mark.parametrize("given", [0, 79, 82])
+def test_a_class_count_that_contradicts_the_file(given):
+    with pytest.raises(UserError, match=f"--num_classes {given}: the annotation file has 80"):
+        cli.check_num_classes(argparse.Namespace(num_classes=given), 80)
+
+
+def test_checkpoint_to_use(tmp_path, capsys):
+    def use(folder, given=None):
+        args = argparse.Namespace(checkpoint=given, output_dir=tmp_path / folder)
+        return cli.checkpoint_to_use(args)
+
+    with pytest.raises(UserError, match="give one with --checkpoint_path"):
+        use("output")
+    for folder, steps in (("output", (1, 2)), ("output_20260101", (9,))):
+        for step in steps:
+            checkpoint.save(checkpoint.path_of(tmp_path / folder, step), {"run": {}})
+    assert use("output", "given.pt") == Path("given.pt")
+    assert use("output") == tmp_path / "output" / "iter_2.pt"
+    assert use("elsewhere").parent.parent == tmp_path  # a run beside it
+    (tmp_path / "output" / "iter_3.pt").write_bytes(b"cut")
+    assert use("output") == tmp_path / "output" / "iter_2.pt"
+    assert "skipping checkpoint" in capsys.readouterr().err
+
+
+def test_launch_time(monkeypatch):
+    monkeypatch.delenv("ONESTAGE_LAUNCH_TIME", raising=False)
+    assert cli.launch_time(5.0) == 5.0
+    monkeypatch.setenv("ONESTAGE_LAUNCH_TIME", "1700000000.5")
+    assert cli.launch_time(5.0) == 1700000000.5

@@ -1,0 +1,132 @@
+import multiprocessing
+import socket
+
+import pytest
+import torch
+from torch import nn
+
+from common.npu import distributed
+from common.npu.distributed import Ranks
+from common.npu.errors import UserError
+
+CPU = torch.device("cpu")
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    def give(**values):
+        for name in VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+        return Ranks.from_environment()
+
+    return give
+
+
+def test_without_a_launcher_there_is_one_rank(environment):
+    for given in ({}, {"RANK": "1"}, {"WORLD_SIZE": "8", "RANK": "3"}):
+        assert environment(**given) == Ranks(0, 0, 1, 1)
+
+
+def test_ranks_of_a_launcher(environment):
+    ranks = environment(RANK="11", LOCAL_RANK="3", WORLD_SIZE="16", LOCAL_WORLD_SIZE="8")
+    assert ranks == Ranks(rank=11, local_rank=3, world_size=16, local_world_size=8)
+    assert not ranks.main
+    assert ranks.card(5) == 3
+    alone = environment(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    assert alone.main
+    assert alone.card(5) == 5
+
+
+def test_variables_that_are_no_numbers(environment):
+    with pytest.raises(UserError, match=r"must be numbers: .*'two'"):
+        environment(RANK="0", LOCAL_RANK="0", WORLD_SIZE="two")
+
+
+def test_alone_nothing_needs_a_process_group():
+    alone = Ranks()
+    distributed.start(CPU, alone)
+    assert not torch.distributed.is_initialized()
+    assert [alone.any(flag) for flag in (True, False)] == [True, False]
+    assert alone.gather_objects("x") == alone.all_gather_objects("x") == ["x"]
+    assert alone.broadcast("x") == "x"
+    alone.barrier()
+    distributed.shutdown()
+    norm = nn.BatchNorm1d(2)
+    norm.running_mean.fill_(3)
+    distributed.average_buffers(norm, alone)
+    assert norm.running_mean.tolist() == [3, 3]
+
+
+def test_mean_of_buffers():
+    buffers = [{"a": torch.tensor([1.0, 2.0])}, {"a": torch.tensor([3.0, 6.0])}]
+    assert distributed.mean_buffers(buffers)["a"].tolist() == [2, 4]
+
+
+def member(rank, port, queue):
+    """What one of two ranks sees."""
+    import os
+
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    ranks = Ranks(rank, rank, 2, 2)
+    distributed.start(CPU, ranks, timeout_seconds=60)
+    seen = {
+        "any": [ranks.any(rank == 1), ranks.any(False)],
+        "gather": ranks.gather_objects({"rank": rank}),
+        "all": ranks.all_gather_objects(rank * 10),
+        "broadcast": ranks.broadcast(f"from {rank}"),
+    }
+    ranks.barrier()
+
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 0.5)
+    model[1].running_mean.fill_(rank)
+    for half in (None, torch.bfloat16):
+        wrapped = distributed.parallel(model, CPU, half)
+        model.zero_grad()
+        wrapped(torch.arange(6.0).view(2, 3) + rank).square().sum().backward()
+        seen[str(half)] = [p.grad.clone().tolist() for p in model.parameters()]
+    # Another step would have overwritten rank 1's buffers, were they broadcast.
+    seen["own buffers"] = model[1].running_mean.tolist()
+    gathered = distributed.gather_buffers(model, ranks)
+    seen["gathered"] = gathered and [sorted(buffers) for buffers in gathered]
+    distributed.average_buffers(model, ranks)
+    seen["averaged"] = model[1].running_mean.tolist()
+    queue.put((rank, seen))
+    distributed.shutdown()
+    assert not torch.distributed.is_initialized()
+
+
+def test_two_ranks():
+    context = multiprocessing.get_context("fork")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    queue = context.Queue()
+    members = [context.Process(target=member, args=(rank, port, queue)) for rank in (0, 1)]
+    for process in members:
+        process.start()
+    seen = dict(queue.get(timeout=100) for _ in members)
+    for process in members:
+        process.join(30)
+        assert process.exitcode == 0
+
+    assert seen[0]["any"] == seen[1]["any"] == [True, False]
+    assert seen[0]["gather"] == [{"rank": 0}, {"rank": 1}]
+    assert seen[1]["gather"] is None
+    assert seen[0]["all"] == seen[1]["all"] == [0, 10]
+    assert seen[0]["broadcast"] == seen[1]["broadcast"] == "from 0"
+    for half in ("None", "torch.bfloat16"):
+        assert seen[0][half] == seen[1][half]  # gradients are the mean over ranks
+    for exact, half in zip(seen[0]["None"], seen[0]["torch.bfloat16"], strict=True):
+        torch.testing.assert_close(torch.tensor(half), torch.tensor(exact), rtol=0.02, atol=0.02)
+    assert seen[0]["own buffers"] != seen[1]["own buffers"]
+    assert seen[0]["gathered"] == [["1.running_mean", "1.running_var"]] * 2
+    assert seen[1]["gathered"] is None
+    means = zip(seen[0]["own buffers"], seen[1]["own buffers"], strict=True)
+    expected = [(a + b) / 2 for a, b in means]
+    assert seen[0]["averaged"] == seen[1]["averaged"] == pytest.approx(expected)
