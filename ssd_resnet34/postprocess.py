@@ -75,10 +75,11 @@ def _sparse(boxes: Tensor, scores: Tensor, recipe: Recipe):
 
 def _dense(boxes: Tensor, scores: Tensor, recipe: Recipe):
     """The same candidates by fixed-shape steps on the device, brought over in one copy."""
-    best, priors = scores.topk(recipe.max_per_class, dim=2)  # (N, classes, K)
+    count = min(recipe.max_per_class, scores.shape[2])
+    best, priors = scores.topk(count, dim=2)  # (N, classes, K)
     index = priors.flatten(1).unsqueeze(-1).expand(-1, -1, 4)
     packed = torch.cat([boxes.gather(1, index), best.flatten(1).unsqueeze(-1)], dim=2).cpu()
-    labels = np.repeat(np.arange(scores.shape[1]), recipe.max_per_class)
+    labels = np.repeat(np.arange(scores.shape[1]), count)
     for image in packed.numpy():
         passed = image[:, 4] > recipe.score_threshold
         yield image[passed, :4], image[passed, 4], labels[passed]

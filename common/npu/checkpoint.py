@@ -1,5 +1,6 @@
 """Checkpoint files: written whole or not at all, checked before use, never executed."""
 
+import contextlib
 import os
 import pickle
 import re
@@ -20,9 +21,9 @@ _NAME = re.compile(r"iter_(\d+)\.pt$")
 
 def save(path: Path, state: dict) -> None:
     """Write `state` so that `path` is at every moment the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             torch.save(state, file)
             file.flush()
@@ -33,7 +34,8 @@ def save(path: Path, state: dict) -> None:
         reason = error if isinstance(error, OSError) else error.__context__ or error
         raise UserError(f"checkpoint {path} cannot be written: {reason}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def damage(path: Path) -> str | None:
@@ -123,14 +125,18 @@ def tidy(folder: Path, keep: int) -> None:
 
 
 def make_room(folder: Path) -> str | None:
-    """Rename a folder that a former run filled, never delete it; a line that says so."""
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return None
-    stamp = time.strftime("%Y%m%d_%H%M%S", time.localtime(folder.stat().st_mtime))
-    aside = folder.with_name(f"{folder.name}_{stamp}")
-    count = 1
-    while aside.exists():
-        count += 1
-        aside = folder.with_name(f"{folder.name}_{stamp}_{count}")
-    folder.rename(aside)
-    return f"the former run in {folder} is now {aside}"
+    """Make an empty folder; one that a former run filled is renamed, and a line says so."""
+    line = None
+    try:
+        if folder.is_dir() and any(folder.iterdir()):
+            stamp = time.strftime("%Y%m%d_%H%M%S", time.localtime(folder.stat().st_mtime))
+            aside, count = folder.with_name(f"{folder.name}_{stamp}"), 1
+            while aside.exists():
+                count += 1
+                aside = folder.with_name(f"{folder.name}_{stamp}_{count}")
+            folder.rename(aside)
+            line = f"the former run in {folder} is now {aside}"
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be made: {error}") from None
+    return line

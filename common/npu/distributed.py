@@ -104,12 +104,16 @@ def parallel(model: nn.Module, device: torch.device, half: torch.dtype | None) -
     # torch 2.13 renamed the argument.
     parameters = inspect.signature(DistributedDataParallel).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+    own = [buffer.clone() for buffer in model.buffers()]
     wrapped = DistributedDataParallel(
         model,
         device_ids=None if device.type == "cpu" else [device.index],
         gradient_as_bucket_view=True,
         **{sync: False},
     )
+    # And since then it starts with rank 0's buffers everywhere; a resumed rank has its own.
+    for buffer, value in zip(model.buffers(), own, strict=True):
+        buffer.copy_(value)
     if half is not None:
         from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 

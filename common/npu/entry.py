@@ -1,5 +1,6 @@
 """What every entry script does around its work: errors in one line, a stop at the next step."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -25,12 +26,17 @@ def run(main: Callable[[], int | None]) -> None:
             time.sleep(3)
         print(f"error{f' (rank {rank})' if rank else ''}: {line}", file=sys.stderr, flush=True)
         sys.exit(1)
+    finally:
+        # Loader workers that an error left behind sit out a SIGTERM, multiprocessing's too.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in multiprocessing.active_children():
+            worker.kill()
     shutdown()
     sys.exit(status or 0)
 
 
 class StopRequest:
-    """SIGTERM and Ctrl-C ask all ranks to stop at the same step; a second one kills."""
+    """SIGTERM and Ctrl-C ask all ranks to stop at the same step; a second Ctrl-C kills."""
 
     def __init__(self) -> None:
         self._signal: int | None = None

@@ -1,3 +1,4 @@
+import copy
 import multiprocessing
 import socket
 
@@ -85,13 +86,15 @@ def member(rank, port, queue):
     for parameter in model.parameters():
         nn.init.constant_(parameter, 0.5)
     model[1].running_mean.fill_(rank)
+    images, alone = torch.arange(6.0).view(2, 3) + rank, copy.deepcopy(model)
     for half in (None, torch.bfloat16):
         wrapped = distributed.parallel(model, CPU, half)
         model.zero_grad()
-        wrapped(torch.arange(6.0).view(2, 3) + rank).square().sum().backward()
+        alone(images)
+        wrapped(images).square().sum().backward()
         seen[str(half)] = [p.grad.clone().tolist() for p in model.parameters()]
-    # Another step would have overwritten rank 1's buffers, were they broadcast.
     seen["own buffers"] = model[1].running_mean.tolist()
+    seen["buffers alone"] = alone[1].running_mean.tolist()
     gathered = distributed.gather_buffers(model, ranks)
     seen["gathered"] = gathered and [sorted(buffers) for buffers in gathered]
     distributed.average_buffers(model, ranks)
@@ -124,6 +127,8 @@ def test_two_ranks():
         assert seen[0][half] == seen[1][half]  # gradients are the mean over ranks
     for exact, half in zip(seen[0]["None"], seen[0]["torch.bfloat16"], strict=True):
         torch.testing.assert_close(torch.tensor(half), torch.tensor(exact), rtol=0.02, atol=0.02)
+    for rank in (0, 1):  # no rank's buffers are broadcast to the others
+        assert seen[rank]["own buffers"] == seen[rank]["buffers alone"]
     assert seen[0]["own buffers"] != seen[1]["own buffers"]
     assert seen[0]["gathered"] == [["1.running_mean", "1.running_var"]] * 2
     assert seen[1]["gathered"] is None

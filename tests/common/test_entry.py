@@ -1,5 +1,7 @@
+import multiprocessing
 import os
 import signal
+import time
 import traceback
 
 import pytest
@@ -13,6 +15,9 @@ from common.npu.errors import UserError
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    signal.signal(signal.SIGCHLD, before)
 
 
 @pytest.fixture
@@ -76,6 +81,29 @@ def test_ranks_but_the_first_let_it_speak_first(monkeypatch, capsys):
 def test_a_programming_error_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run(lambda: 1 // 0)
+
+
+def sit_out_sigterm(ready):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ready.set()
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("error", [UserError("bad data"), ZeroDivisionError()])
+def test_an_error_leaves_no_worker_behind(error):
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    worker = context.Process(target=sit_out_sigterm, args=(ready,), daemon=True)
+
+    def main():
+        worker.start()
+        assert ready.wait(20)
+        raise error
+
+    with pytest.raises((SystemExit, ZeroDivisionError)):
+        run(main)
+    worker.join(20)
+    assert worker.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.usefixtures("_handlers")
