@@ -1,4 +1,4 @@
-"""It learns: a small network remembers four real images, trained and evaluated by the real script."""
+"""It learns: a small network remembers four real images, trained by the real script."""
 
 import json
 import subprocess
