@@ -1,0 +1,166 @@
+"""Starting the real scripts on small real data, for the end-to-end tests."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "ssd_resnet34"
+TINY = ROOT / "tests" / "data" / "tiny_coco"
+# A small network and few images: a step takes a fraction of a second.
+SMALL = ("--backbone=resnet10", "--batch_size=2", "--device=cpu", "--amp=O0", "--threshold=0")
+
+
+def subset(folder: Path, train: int = 10, val: int = 4, classes: list[str] | None = None) -> Path:
+    """A COCO folder with the first annotated images of tiny_coco (linked, not copied).
+
+    `classes`: names to use in turn instead of the 80 of COCO.
+    """
+    (folder / "annotations").mkdir(parents=True)
+    for split, count in (("train", train), ("val", val)):
+        name = f"annotations/instances_{split}2017.json"
+        content = json.loads((TINY / name).read_text())
+        annotated = {a["image_id"] for a in content["annotations"]}
+        images = [i for i in content["images"] if i["id"] in annotated][:count]
+        ids = {image["id"] for image in images}
+        content["images"] = images
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
+        if classes:
+            content["categories"] = [{"id": 7 * k, "name": n} for k, n in enumerate(classes)]
+            for annotation in content["annotations"]:
+                annotation["category_id"] = annotation["category_id"] % len(classes) * 7
+        (folder / name).write_text(json.dumps(content))
+        (folder / f"{split}2017").mkdir()
+        for image in images:
+            link = folder / f"{split}2017" / image["file_name"]
+            link.symlink_to(TINY / f"{split}2017" / image["file_name"])
+    return folder
+
+
+def command(script: str, *flags, ranks: int = 1) -> list[str]:
+    """The command line of a program, `.py` through the launcher where there are several ranks."""
+    if script.endswith(".sh"):
+        return ["bash", str(MODEL / "test" / script), *map(str, flags)]
+    launcher = []
+    if ranks > 1:
+        launcher = ["-m", "torch.distributed.launch", "--use_env", f"--nproc_per_node={ranks}"]
+        launcher += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    return [sys.executable, *launcher, str(MODEL / script), *map(str, flags)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+
+
+def run(script: str, *flags, ranks: int = 1, status: int | None = 0, timeout: int = 300):
+    """Run to the end; the finished process with `stdout` and `stderr` as text."""
+    done = subprocess.run(
+        command(script, *flags, ranks=ranks),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert status is None or done.returncode == status, done.stdout[-2000:] + done.stderr[-3000:]
+    return done
+
+
+def start(script: str, *flags, ranks: int = 1) -> subprocess.Popen:
+    """Start in a process group of its own; output is thrown away (the run log keeps it)."""
+    return subprocess.Popen(
+        command(script, *flags, ranks=ranks),
+        env=environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def wait_for_step(output: Path, step: int, process: subprocess.Popen, seconds: float = 120) -> None:
+    """Until the run has logged `step` (1-based); fails when it ends before."""
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        if any(line["step"] >= step for line in train_lines(output)):
+            return
+        assert process.poll() is None, (output / "train_0.log").read_text()[-3000:]
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached in {seconds} s")
+
+
+def kill_group(process: subprocess.Popen, number: int = signal.SIGKILL) -> int:
+    """Signal the whole process group; the exit status."""
+    os.killpg(process.pid, number)
+    return process.wait(90)
+
+
+def children(pid: int) -> list[int]:
+    """Child processes, oldest first."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except OSError:  # ended meanwhile
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(status.parent.name))
+    return sorted(found)
+
+
+def train_lines(output: Path) -> list[dict]:
+    """The train lines of all starts of a run, of repeated steps the last one, in order."""
+    lines = {}
+    for path in sorted(output.glob("*.log.json")):
+        for text in path.read_text().splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:  # being written at this moment
+                continue
+            if line.get("mode") == "train":
+                lines[line["step"]] = line
+    return [lines[step] for step in sorted(lines)]
+
+
+def losses(output: Path) -> dict[int, tuple]:
+    names = ("loss_cls", "loss_bbox", "loss", "lr")
+    return {line["step"]: tuple(line[name] for name in names) for line in train_lines(output)}
+
+
+def checkpoints(output: Path) -> list[int]:
+    return sorted(int(re.search(r"\d+", path.name)[0]) for path in output.glob("iter_*.pt"))
+
+
+def tensors(value, name: str = "") -> dict[str, torch.Tensor]:
+    """All tensors of a nested state by path."""
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else ()
+    items = enumerate(value) if isinstance(value, (list, tuple)) else items
+    found = {}
+    for key, part in items:
+        found |= tensors(part, f"{name}.{key}")
+    return found
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    """Two checkpoints hold the same bits: weights, momenta, running statistics of all ranks."""
+    states = [torch.load(path, weights_only=True) for path in (one, other)]
+    first, second = map(tensors, states)
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different, different[:5]
+    assert states[0]["iteration"] == states[1]["iteration"]
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]

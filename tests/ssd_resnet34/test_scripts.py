@@ -1,0 +1,183 @@
+"""The launch scripts, end to end on real images: every file they promise, every flag."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from common.fps import calc_fps
+from tests.ssd_resnet34 import scripts
+
+pytestmark = pytest.mark.slow
+SHORT = ("--backbone=resnet10", "--device=cpu", "--amp=O0", "--num_workers=0", "--threshold=0")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return scripts.subset(tmp_path_factory.mktemp("data") / "coco", train=16, val=4)
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """The folder of a run of train_full_8p.sh with 2 processes, and what it printed."""
+    output = tmp_path_factory.mktemp("trained") / "8"
+    flags = (f"--data_path={data}", f"--output_dir={output}", "--nproc_per_node=2")
+    done = scripts.run("train_full_8p.sh", *flags, *SHORT, "--batch_size=2", "--max_iters=4")
+    return output, done.stdout
+
+
+def summary(folder, kind):
+    (path,) = folder.glob(f"*_{kind}.log")
+    return path.name, dict(line.split(" = ") for line in path.read_text().splitlines())
+
+
+def test_full_training_leaves_every_file(trained):
+    output, said = trained
+    name, values = summary(output, "acc")
+    assert name == "SSD-ResNet34_bs2_2p_acc.log"
+    assert list(values) == [
+        "Network", "RankSize", "BatchSize", "DeviceType", "CaseName", "ActualFPS",
+        "TrainingTime", "TrainAccuracy", "ActualLoss", "E2ETrainingTime",
+    ]  # fmt: skip
+    fps, step_ms = float(values["ActualFPS"]), float(values["TrainingTime"])
+    assert step_ms == pytest.approx(4000 / fps, rel=0.01)
+    assert int(values["E2ETrainingTime"]) >= 4 * step_ms / 1000
+    for file in ("curves.png", "detections.png", "pr_curves.png", "results.bbox.json", "best.pt"):
+        assert (output / file).stat().st_size > 0, file
+    assert scripts.checkpoints(output) == [4]
+    log = (output / "train_8.log").read_text()
+    for words in ("base learning rate 0.0025", "Epoch [1][2/4]\tlr:", "Epoch(val) [1][4]"):
+        assert words in log
+    for words in ("Final result", "Final Performance images/sec : ", "Final Train Accuracy : "):
+        assert words in said
+    assert list((output / "tensorboard").iterdir())
+
+
+def test_the_json_log_is_what_the_old_tools_read(trained):
+    output, _ = trained
+    (path,) = output.glob("*.log.json")
+    assert re.fullmatch(r"\d{8}_\d{6}\.log\.json", path.name)
+    lines = calc_fps.read_json_log(path)
+    assert set(lines[0]) >= {"env_info", "config", "seed", "exp_name"}
+    assert "mode" not in lines[0]
+    train = [line for line in lines if line.get("mode") == "train"]
+    assert [line["iter"] for line in train] == [2, 4]
+    assert list(train[0])[:3] == ["mode", "epoch", "iter"]
+    (val,) = [line for line in lines if line.get("mode") == "val"]
+    assert {"bbox_mAP", "bbox_mAP_50", "bbox_mAP_copypaste", "lr"} <= set(val)
+    (mean,) = calc_fps.fps_per_epoch(lines, 2, 2)
+    assert mean == pytest.approx(4 / train[-1]["time"], rel=1e-3)
+
+
+def test_evaluation_takes_the_newest_checkpoint_or_the_named_one(trained, data, tmp_path):
+    output, _ = trained
+    accuracy = summary(output, "acc")[1]["TrainAccuracy"]
+    where = (f"--data_path={data}", "--nproc_per_node=2", "--device=cpu", "--num_workers=0")
+    newest = scripts.run("train_eval_8p.sh", *where, f"--output_dir={output}")
+    assert "iter_4.pt" in newest.stdout
+    assert summary(output, "eval")[1]["TrainAccuracy"] == accuracy
+    named = f"--checkpoint_path={output / 'best.pt'}"
+    done = scripts.run("train_eval_8p.sh", *where, named, f"--output_dir={tmp_path}", "--per_class")
+    assert summary(tmp_path, "eval")[1]["TrainAccuracy"] == accuracy
+    assert re.search(r"^person +AP", done.stdout, re.MULTILINE)
+
+
+def test_format_only_writes_a_submission(trained, data, tmp_path):
+    output, _ = trained
+    flags = (f"--data={data}", f"--checkpoint={output / 'best.pt'}", f"--output_dir={tmp_path}")
+    more = ("--device=cpu", "--score_threshold=0.01", "--max_detections=3")
+    done = scripts.run("evaluate.py", *flags, *more, "--format_only")
+    rows = json.loads((tmp_path / "results.bbox.json").read_text())
+    assert set(rows[0]) == {"image_id", "category_id", "bbox", "score"}
+    assert max(sum(r["image_id"] == row["image_id"] for r in rows) for row in rows) == 3
+    assert "Average Precision" not in done.stdout
+
+
+def test_performance_on_one_device_with_the_public_flags(data, tmp_path):
+    output = tmp_path / "0"
+    flags = (f"--data={data}", f"--output_dir={output}", "--device_id=0", *SHORT)
+    public = ("--batch-size=4", "--loss_scale=64", "--seed=3", "--lr=2.5e-3", "--max_iters=2")
+    scripts.run("train_performance_1p.sh", *flags, *public)
+    name, values = summary(output, "perf")
+    assert name == "SSD-ResNet34_bs4_1p_perf.log"
+    assert "TrainAccuracy" not in values
+    assert not (output / "results.bbox.json").exists()
+    header = json.loads(next(output.glob("*.log.json")).read_text().splitlines()[0])
+    assert header["seed"] == 3
+    assert "loss_scale = '64'" in header["config"]
+    # A second run keeps the first one's files.
+    scripts.run("train_performance_1p.sh", *flags, "--batch_size=4", "--max_iters=1")
+    (kept,) = tmp_path.glob("0_*")
+    assert (kept / "iter_2.pt").exists()
+    assert scripts.checkpoints(output) == [1]
+
+
+def test_8_processes(data, tmp_path):
+    where = (f"--data_path={data}", f"--output_dir={tmp_path}/8")
+    scripts.run("train_performance_8p.sh", *where, *SHORT, "--batch_size=1", "--max_iters=2")
+    assert summary(tmp_path / "8", "perf")[1]["RankSize"] == "8"
+    assert scripts.checkpoints(tmp_path / "8") == [2]
+
+
+def test_two_nodes(data, tmp_path):
+    shared = (f"--data_path={data}", *SHORT, "--batch_size=2", "--max_iters=2")
+    net = ("--nnodes=2", "--nproc_per_node=1", "--local_addr=127.0.0.1", "--master_addr=127.0.0.1")
+    port = f"--master_port={scripts.free_port()}"
+    nodes = [
+        scripts.start(
+            "train_performance_multinodes.sh",
+            *shared,
+            *net,
+            port,
+            f"--node_rank={node}",
+            f"--output_dir={tmp_path}/{node}",
+        )
+        for node in (0, 1)
+    ]
+    assert [node.wait(200) for node in nodes] == [0, 0]
+    assert summary(tmp_path / "0", "perf")[1]["RankSize"] == "2"
+    assert not list(tmp_path.glob("1/iter_*.pt"))
+
+
+def test_finetuning_on_own_classes(trained, tmp_path):
+    output, _ = trained
+    data = scripts.subset(tmp_path / "own", train=4, val=2, classes=["cat", "hat", "bat"])
+    where = (f"--data_path={data}", f"--output_dir={tmp_path}/run")
+    flags = (f"--checkpoint_path={output / 'best.pt'}", "--batch_size=2", "--max_iters=2")
+    done = scripts.run("train_finetune_1p.sh", *where, *SHORT, *flags)
+    assert "12 re-initialised (other shape): mbox.0.weight" in done.stdout
+    assert "3 classes" in done.stdout
+    rows = json.loads((tmp_path / "run/results.bbox.json").read_text())
+    assert {row["category_id"] for row in rows} <= {0, 7, 14}
+
+
+def test_data_path_is_asked_for():
+    done = scripts.run("train_full_1p.sh", status=1)
+    assert done.stderr.startswith('[Error] para "data_path" must be confing')
+    assert "COCO folder" in done.stderr
+
+
+def test_the_environment_script_is_silent_and_keeps_what_is_set():
+    script = f"set -eu; source {scripts.MODEL}/test/env_npu.sh; env"
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env={"PATH": "/usr/bin:/bin", "HCCL_CONNECT_TIMEOUT": "77"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "HCCL_CONNECT_TIMEOUT=77" in done.stdout
+    assert "TASK_QUEUE_ENABLE=2" in done.stdout
+    assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in done.stdout
+
+
+def test_calc_fps_as_a_program(trained):
+    output, _ = trained
+    (path,) = output.glob("*.log.json")
+    done = subprocess.run(
+        [sys.executable, "-m", "common.fps.calc_fps", path, "2", "2"],
+        cwd=scripts.ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert re.match(r"\{'epoch': 1, 'fps': \d+\.\d+\}", done.stdout)
