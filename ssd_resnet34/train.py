@@ -347,7 +347,7 @@ class Training:
                 folder = self.args.output_dir
                 path = folder / name if name else checkpoint.path_of(folder, self.iteration)
                 checkpoint.save(path, self.state(weights, buffers))
-                checkpoint.tidy(folder, self.args.keep)
+                checkpoint.tidy(folder, self.iteration, self.args.keep)
                 self.log.info(f"Saving checkpoint {path}")
             self.ranks.barrier()
 

@@ -116,9 +116,14 @@ def to_resume(resume: str, folder: Path) -> dict | None:
     return {**state, "path": str(path)}
 
 
-def tidy(folder: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints, and what killed writers left behind."""
-    for path in by_age(folder)[keep:]:
+def tidy(folder: Path, iteration: int, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints up to `iteration`, and what killed writers left.
+
+    Later ones are of a former start and damaged, else it would have been resumed from them: they
+    do not count, and this run will overwrite them.
+    """
+    own = [path for path in by_age(folder) if int(_NAME.match(path.name)[1]) <= iteration]
+    for path in own[keep:]:
         path.unlink(missing_ok=True)
     for path in folder.glob("*.pt.*.tmp"):
         path.unlink(missing_ok=True)

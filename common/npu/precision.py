@@ -31,11 +31,12 @@ class Precision:
         self.dtype = self._dtype(dtype)
         self.apex = _apex() if backend == "apex" and level != "O0" else None
         self.static_scale, self.scaler = 1.0, None
+        static_scale = None if loss_scale == "dynamic" else _positive(loss_scale)
         if self.dtype is torch.float16:
-            if loss_scale == "dynamic":
+            if static_scale is None:
                 self.scaler = torch.amp.GradScaler(device.type)
             else:
-                self.static_scale = _positive(loss_scale)
+                self.static_scale = static_scale
 
     def _dtype(self, wanted: str) -> torch.dtype:
         if self.level == "O0":

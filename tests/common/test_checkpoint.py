@@ -209,9 +209,10 @@ def test_load_refuses_with_one_line_what_is_no_checkpoint(tmp_path):
 def test_tidy_keeps_the_newest_and_the_best(tmp_path):
     for name in ("iter_1.pt", "iter_20.pt", "iter_3.pt", "best.pt", "iter_9.pt.12.tmp", "note.txt"):
         (tmp_path / name).write_bytes(b"x")
-    checkpoint.tidy(tmp_path, 2)
+    (tmp_path / "iter_30.pt").write_bytes(b"of a former start, damaged")
+    checkpoint.tidy(tmp_path, 20, keep=2)
     left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ["best.pt", "iter_20.pt", "iter_3.pt", "note.txt"]
+    assert left == ["best.pt", "iter_20.pt", "iter_3.pt", "iter_30.pt", "note.txt"]
 
 
 def test_make_room_renames_and_never_deletes(tmp_path):
