@@ -37,7 +37,7 @@ from common.npu.device import (
     setup_device,
 )
 from common.npu.distributed import Ranks
-from common.npu.errors import UserError
+from common.npu.errors import UserError, one_line
 from common.npu.precision import Precision, build_sgd, default_level
 from ssd_resnet34.augment import augment
 from ssd_resnet34.config import RECIPES, Recipe
@@ -213,8 +213,10 @@ class Training:
             waited = time.perf_counter() - asked
             if stop.agreed(self.ranks, also=trouble is not None):
                 self.save()
-                if trouble is not None:
-                    raise trouble
+                # Every rank raises what one has met: whichever ends first tells it.
+                for message in self.ranks.all_gather_objects(trouble and one_line(trouble)):
+                    if message is not None:
+                        raise UserError(message)
                 return stop.status
             self.step(batch)
             self.report()  # of an earlier step: an accelerator has this one to do meanwhile

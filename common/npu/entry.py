@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from common.npu.distributed import Ranks, shutdown
-from common.npu.errors import UserError
+from common.npu.errors import UserError, one_line
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -16,15 +16,14 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         status = main()
     except UserError as error:
-        # From a loader worker it comes wrapped in the worker's traceback; the last line is ours.
-        line = str(error).strip().split("\n")[-1].removeprefix("common.npu.errors.UserError: ")
         rank = os.environ.get("RANK")
         if rank not in (None, "0"):
             # Where all ranks meet the same error rank 0's line is enough: meanwhile the launcher
             # ends the others.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
-        print(f"error{f' (rank {rank})' if rank else ''}: {line}", file=sys.stderr, flush=True)
+        where = f" (rank {rank})" if rank else ""
+        print(f"error{where}: {one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(1)
     finally:
         # Loader workers that an error left behind sit out a SIGTERM, multiprocessing's too.

@@ -47,7 +47,7 @@ def test_full_training_leaves_every_file(trained):
     for file in ("curves.png", "detections.png", "pr_curves.png", "results.bbox.json", "best.pt"):
         assert (output / file).stat().st_size > 0, file
     assert scripts.checkpoints(output) == [4]
-    log = (output / "train_8.log").read_text()
+    log = (output / "train_2.log").read_text()
     for words in ("base learning rate 0.0025", "Epoch [1][2/4]\tlr:", "Epoch(val) [1][4]"):
         assert words in log
     for words in ("Final result", "Final Performance images/sec : ", "Final Train Accuracy : "):
