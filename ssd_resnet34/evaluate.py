@@ -29,7 +29,7 @@ from common.coco import evaluation
 from common.coco.draw import draw_pairs
 from common.coco.evaluation import Evaluation
 from common.coco.images import read_image
-from common.coco.index import CocoIndex, find_coco, read_index
+from common.coco.index import CocoIndex, read_index
 from common.fps import summary
 from common.npu import checkpoint, cli, distributed, entry
 from common.npu.device import memory_format, setup_device
@@ -54,11 +54,10 @@ def main(argv: list[str] | None = None) -> None:
     path = cli.checkpoint_to_use(args)
     state = checkpoint.load(path)
     recipe = own_network(cli.chosen_recipe(args, RECIPES), state)
-    files = find_coco(args.data, "val", annotations=args.val_annotations, images=args.val_images)
-    records = read_index(*files, classes=state.get("classes"))
+    records = read_index(*cli.data_files(args, "val"), classes=state.get("classes"))
     cli.check_num_classes(args, len(records.class_names))
     model = build_model(recipe, len(records.class_names))
-    say(f"{path}: {load_weights(model, state)}")
+    say(f"{path}: {load_weights(model, state, name=str(path))}")
     model.to(device, memory_format=memory_format(device))
 
     precision = Precision(device, getattr(args, "amp", "O0"), recipe.loss_scale, args.amp_dtype)

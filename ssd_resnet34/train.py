@@ -23,7 +23,7 @@ from collections.abc import Iterator
 import torch
 
 from common.coco import check, evaluation
-from common.coco.index import CocoIndex, find_coco, read_index
+from common.coco.index import CocoIndex, read_index
 from common.fps import curves, summary
 from common.fps.meter import Meter
 from common.fps.runlog import RunLog
@@ -54,15 +54,7 @@ def main(argv: list[str] | None = None) -> int | None:
     args = parse(argv)
     args.started = cli.launch_time(time.time())
     recipe = cli.chosen_recipe(args, RECIPES)
-    train_files, val_files = (
-        find_coco(
-            args.data,
-            split,
-            annotations=getattr(args, f"{split}_annotations"),
-            images=getattr(args, f"{split}_images"),
-        )
-        for split in ("train", "val")
-    )
+    train_files, val_files = cli.data_files(args, "train"), cli.data_files(args, "val")
     if args.check_data:
         return check.print_report(train_files, val_files)
 
@@ -76,7 +68,13 @@ def main(argv: list[str] | None = None) -> int | None:
     level = getattr(args, "amp", None) or default_level(device, recipe.amp)
     precision = Precision(device, level, recipe.loss_scale, args.amp_dtype, args.amp_backend)
 
+    # Read before the output folder makes room: they may lie in it.
     resumed = checkpoint.to_resume(args.resume, args.output_dir)
+    if args.recipe == "finetune" and not (args.checkpoint or args.pretrained or resumed):
+        args.checkpoint = cli.checkpoint_to_use(args)
+    given = [str(path) for path in (args.pretrained, args.checkpoint) if path]
+    weights = {path: checkpoint.load(path) for path in given if not resumed}
+    ranks.barrier()
     moved = checkpoint.make_room(args.output_dir) if ranks.main and resumed is None else None
     ranks.barrier()
     workers = cli.workers_for(args.num_workers, ranks.local_world_size)
@@ -97,7 +95,7 @@ def main(argv: list[str] | None = None) -> int | None:
         cli.check_num_classes(args, len(train_set.class_names))
 
         training = Training(
-            args, recipe, device, ranks, precision, log, train_set, val_set, resumed
+            args, recipe, device, ranks, precision, log, train_set, val_set, weights, resumed
         )
         log.info(training.plan())
         loader = build_loader(
@@ -157,6 +155,7 @@ class Training:
         log: RunLog,
         train_set: CocoIndex,
         val_set: CocoIndex,
+        weights: dict[str, dict],
         resumed: dict | None,
     ):
         self.args, self.recipe, self.device, self.ranks = args, recipe, device, ranks
@@ -170,9 +169,9 @@ class Training:
         self.logged_losses: list[float] = []
 
         self.model = build_model(recipe, len(self.classes))
-        for path in filter(None, (args.pretrained, args.checkpoint)):
-            log.info(f"{path}: {load_weights(self.model, path)}")
-        if not (args.pretrained or args.checkpoint or resumed):
+        for path, state in weights.items():
+            log.info(f"{path}: {load_weights(self.model, state, name=path)}")
+        if not (weights or resumed):
             log.info("weights: random; --pretrained takes torchvision's ImageNet file")
         self.model.to(device, memory_format=memory_format(device))
         self.optimizer = build_sgd(

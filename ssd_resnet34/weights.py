@@ -42,15 +42,21 @@ class LoadReport:
 
 
 def load_weights(
-    model: nn.Module, source: str | Path | Mapping[str, Tensor], *, heads: bool = True
+    model: nn.Module,
+    source: str | Path | Mapping[str, Tensor],
+    *,
+    heads: bool = True,
+    name: str = "the state dict",
 ) -> LoadReport:
     """Load a file or state dict into the network, whatever of the known layouts it has.
 
     Tensors of another shape, and with `heads=False` all heads, stay as initialised. Raises
-    UserError for an unreadable file or one of which nothing fits.
+    UserError for an unreadable file or one of which nothing fits; `name`: what to call a mapping.
     """
-    name = "the state dict" if isinstance(source, Mapping) else str(source)
-    state = source if isinstance(source, Mapping) else checkpoint.load(source)
+    if isinstance(source, Mapping):
+        state = source
+    else:
+        state, name = checkpoint.load(source), str(source)
     given = network_keys(state)
     own = model.state_dict()
     loaded, skipped, reinitialised = {}, [], []

@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+from common.coco.index import find_coco
 from common.npu import checkpoint
 from common.npu.device import DEVICES
 from common.npu.errors import UserError
@@ -178,11 +179,20 @@ def workers_for(asked: int | None, local_world_size: int) -> int:
     return max(0, min(16, cores // local_world_size - 1))
 
 
+def data_files(args: argparse.Namespace, split: str) -> tuple[str, str]:
+    """Annotation file and image folder of "train" or "val"."""
+    annotations = getattr(args, f"{split}_annotations")
+    images = getattr(args, f"{split}_images")
+    return find_coco(args.data, split, annotations=annotations, images=images)
+
+
 def checkpoint_to_use(args: argparse.Namespace) -> Path:
     """`--checkpoint`, or the newest whole one of `--output-dir` or of the folders beside it."""
     if args.checkpoint:
         return Path(args.checkpoint)
-    for folder in (args.output_dir, *sorted(args.output_dir.absolute().parent.glob("*/"))):
+    beside = args.output_dir.absolute().parent.glob("*/")
+    by_time = sorted(beside, key=lambda folder: folder.stat().st_mtime, reverse=True)
+    for folder in (args.output_dir, *by_time):
         path, skipped = checkpoint.newest(folder)
         for line in skipped:
             print(line, file=sys.stderr)
