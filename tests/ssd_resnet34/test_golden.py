@@ -4,6 +4,7 @@ import copy
 import random
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
@@ -264,7 +265,9 @@ def test_training_sample_under_the_ports_draws(
     assert_allclose(boxes[0, sample.valid], expected[f"{name}.boxes"], rtol=0, atol=1e-6)
 
     image = reference_image(cut, sample.flip.item(), draws, recipe)
-    check_probe(expected, f"{name}.image", image, atol=1e-6)
+    # Made with Pillow 13; up to 12 the hue step is a few grey levels (0.017 each) off.
+    pillow = int(PIL.__version__.split(".")[0])
+    check_probe(expected, f"{name}.image", image, atol=1e-6 if pillow >= 13 else 0.06)
     levels = (images[0] - image).abs() * torch.tensor(recipe.std).view(3, 1, 1) * 255
     assert levels.mean() <= 1
 
