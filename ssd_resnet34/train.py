@@ -18,7 +18,8 @@ import common  # noqa: F401 before torch
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> int | None:
         cli.check_num_classes(args, len(train_set.class_names))
 
         training = Training(
-            args, recipe, device, ranks, precision, log, train_set, val_set, weights, resumed
+            args, recipe, device, ranks, precision, log, train_set, val_set, resumed, weights
         )
         log.info(training.plan())
         loader = build_loader(
@@ -155,8 +156,8 @@ class Training:
         log: RunLog,
         train_set: CocoIndex,
         val_set: CocoIndex,
-        weights: dict[str, dict],
-        resumed: dict | None,
+        resumed: dict | None = None,
+        weights: Mapping[str, dict] = MappingProxyType({}),
     ):
         self.args, self.recipe, self.device, self.ranks = args, recipe, device, ranks
         self.precision, self.log, self.val_set = precision, log, val_set
