@@ -4,6 +4,7 @@ An error stops the run; a note is told and the run goes on (such annotations are
 rule says so). `check_data` (`--check_data`) also decodes every image and lists all that it finds.
 """
 
+import functools
 import json
 import math
 import os
@@ -19,6 +20,11 @@ from common.coco.images import read_image
 from common.npu.errors import UserError
 
 LIMIT = 10**9  # pixels; nothing real is larger, and it fits int32
+NEEDED = {  # integers and texts that no entry can do without
+    "images": (("id", "height", "width"), ("file_name",)),
+    "categories": (("id",), ("name",)),
+    "annotations": (("id", "image_id", "category_id"), ()),
+}
 
 
 @dataclass
@@ -48,11 +54,9 @@ class DataReport:
         """Raise all errors together as one UserError, if there are any."""
         if self.errors:
             problems = "; ".join(_line(rule, found, 3) for rule, found in self.errors.items())
-            plural = "" if len(self.errors) == 1 else "s"
-            raise UserError(
-                f"{annotation_file}: {len(self.errors)} problem{plural}: {problems}; "
-                "run with --check_data for the full list"
-            )
+            count = f"{len(self.errors)} problem{'s' * (len(self.errors) > 1)}"
+            remedy = "run with --check_data for the full list"
+            raise UserError(f"{annotation_file}: {count}: {problems}; {remedy}")
 
 
 def _line(rule: str, examples: list[str], limit: int | None) -> str:
@@ -92,14 +96,38 @@ def read_annotations(annotation_file: str, report: DataReport) -> Annotations:
     Entries with an error are left out. Raises UserError only for what is no COCO file at all.
     """
     coco = _read_json(annotation_file)
-    image_ids, sizes, file_names = _images(coco["images"], report)
-    category_ids, class_names = _categories(coco["categories"], report)
-    table = _annotations(coco.get("annotations", []), image_ids, category_ids, report)
+    images = _entries(coco, "images", report)
+    image_ids = [image["id"] for image in images]
+    sizes = np.array([(i["height"], i["width"]) for i in images], dtype=np.int64).reshape(-1, 2)
+    wrong = ((sizes <= 0) | (sizes >= LIMIT)).any(axis=1)
+    for i in np.flatnonzero(wrong):
+        example = f"image {image_ids[i]} {sizes[i, 1]} x {sizes[i, 0]}"
+        report.error("image size not positive", example)
+    sizes[wrong] = LIMIT  # so that their boxes are not reported as well
+    categories = _entries(coco, "categories", report)
+    category_ids = [category["id"] for category in categories]
+    class_names = [category["name"] for category in categories]
+    table = _table(_entries(coco, "annotations", report), image_ids, category_ids, report)
     _check_boxes(table, image_ids, sizes, report)
-    return Annotations(image_ids, sizes, file_names, category_ids, class_names, table)
+    for what, values in (
+        ("image id", image_ids),
+        ("category id", category_ids),
+        ("category name", class_names),
+        ("annotation id", table["id"].tolist()),
+    ):
+        twice = (repr(value) for value, count in Counter(values).items() if count > 1)
+        report.error(f"{what} used twice", *twice)
+    return Annotations(
+        np.array(image_ids, dtype=np.int64),
+        sizes.astype(np.int32),
+        np.array([i["file_name"].encode(errors="replace") for i in images], dtype=np.bytes_),
+        tuple(category_ids),
+        tuple(class_names),
+        table,
+    )
 
 
-def _read_json(annotation_file: str) -> dict:
+def _read_json(annotation_file: str) -> dict[str, list]:
     remedy = "give an instances_*.json file of the COCO format"
     try:
         with open(annotation_file, "rb") as file:
@@ -110,64 +138,43 @@ def _read_json(annotation_file: str) -> dict:
         raise UserError(f"{annotation_file}: {error.strerror}; {remedy}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{annotation_file}: not a JSON file, or cut short; {remedy}") from error
-    for key in ("images", "categories"):
-        if type(coco) is not dict or type(coco.get(key)) is not list or not coco[key]:
-            raise UserError(f'{annotation_file}: no "{key}" in it; {remedy}')
-    if type(coco.get("annotations", [])) is not list:
-        raise UserError(f'{annotation_file}: "annotations" is not a list; {remedy}')
+    coco = {"annotations": [], **coco} if type(coco) is dict else {}
+    for key in NEEDED:
+        if type(coco.get(key)) is not list or not (coco[key] or key == "annotations"):
+            raise UserError(f'{annotation_file}: no "{key}" list in it; {remedy}')
     return coco
 
 
-def _images(entries: list, report: DataReport) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    ids, sizes, names = [], [], []
-    for number, entry in enumerate(entries):
-        ident, height, width = _integers(entry, "id", "height", "width")
-        name = _text(entry, "file_name")
-        if None in (ident, height, width, name):
-            rule = "image without an integer id, height, width and a file_name"
-            report.error(rule, f"images[{number}]")
-            continue
-        if not (0 < height < LIMIT and 0 < width < LIMIT):
-            report.error("image size not positive", f"image {ident} {width} x {height}")
-            height = width = LIMIT  # so that its boxes are not reported as well
-        ids.append(ident)
-        sizes.append((height, width))
-        names.append(name.encode(errors="replace"))
-    report.error("image id used twice", *(f"image {i}" for i in _repeated(ids)))
-    sizes = np.array(sizes, dtype=np.int32).reshape(-1, 2)
-    return np.array(ids, dtype=np.int64), sizes, np.array(names, dtype=np.bytes_)
-
-
-def _categories(entries: list, report: DataReport) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    found = []
-    for number, entry in enumerate(entries):
-        (ident,), name = _integers(entry, "id"), _text(entry, "name")
-        if ident is None or ident < 0 or name is None:
-            report.error("category without an id of 0 or more and a name", f"categories[{number}]")
+def _entries(coco: dict[str, list], key: str, report: DataReport) -> list[dict]:
+    """The entries of the list `key` that have what is NEEDED; the others are reported."""
+    integers, texts = NEEDED[key]
+    rule = f"{key} without a usable {', '.join(integers + texts)}"
+    whole = []
+    for number, entry in enumerate(coco[key]):
+        if (
+            type(entry) is dict
+            # Ids must survive in a float64 row of results.
+            and all(type(v) is int and 0 <= v < 2**53 for v in map(entry.get, integers))
+            and all(type(v) is str and v for v in map(entry.get, texts))
+        ):
+            whole.append(entry)
         else:
-            found.append((ident, name))
-    ids, names = tuple(ident for ident, _ in found), tuple(name for _, name in found)
-    report.error("category id used twice", *map(str, _repeated(ids)))
-    report.error("category name used twice", *map(repr, _repeated(names)))
-    return ids, names
+            report.error(rule, f"{key}[{number}]")
+    return whole
 
 
-def _annotations(
-    entries: list, image_ids: np.ndarray, category_ids: tuple, report: DataReport
+def _table(
+    entries: list[dict], image_ids: list[int], category_ids: list[int], report: DataReport
 ) -> np.ndarray:
-    position = {ident: i for i, ident in enumerate(image_ids.tolist())}
-    label = {ident: i for i, ident in enumerate(category_ids)}
+    image_at = {ident: i for i, ident in enumerate(image_ids)}
+    category_at = {ident: i for i, ident in enumerate(category_ids)}
     rows = []
-    for number, entry in enumerate(entries):
-        ident, image, category = _integers(entry, "id", "image_id", "category_id")
-        if None in (ident, image, category):
-            rule = "annotation without an integer id, image_id and category_id"
-            report.error(rule, f"annotations[{number}]")
-            continue
+    for entry in entries:
+        ident, image, category = entry["id"], entry["image_id"], entry["category_id"]
         box, area = entry.get("bbox"), entry.get("area")
         flags = entry.get("iscrowd", 0), entry.get("ignore", 0)
         broken = None
-        if category not in label:
+        if category not in category_at:
             broken = f"unknown category ({category})"
         elif type(box) is not list or len(box) != 4 or not all(map(_is_number, box)):
             broken = "box that is not 4 finite numbers"
@@ -178,71 +185,53 @@ def _annotations(
         if broken:
             report.error(broken, f"image {image} annotation {ident}")
             continue
-        if image not in position:
+        if image not in image_at:
             report.note("unknown image, annotation skipped", f"image {image} annotation {ident}")
-        where = position.get(image, -1), label[category]
-        rows.append((ident, *where, box, math.nan if area is None else area, *flags, False))
-    table = np.array(rows, dtype=TABLE)
-    report.error(
-        "annotation id used twice", *(f"annotation {i}" for i in _repeated(table["id"].tolist()))
-    )
-    return table
-
-
-def _check_boxes(table: np.ndarray, image_ids, sizes, report: DataReport) -> None:
-    """Report boxes of no area or outside their image, and mark the others as usable."""
-    known = table[table["image"] >= 0]
-    height, width = sizes[known["image"]].T
-    x, y, w, h = known["box_xywh"].T
-    negative = (w < 0) | (h < 0)
-    empty = ((w == 0) | (h == 0)) & ~negative
-    beyond = (x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0)
-    outside = beyond & ~negative & ~empty
-    usable = ~negative & ~empty & ~outside
-    excess = np.max([-x, -y, x + w - width, y + h - height], axis=0)
-
-    def found(mask: np.ndarray) -> list[str]:
-        return [f"image {image_ids[a['image']]} annotation {a['id']}" for a in known[mask]]
-
-    report.error("box of negative size", *found(negative))
-    report.note("zero-size box, skipped", *found(empty))
-    report.note("box wholly outside its image, skipped", *found(outside))
-    report.note("box more than 1 pixel over the edge, kept", *found(usable & (excess > 1)))
-    table["usable"][table["image"] >= 0] = usable
-
-
-def _integers(entry, *keys: str) -> list[int | None]:
-    values = [entry.get(key) for key in keys] if type(entry) is dict else [None] * len(keys)
-    # Ids must survive in a float64 row of results.
-    return [v if type(v) is int and -(2**53) < v < 2**53 else None for v in values]
-
-
-def _text(entry, key: str) -> str | None:
-    value = entry.get(key) if type(entry) is dict else None
-    return value if type(value) is str and value else None
+        place = image_at.get(image, -1), category_at[category]
+        rows.append((ident, *place, box, math.nan if area is None else area, *flags, False))
+    return np.array(rows, dtype=TABLE)
 
 
 def _is_number(value, low: int = -LIMIT, high: int = LIMIT) -> bool:
     return type(value) in (int, float) and low <= value <= high  # NaN fails both
 
 
-def _repeated(values: list) -> list:
-    return [value for value, count in Counter(values).items() if count > 1]
+def _check_boxes(
+    table: np.ndarray, image_ids: list[int], sizes: np.ndarray, report: DataReport
+) -> None:
+    """Report boxes of no area or outside their image, and mark the others as usable."""
+    known = table[table["image"] >= 0]
+    height, width = sizes[known["image"]].T
+    x, y, w, h = known["box_xywh"].T
+    negative = (w < 0) | (h < 0)
+    empty = ((w == 0) | (h == 0)) & ~negative
+    excess = np.max([-x, -y, x + w - width, y + h - height], axis=0)
+    outside = (x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0)
+    usable = ~(negative | empty | outside)
+
+    def found(mask: np.ndarray) -> list[str]:
+        return [f"image {image_ids[a['image']]} annotation {a['id']}" for a in known[mask]]
+
+    report.error("box of negative size", *found(negative))
+    report.note("zero-size box, skipped", *found(empty))
+    report.note("box wholly outside its image, skipped", *found(outside & ~negative & ~empty))
+    report.note("box more than 1 pixel over the edge, kept", *found(usable & (excess > 1)))
+    table["usable"][table["image"] >= 0] = usable
 
 
-def missing_images(image_dir: str, file_names: np.ndarray) -> list[str]:
-    """Those of `file_names` (UTF-8) that are not in `image_dir`; each folder is listed once."""
+def missing_images(image_dir: str, file_names: np.ndarray, report: DataReport) -> list[str]:
+    """Report those of `file_names` (UTF-8) that are not in `image_dir`, and return them."""
     if not os.path.isdir(image_dir):
         raise UserError(f"{image_dir}: no such folder of images; check --data_path")
-    listed: dict[str, set[str]] = {}
-    missing = []
-    for name in map(bytes.decode, file_names.tolist()):
-        folder, base = os.path.split(name)
-        if folder not in listed:
-            path = os.path.join(image_dir, folder)
-            listed[folder] = set(os.listdir(path)) if os.path.isdir(path) else set()
-        if base not in listed[folder]:
-            missing.append(name)
+
+    @functools.cache  # one listing instead of a look at each file
+    def listing(folder: str) -> set[str]:
+        path = os.path.join(image_dir, folder)
+        return set(os.listdir(path)) if os.path.isdir(path) else set()
+
+    names = map(os.path.split, map(bytes.decode, file_names.tolist()))
+    missing = [os.path.join(folder, base) for folder, base in names if base not in listing(folder)]
+    report.error(f"image file missing in {image_dir}", *missing)
     return missing
 
 
@@ -253,36 +242,31 @@ def check_data(annotation_file: str, image_dir: str, decode: bool = True) -> Dat
     """
     report = DataReport()
     data = read_annotations(annotation_file, report)
-    missing = missing_images(image_dir, data.file_names)
-    report.error(f"image file missing in {image_dir}", *missing)
-    absent = set(missing)
+    absent = set(missing_images(image_dir, data.file_names, report))
     images = [
-        (name, tuple(size))
-        for name, size in zip(np.char.decode(data.file_names), data.sizes.tolist(), strict=True)
-        if decode and name not in absent
+        (name.decode(), (width, height))
+        for name, (height, width) in zip(data.file_names, data.sizes.tolist(), strict=True)
+        if decode and name.decode() not in absent
     ]
 
-    def compare(image: tuple[str, tuple[int, int]]) -> tuple | None:
-        name, annotated = image
-        path = os.path.join(image_dir, name)
+    def size(name: str, ignore_exif: bool = True) -> tuple[int, int] | None:
         try:
-            decoded = read_image(path).shape[:2]
-            upright = decoded if decoded == annotated else read_image(path, False).shape[:2]
+            height, width, _ = read_image(os.path.join(image_dir, name), ignore_exif).shape
         except UserError:
-            return report.error, "image that cannot be decoded", name
-        if decoded == annotated:
             return None
-        if upright == annotated:
-            return report.note, "annotated as its EXIF orientation turns it, which is ignored", name
-        sizes = "{1} x {0}, annotated {3} x {2}".format(*decoded, *annotated)
-        return report.error, "image of another size than annotated", f"{name}: {sizes}"
+        return width, height
 
     with ThreadPool(os.cpu_count()) as pool:
-        results = pool.imap(compare, images, chunksize=16)
-        for finding in tqdm(results, total=len(images), unit="image", disable=None):
-            if finding:
-                add, rule, example = finding
-                add(rule, example)
+        sizes = pool.imap(size, [name for name, _ in images], chunksize=16)
+        bar = tqdm(sizes, total=len(images), unit="image", disable=None)
+        for (name, annotated), decoded in zip(images, bar, strict=True):
+            if decoded is None:
+                report.error("image that cannot be decoded", name)
+            elif decoded != annotated and size(name, ignore_exif=False) == annotated:
+                report.note("annotated as its EXIF orientation turns it, which is ignored", name)
+            elif decoded != annotated:
+                example = "{} x {}, annotated {} x {}".format(*decoded, *annotated)
+                report.error("image of another size than annotated", f"{name}: {example}")
     return report
 
 

@@ -1,12 +1,14 @@
 """Pictures of boxes: one image, or a sheet with ground truth and detections side by side."""
 
 import colorsys
+import io
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from common.npu.files import write_atomically
 
 # Of a sheet, in pixels.
 PANEL, GAP, MARGIN, TITLE = 400, 6, 18, 20
@@ -35,17 +37,22 @@ def draw_boxes(
     boxes_xyxy = np.asarray(boxes_xyxy, np.float64).reshape(-1, 4).clip(0, limits)
     labels = np.asarray(labels).tolist()
     texts = [class_names[label] for label in labels]
-    order = range(len(labels))
-    if scores is not None:
-        scores = np.asarray(scores, np.float64)
+    if scores is None:
+        scores = np.full(len(labels), np.inf)
+    else:
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores, strict=True)]
-        order = [i for i in np.argsort(scores, kind="stable").tolist() if scores[i] >= min_score]
-    for i in order:
+    for i in np.argsort(scores, kind="stable").tolist():
         left, top, right, bottom = boxes_xyxy[i].round().astype(int).tolist()
-        if right > left and bottom > top:
-            colour = _colour(labels[i])
-            draw.rectangle((left, top, right, bottom), outline=colour, width=line)
-            _draw_tag(draw, picture.size, (left, top), texts[i], colour, font)
+        if scores[i] < min_score or right <= left or bottom <= top:
+            continue
+        colour = _colour(labels[i])
+        draw.rectangle((left, top, right, bottom), outline=colour, width=line)
+        # The tag stands on the box, or in it where it would leave the picture.
+        width, height = draw.textbbox((4, 3), texts[i], font=font)[2:]  # with a margin
+        left = max(0, min(left, picture.width - width))
+        top = top - height if top >= height else top
+        draw.rectangle((left, top, left + width, top + height), fill=colour)
+        draw.text((left + 2, top + 1), texts[i], fill="black", font=font)
     return picture
 
 
@@ -62,7 +69,7 @@ def draw_pairs(
     `rows`: one (image, gt_boxes_xyxy, gt_labels, boxes_xyxy, labels, scores) an image, as
     `draw_boxes` takes them. Detections below `min_score` are not drawn.
     """
-    pairs = [_draw_pair(*row, class_names, min_score) for row in rows]
+    pairs = [_draw_pair(row, class_names, min_score) for row in rows]
     lines = [pairs[start : start + columns] for start in range(0, len(pairs), columns)]
     heights = [max(pair.height for pair in line) + MARGIN for line in lines]
     width = min(columns, len(pairs)) * (PAIR + MARGIN) + MARGIN
@@ -71,26 +78,13 @@ def draw_pairs(
         for column, pair in enumerate(line):
             place = MARGIN + column * (PAIR + MARGIN), MARGIN + sum(heights[:number])
             sheet.paste(pair, place)
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        sheet.save(partial, "PNG")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    sheet.save(png := io.BytesIO(), "PNG")
+    write_atomically(path, png.getvalue())
 
 
-def _draw_pair(
-    image_uint8_hwc: np.ndarray,
-    gt_boxes_xyxy: np.ndarray,
-    gt_labels: np.ndarray,
-    boxes_xyxy: np.ndarray,
-    labels: np.ndarray,
-    scores: np.ndarray,
-    class_names: Sequence[str],
-    min_score: float,
-) -> Image.Image:
+def _draw_pair(row: tuple, class_names: Sequence[str], min_score: float) -> Image.Image:
     """Two titled copies of the image, PAIR pixels wide."""
+    image_uint8_hwc, gt_boxes_xyxy, gt_labels, boxes_xyxy, labels, scores = row
     image = Image.fromarray(image_uint8_hwc)
     scale = PANEL / max(image.size)
     # Resized before drawing, not after: lines and letters keep one size over the whole sheet.
@@ -108,23 +102,6 @@ def _draw_pair(
         draw.text((left, 0), title, fill="#444444", font=font)
         pair.paste(panel, (left, TITLE))
     return pair
-
-
-def _draw_tag(
-    draw: ImageDraw.ImageDraw,
-    picture_size: tuple[int, int],
-    corner: tuple[int, int],
-    text: str,
-    colour: tuple[int, int, int],
-    font: ImageFont.ImageFont,
-) -> None:
-    """A filled label on top of the box that begins at `corner`, moved to lie in the picture."""
-    _, _, width, height = draw.textbbox((0, 0), text, font=font)
-    width, height = width + 4, height + 3
-    left = max(0, min(corner[0], picture_size[0] - width))
-    top = corner[1] - height if corner[1] >= height else corner[1]
-    draw.rectangle((left, top, left + width, top + height), fill=colour)
-    draw.text((left + 2, top + 1), text, fill="black", font=font)
 
 
 def _colour(label: int) -> tuple[int, int, int]:

@@ -7,37 +7,25 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import chain
 
 import numpy as np
 
 from common.coco.check import Annotations, DataReport, read_annotations
 from common.npu.errors import UserError
+from common.npu.files import write_atomically
 
-SUMMARY = {  # key: position of the IoU threshold (None: all), area range, position in max_dets
-    "AP": (None, "all", 2),
-    "AP50": (0, "all", 2),
-    "AP75": (5, "all", 2),
-    "APs": (None, "small", 2),
-    "APm": (None, "medium", 2),
-    "APl": (None, "large", 2),
-    "AR1": (None, "all", 0),
-    "AR10": (None, "all", 1),
-    "AR100": (None, "all", 2),
-    "ARs": (None, "small", 2),
-    "ARm": (None, "medium", 2),
-    "ARl": (None, "large", 2),
-}
-AREAS = ("all", "small", "medium", "large")
+STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+MMDET = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")  # names of the first six
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     """What `evaluate` found; -1 stands for "no ground truth of this kind"."""
 
-    stats: dict[str, float]  # keys of SUMMARY
+    stats: dict[str, float]  # keys of STATS
     text: str  # the 12 lines that pycocotools prints
     notes: tuple[str, ...]  # remarks on the annotation file
     per_class: list[tuple[str, float]]  # name, AP; by category id
@@ -45,11 +33,9 @@ class Evaluation:
 
     def mmdet(self) -> dict[str, float | str]:
         """The keys of MMDetection's log, rounded to 3 decimals."""
-        keys = {"mAP": "AP", "mAP_50": "AP50", "mAP_75": "AP75"}
-        keys |= {"mAP_s": "APs", "mAP_m": "APm", "mAP_l": "APl"}
-        numbers = {f"bbox_{name}": round(self.stats[key], 3) for name, key in keys.items()}
-        together = " ".join(f"{value:.3f}" for value in numbers.values())
-        return {**numbers, "bbox_mAP_copypaste": together}
+        scores = [round(self.stats[key], 3) for key in STATS[: len(MMDET)]]
+        numbers = {f"bbox_{name}": score for name, score in zip(MMDET, scores, strict=True)}
+        return {**numbers, "bbox_mAP_copypaste": " ".join(f"{score:.3f}" for score in scores)}
 
 
 def to_rows(
@@ -82,20 +68,14 @@ def gather_rows(rows: Sequence[np.ndarray], ranks) -> np.ndarray | None:
     rows: one array of `to_rows` for each image this rank evaluated; repeats of an image, from
     padding to full batches, are dropped. ranks: `common.npu.distributed.Ranks`.
     """
-    gathered = ranks.gather_objects(_each_image_once(rows))
+    gathered = ranks.gather_objects(rows)
     if gathered is None:
         return None
-    merged = _each_image_once(gathered)
-    return merged[np.argsort(merged[:, 0], kind="stable")]
-
-
-def _each_image_once(parts: Sequence[np.ndarray]) -> np.ndarray:
-    first: dict[float, np.ndarray] = {}
-    for part in parts:
-        for block in np.split(part, np.flatnonzero(np.diff(part[:, 0])) + 1):
-            if len(block):
-                first.setdefault(float(block[0, 0]), block)
-    return np.concatenate([np.empty((0, 7)), *first.values()])
+    by_image: dict[float, np.ndarray] = {}
+    for part in chain(*gathered):
+        if len(part):
+            by_image.setdefault(part[0, 0], part)
+    return np.concatenate([np.empty((0, 7)), *(by_image[i] for i in sorted(by_image))])
 
 
 def save_results(path: str | os.PathLike, rows: np.ndarray) -> None:
@@ -104,18 +84,7 @@ def save_results(path: str | os.PathLike, rows: np.ndarray) -> None:
         {"image_id": int(i), "category_id": int(c), "bbox": box, "score": score}
         for i, *box, score, c in rows.tolist()
     ]
-    _write(path, lambda partial: partial.write_text(json.dumps(results, allow_nan=False)))
-
-
-def _write(path: str | os.PathLike, save: Callable[[Path], object]) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(path, json.dumps(results, allow_nan=False).encode())
 
 
 def evaluate(
@@ -123,25 +92,25 @@ def evaluate(
     rows: np.ndarray,
     *,
     backend: str = "pycocotools",
-    image_ids: Sequence[int] | None = None,
     max_dets: tuple[int, int, int] = (1, 10, 100),
 ) -> Evaluation:
-    """COCO's bbox evaluation of result rows, on `image_ids` only where given.
+    """COCO's bbox evaluation of result rows; images without a row count as without detections.
 
-    backend: "pycocotools" or "faster" (faster-coco-eval), of equal result. Raises UserError for a
-    broken annotation file, rows that do not belong to it, or an absent backend.
+    backend: "pycocotools" or "faster" (faster-coco-eval), of equal result. max_dets: of the three
+    ARs; AP is taken at 100, which must be among them. Raises UserError for a broken annotation
+    file, rows that do not belong to it, or an absent backend.
     """
-    coco_class, eval_class = _backend(backend)
+    coco_class, eval_class, summarize = _backend(backend)
     report = DataReport()
     truth = read_annotations(annotation_file, report)
     report.raise_errors(annotation_file)
     rows = np.asarray(rows, dtype=np.float64).reshape(-1, 7)
     if not np.isfinite(rows).all():
         raise ValueError("result rows must be finite")
+    image_ids, boxes, scores, category_ids = rows[:, 0], rows[:, 1:5], rows[:, 5], rows[:, 6]
     for what, ids, known in (
-        ("image", rows[:, 0], truth.image_ids),
-        ("category", rows[:, 6], truth.category_ids),
-        ("image", [] if image_ids is None else image_ids, truth.image_ids),
+        ("image", image_ids, truth.image_ids),
+        ("category", category_ids, truth.category_ids),
     ):
         foreign = np.setdiff1d(ids, known)
         if foreign.size:
@@ -151,95 +120,75 @@ def evaluate(
             )
 
     table, notes = truth.table[truth.table["image"] >= 0], ()
-    boxes, areas = table["box_xywh"], table["area"]
+    box_areas = table["box_xywh"][:, 2:].prod(axis=1)
     # MLPerf's slim files have no area, or 1.0 everywhere.
-    real = np.isfinite(areas) & ~np.all(areas == 1)
+    real = np.isfinite(table["area"]) & ~np.all(table["area"] == 1)
     if not real.all():
         notes = (f"{annotation_file} has no mask areas: AP and AR by size go by the boxes' areas",)
-    objects = _records(
-        truth.image_ids[table["image"]],
-        np.asarray(truth.category_ids)[table["category"]],
-        boxes,
-        area=np.where(real, areas, boxes[:, 2] * boxes[:, 3]),
-        iscrowd=table["crowd"].astype(int),
-    )
-    detections = _records(
-        rows[:, 0].astype(int),
-        rows[:, 6].astype(int),
-        rows[:, 1:5],
-        area=rows[:, 3] * rows[:, 4],
-        iscrowd=np.zeros(len(rows), dtype=int),
-        score=rows[:, 5],
-    )
+    objects = {
+        "image_id": truth.image_ids[table["image"]],
+        "category_id": np.asarray(truth.category_ids)[table["category"]],
+        "bbox": table["box_xywh"],
+        "area": np.where(real, table["area"], box_areas),
+        "iscrowd": table["crowd"].astype(int),
+    }
+    detections = {
+        "image_id": image_ids.astype(int),
+        "category_id": category_ids.astype(int),
+        "bbox": boxes,
+        "area": boxes[:, 2:].prod(axis=1),
+        "iscrowd": np.zeros(len(rows), dtype=int),
+        "score": scores,
+    }
     with contextlib.redirect_stdout(io.StringIO()):
-        run = eval_class(
-            *(_coco(coco_class, truth, side) for side in (objects, detections)), "bbox"
-        )
+        sides = (_coco(coco_class, truth, columns) for columns in (objects, detections))
+        run = eval_class(*sides, "bbox")
         run.params.maxDets = list(max_dets)
-        if image_ids is not None:
-            run.params.imgIds = [int(i) for i in image_ids]
         run.evaluate()
         run.accumulate()
-    return _summarize(truth, notes, run.params.maxDets, run.eval["precision"], run.eval["recall"])
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        summarize(run)
+    precision = run.eval["precision"][..., 0, 2]  # of (IoU, recall, class, area, max_dets)
+    names = [name for _, name in sorted(zip(truth.category_ids, truth.class_names, strict=True))]
+    return Evaluation(
+        stats=dict(zip(STATS, run.stats.tolist(), strict=True)),
+        text=printed.getvalue().rstrip("\n"),
+        notes=notes,
+        per_class=list(zip(names, precision.mean(axis=(0, 1)).tolist(), strict=True)),
+        precision=precision,
+    )
 
 
-def _backend(name: str) -> tuple[type, type]:
+def _backend(name: str) -> tuple:
+    """Classes of the data set and of the evaluation, and what sums an evaluation up."""
+    if name not in ("pycocotools", "faster"):
+        raise ValueError(f'backend must be "pycocotools" or "faster", not {name!r}')
     try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+
         if name == "pycocotools":
-            from pycocotools.coco import COCO
-            from pycocotools.cocoeval import COCOeval
-        elif name == "faster":
-            from faster_coco_eval import COCO
-            from faster_coco_eval import COCOeval_faster as COCOeval
-        else:
-            raise ValueError(f'backend must be "pycocotools" or "faster", not {name!r}')
+            return COCO, COCOeval, COCOeval.summarize
+        import faster_coco_eval as faster
     except ImportError as error:
-        package = "pycocotools" if name == "pycocotools" else "faster-coco-eval"
+        package = "pycocotools" if "pycocotools" in str(error) else "faster-coco-eval"
         raise UserError(f"evaluation needs {package}: pip install {package}") from error
-    return COCO, COCOeval
+    return faster.COCO, faster.COCOeval_faster, COCOeval.summarize
 
 
-def _records(image_ids, category_ids, boxes_xywh, **columns: np.ndarray) -> list[dict]:
+def _coco(coco_class: type, truth: Annotations, columns: dict[str, np.ndarray]):
+    """A data set of the images and categories of `truth` with the annotations in `columns`."""
     # Numbered from 1: a match with annotation 0 is no match to pycocotools.
-    columns = {"image_id": image_ids, "category_id": category_ids, "bbox": boxes_xywh, **columns}
-    columns["id"] = np.arange(1, len(image_ids) + 1)
-    lists = [column.tolist() for column in columns.values()]
-    return [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]
-
-
-def _coco(coco_class: type, truth: Annotations, records: list[dict]):
+    columns = {"id": np.arange(1, len(columns["bbox"]) + 1), **columns}
+    values = zip(*(column.tolist() for column in columns.values()), strict=True)
     coco = coco_class()
     coco.dataset = {
         "images": [{"id": i} for i in truth.image_ids.tolist()],
         "categories": [{"id": i} for i in truth.category_ids],
-        "annotations": records,
+        "annotations": [dict(zip(columns, row, strict=True)) for row in values],
     }
     coco.createIndex()
     return coco
-
-
-def _summarize(truth, notes, max_dets, precision, recall) -> Evaluation:
-    """The 12 numbers of precision (T, R, K, A, M) and recall (T, K, A, M), K by category id."""
-    stats, lines = {}, []
-    for key, (threshold, area, dets) in SUMMARY.items():
-        values = precision if key.startswith("AP") else recall
-        thresholds = slice(None) if threshold is None else slice(threshold, threshold + 1)
-        stats[key] = _mean(values[thresholds, ..., AREAS.index(area), dets])
-        kind = "Average Precision  (AP)" if key.startswith("AP") else "Average Recall     (AR)"
-        iou = "0.50:0.95" if threshold is None else f"{0.5 + 0.05 * threshold:.2f}"
-        lines.append(
-            f" {kind} @[ IoU={iou:<9} | area={area:>6s} | maxDets={max_dets[dets]:>3d} ]"
-            f" = {stats[key]:.3f}"
-        )
-    overall = precision[..., 0, 2]
-    names = [name for _, name in sorted(zip(truth.category_ids, truth.class_names, strict=True))]
-    per_class = [(name, _mean(overall[:, :, k])) for k, name in enumerate(names)]
-    return Evaluation(stats, "\n".join(lines), notes, per_class, overall)
-
-
-def _mean(values: np.ndarray) -> float:
-    values = values[values > -1]
-    return float(values.mean()) if values.size else -1.0
 
 
 def draw_pr_curves(path: str | os.PathLike, evaluation: Evaluation) -> None:
@@ -257,4 +206,5 @@ def draw_pr_curves(path: str | os.PathLike, evaluation: Evaluation) -> None:
     title = f"mean of {precision.shape[2]} classes"
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title=title)
     axes.grid(alpha=0.3)
-    _write(path, lambda partial: figure.savefig(partial, format="png", dpi=120))
+    figure.savefig(picture := io.BytesIO(), format="png", dpi=120)
+    write_atomically(path, picture.getvalue())

@@ -81,8 +81,7 @@ def read_index(
     report = DataReport() if report is None else report
     data = read_annotations(annotation_file, report)
     if need_images:
-        missing = missing_images(image_dir, data.file_names)
-        report.error(f"image file missing in {image_dir}", *missing)
+        missing_images(image_dir, data.file_names, report)
     names = data.class_names if classes is None else tuple(classes)
     label = {name: i for i, name in enumerate(names)}
     foreign = [repr(name) for name in data.class_names if name not in label]

@@ -23,6 +23,7 @@ from common.npu.errors import UserError
 # Ids with gaps, as COCO's own: whoever takes an id for a label fails on this set as well.
 CATEGORIES = {"disc": 1, "box": 3, "triangle": 4, "star": 9}
 FIRST_ID = {"train": 1, "val": 500_001}
+SIDES = 240, 400  # pixels: the range of an image's height and width
 OBJECTS_PER_IMAGE = (0.20, 0.26, 0.22, 0.14, 0.08, 0.05, 0.03, 0.02)  # of 1, 2, ... 8 objects
 
 
@@ -32,12 +33,11 @@ def write_sample(
     train: int = 240,
     val: int = 60,
     seed: int = 0,
-    size: tuple[int, int] = (240, 400),
 ) -> None:
     """Draw the set: `{train,val}2017/*.jpg` and `annotations/instances_{train,val}2017.json`.
 
-    `train` and `val` count images, `size` is the range of an image's sides in pixels. The folder
-    appears whole or not at all. Raises UserError where it exists and is not empty.
+    `train` and `val` count images. The folder appears whole or not at all. Raises UserError where
+    it exists and is not empty.
     """
     folder = Path(folder).resolve()
     if min(train, val) < 1 or max(train, val) >= FIRST_ID["val"] or seed < 0:
@@ -50,46 +50,39 @@ def write_sample(
     try:
         (partial / "annotations").mkdir(parents=True)
         for split, count in (("train", train), ("val", val)):
-            _write_split(partial, split, count, seed, size)
+            _write_split(partial, split, count, seed)
         os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_split(root: Path, split: str, count: int, seed: int, size: tuple[int, int]) -> None:
+def _write_split(root: Path, split: str, count: int, seed: int) -> None:
     (root / f"{split}2017").mkdir()
     images, annotations = [], []
     for position in range(count):
         rng = np.random.default_rng([seed, FIRST_ID[split], position])
-        image, objects = _draw_image(rng, size, empty=position % 30 == 14, crowd=position % 20 == 9)
+        image, objects = _draw_image(rng, empty=position % 30 == 14, crowd=position % 20 == 9)
         image_id = FIRST_ID[split] + position
-        file_name = f"{image_id:012d}.jpg"
-        image.save(root / f"{split}2017" / file_name, quality=90)
-        images.append(
-            {"id": image_id, "file_name": file_name, "width": image.width, "height": image.height}
-        )
+        name, (width, height) = f"{image_id:012d}.jpg", image.size
+        image.save(root / f"{split}2017" / name, quality=90)
+        images.append({"id": image_id, "file_name": name, "width": width, "height": height})
         for record in objects:
             annotations.append({"id": len(annotations) + 1, "image_id": image_id, **record})
-    categories = [
-        {"id": category_id, "name": name, "supercategory": "shape"}
-        for name, category_id in CATEGORIES.items()
-    ]
     content = {
         "info": {"description": f"onestage sample, {split}, seed {seed}"},
-        "licenses": [],
         "images": images,
         "annotations": annotations,
-        "categories": categories,
+        "categories": [{"id": ident, "name": name} for name, ident in CATEGORIES.items()],
     }
     path = root / "annotations" / f"instances_{split}2017.json"
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def _draw_image(
-    rng: np.random.Generator, size: tuple[int, int], *, empty: bool, crowd: bool
+    rng: np.random.Generator, *, empty: bool, crowd: bool
 ) -> tuple[Image.Image, list[dict]]:
     """One picture and the annotations of its objects, without ids."""
-    height, width = rng.integers(size[0], size[1], 2, endpoint=True).tolist()
+    height, width = rng.integers(*SIDES, 2, endpoint=True).tolist()
     canvas = _background(rng, height, width)
     owner = np.full((height, width), -1)  # the object seen at each pixel
     kinds, full_areas = [], []

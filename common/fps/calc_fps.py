@@ -44,30 +44,25 @@ def fps_per_epoch(lines: Iterable[dict], gpu_nums: int, batch_size: int) -> list
     `lines` are the parsed lines of a log, `batch_size` is that of one device. UserError if there
     is no train line to measure.
     """
-    means, epoch = [], []
+    epochs: list[list[dict]] = [[]]
     for line in lines:
         if line.get("mode") == "train":
-            epoch.append(line)
-        elif line.get("mode") == "val" and epoch:
-            means.append(_epoch_fps(epoch, gpu_nums * batch_size))
-            epoch = []
-    if not means and epoch:
-        means.append(_epoch_fps(epoch, gpu_nums * batch_size))
-    if not means:
+            epochs[-1].append(line)
+        elif line.get("mode") == "val" and epochs[-1]:
+            epochs.append([])
+    closed = epochs[:-1] or epochs
+    if not closed[0]:
         raise UserError("the log has no train line: let the run reach its first log interval")
-    return means
+    return [_epoch_fps(epoch, gpu_nums * batch_size) for epoch in closed]
 
 
 def _epoch_fps(lines: list[dict], images_per_step: int) -> float:
     try:
         warm = [line for line in lines if line["iter"] > SKIPPED_ITERATIONS]
         if not warm:
-            number = lines[0].get("epoch", "?")
-            print(
-                f"epoch {number}: no line beyond iteration {SKIPPED_ITERATIONS}, "
-                "taking all lines but the first",
-                file=sys.stderr,
-            )
+            epoch = f"epoch {lines[0].get('epoch', '?')}"
+            reason = f"no line beyond iteration {SKIPPED_ITERATIONS}, taking all but the first"
+            print(f"{epoch}: {reason}", file=sys.stderr)
             warm = lines[1:] or lines
         rates = [images_per_step / line["time"] for line in warm]
     except (KeyError, TypeError, ZeroDivisionError) as error:

@@ -7,10 +7,10 @@ loses nothing it has logged.
 
 import json
 import math
-import sys
-import time
 from datetime import datetime, timedelta
 from pathlib import Path
+
+from tqdm import tqdm
 
 from common.fps.meter import Window
 
@@ -21,8 +21,8 @@ LINES_BETWEEN_WARNINGS = 10
 class RunLog:
     """Writes `train_<device_id>.log`, `<timestamp>.log.json` and `tensorboard/` in `folder`.
 
-    Text also goes to stdout, errors to stderr. With `main=False` (every rank but one) nothing is
-    opened and only `error` writes. `append=True` (a resumed run) goes on with the text log; the
+    Text also goes to stdout. With `main=False` (every rank but one) nothing is written but the
+    exception that leaves the `with`. `append=True` (a resumed run) goes on with the text log; the
     JSON log of each start is a new file. `num_workers` only serves the loader warning.
     """
 
@@ -31,17 +31,17 @@ class RunLog:
         folder: str | Path,
         *,
         device_id: int | str,
-        timestamp: str | None = None,
         main: bool = True,
         append: bool = False,
         rank: int = 0,
-        num_workers: int | None = None,
+        num_workers: int = 0,
     ):
         self.folder = Path(folder)
         self.text_path = self.folder / f"train_{device_id}.log"
-        self.json_path = self.folder / f"{timestamp or _free_stamp(self.folder)}.log.json"
+        self.json_path = self.folder / f"{_free_stamp(self.folder)}.log.json"
         self._main, self._rank, self.num_workers = main, rank, num_workers
-        self._json = self._events = self._bar = None
+        self._json = self._events = None
+        self._bar = tqdm(disable=True)
         self._quiet_lines = 0  # until the loader may be complained of again
         if not main:
             return
@@ -56,10 +56,11 @@ class RunLog:
         else:
             self._events = SummaryWriter(str(self.folder / "tensorboard"))
 
-    def header(self, env_info: str, config: str, seed: int, exp_name: str, **extra) -> None:
+    def header(self, env_info: str, config: str, seed: int, exp_name: str) -> None:
         """The first JSON line (no `mode`, no `epoch`: readers skip it) and its text."""
-        about = {"env_info": env_info, "config": config, "seed": seed, "exp_name": exp_name}
-        self._write_json(about | extra)
+        self._write_json(
+            {"env_info": env_info, "config": config, "seed": seed, "exp_name": exp_name}
+        )
         self.info(f"Environment info:\n{env_info}")
         self.info(f"Config:\n{config}")
         self.info(f"Exp name: {exp_name}, seed: {seed}")
@@ -69,10 +70,6 @@ class RunLog:
 
     def warning(self, text: str) -> None:
         self._write_text("WARNING", text)
-
-    def error(self, text: str) -> None:
-        """The one kind of line that every rank writes."""
-        self._write_text("ERROR", text if self._main else f"rank {self._rank}: {text}")
 
     def train(
         self,
@@ -90,8 +87,6 @@ class RunLog:
 
         `losses` are the window's mean terms, among them the total, `loss`.
         """
-        if not self._main:
-            return
         terms = _ordered(losses)
         memory = {} if memory_mib is None else {"memory": memory_mib}
         scalars = {"lr": lr, **memory, "data_time": window.data_time, **terms}
@@ -113,17 +108,15 @@ class RunLog:
         self.info(f"Epoch [{epoch}][{iter}/{iters_per_epoch}]\t" + ", ".join(fields))
         if window.data_share > DATA_SHARE_LIMIT and self._quiet_lines <= 0:
             self._quiet_lines = LINES_BETWEEN_WARNINGS
-            now = "" if self.num_workers is None else f" (now {self.num_workers})"
             self.warning(
                 f"the device waits for the loader {window.data_share:.0%} of the time: raise "
-                f"--num_workers{now}, put the data on a local disk, leave this run more CPU cores"
+                f"--num_workers (now {self.num_workers}), put the data on a local disk, "
+                "leave this run more CPU cores"
             )
         self._quiet_lines -= 1
 
     def val(self, epoch: int, iter: int, lr: float, metrics: dict[str, float | str]) -> None:
         """One line of evaluation after `epoch` epochs of `iter` iterations each."""
-        if not self._main:
-            return
         self._write_json({"mode": "val", "epoch": epoch, "iter": iter, "lr": lr, **metrics})
         numbers = {name: value for name, value in metrics.items() if not isinstance(value, str)}
         fields = (f"{k}: {v:.4f}" if k in numbers else f"{k}: {v}" for k, v in metrics.items())
@@ -132,21 +125,18 @@ class RunLog:
 
     def progress(self, total: int, done: int = 0) -> None:
         """Show a bar over `total` steps, `done` of them behind us, if stderr is a terminal."""
-        if self._main and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
+        hidden = None if self._main else True  # None: by whether stderr is a terminal
+        self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, disable=hidden)
 
     def advance(self, steps: int = 1) -> None:
-        if self._bar is not None:
-            self._bar.update(steps)
+        self._bar.update(steps)
 
     def close(self) -> None:
         """Close bar, events and JSON log; lines of text may still follow."""
         for part in (self._bar, self._events, self._json):
             if part is not None:
                 part.close()
-        self._bar = self._events = self._json = None
+        self._events = self._json = None
 
     def __enter__(self) -> "RunLog":
         return self
@@ -158,23 +148,19 @@ class RunLog:
             self._append("ERROR", f"rank {self._rank}: {type(error).__name__}: {error}")
 
     def _append(self, level: str, text: str) -> str:
-        now = time.time()
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
-        line = f"{stamp},{int(now * 1000) % 1000:03d} - onestage - {level} - {text}\n"
+        now = datetime.now()
+        stamp = f"{now:%Y-%m-%d %H:%M:%S},{now.microsecond // 1000:03d}"
+        line = f"{stamp} - onestage - {level} - {text}\n"
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.text_path.open("ab", buffering=0) as log:  # ranks share the file: append at once
             log.write(line.encode())
         return line
 
     def _write_text(self, level: str, text: str) -> None:
-        if not (self._main or level == "ERROR"):
-            return
-        line = self._append(level, text)
-        stream = sys.stderr if level == "ERROR" else sys.stdout
-        if self._bar is None:
-            print(line, end="", file=stream, flush=True)
-        else:
-            self._bar.write(line, file=stream, end="")
+        if self._main:
+            line = self._append(level, text)
+            with tqdm.external_write_mode():  # takes the bar away meanwhile
+                print(line, end="", flush=True)
 
     def _write_json(self, entry: dict) -> None:
         if self._json is not None:

@@ -4,10 +4,11 @@ Names, keys and their order are those of the original launch scripts' summaries.
 forgot the number of devices in TrainingTime; here it is the time of one iteration.
 """
 
-import os
 import platform
 from collections.abc import Iterable
 from pathlib import Path
+
+from common.npu.files import write_atomically
 
 
 def case_name(network: str, batch_size: int, rank_size: int, kind: str) -> str:
@@ -69,15 +70,3 @@ def final_lines(
         lines.append(f"Final Train Accuracy : {accuracy:.5f}")
     lines.append(f"E2E Training Duration sec : {seconds:.0f}")
     return lines
-
-
-def write_atomically(path: Path, content: bytes) -> Path:
-    """Write beside `path`, then rename: a reader finds the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path

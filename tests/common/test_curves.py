@@ -41,7 +41,7 @@ def figure(monkeypatch):
 
 def test_a_run_is_drawn_whole(tmp_path, figure):
     log = write_log(tmp_path / "a.log.json", range(10, 1001, 10), val_epochs=[1, 2, 3, 4, 5])
-    out = draw_curves(log, tmp_path / "out" / "curves.png")
+    out = draw_curves([log], tmp_path / "out" / "curves.png")
     pixels = np.asarray(Image.open(out).convert("RGB"))
     assert pixels.std() > 5
     assert [path.name for path in out.parent.iterdir()] == ["curves.png"]
@@ -72,15 +72,15 @@ def test_a_resumed_run_is_joined_and_the_later_log_wins(tmp_path, figure):
 def test_a_null_loss_is_a_gap(tmp_path, figure):
     log = write_log(tmp_path / "a.log.json", [10, 20, 30], terms=False)
     log.write_text(log.read_text().replace(json.dumps(30 / 20**0.5), "null"))
-    draw_curves(log, tmp_path / "curves.png")
+    draw_curves([log], tmp_path / "curves.png")
     assert np.isnan(figure[0].axes[0].lines[0].get_ydata()).tolist() == [False, True, False]
 
 
 def test_logs_with_nothing_to_draw_are_refused(tmp_path):
     log = write_log(tmp_path / "a.log.json", [], val_epochs=[1])
     with pytest.raises(UserError, match="no train line"):
-        draw_curves(log, tmp_path / "curves.png")
+        draw_curves([log], tmp_path / "curves.png")
     log.write_text('{"mode": "train", "epoch": 1, "iter": 50, "loss": 1.0}\n')
     with pytest.raises(UserError, match="without `step`"):
-        draw_curves(log, tmp_path / "curves.png")
+        draw_curves([log], tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()

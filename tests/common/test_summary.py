@@ -2,13 +2,7 @@ import platform
 
 import pytest
 
-from common.fps.summary import (
-    case_name,
-    final_lines,
-    write_atomically,
-    write_losses,
-    write_summary,
-)
+from common.fps.summary import case_name, final_lines, write_losses, write_summary
 
 RUN = {"network": "SSD", "batch_size": 8, "rank_size": 8, "seconds": 3661.4}
 HEAD = f"Network = SSD\nRankSize = 8\nBatchSize = 8\nDeviceType = {platform.machine()}\n"
@@ -52,11 +46,3 @@ def test_final_lines_name_only_what_was_measured():
         "E2E Training Duration sec : 13",
     ]
     assert len(final_lines(seconds=1)) == 2
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = write_atomically(tmp_path / "new" / "file", b"old")
-    with pytest.raises(TypeError):
-        write_atomically(path, "text is not bytes")
-    assert path.read_bytes() == b"old"
-    assert list(path.parent.iterdir()) == [path]
