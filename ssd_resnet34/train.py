@@ -370,8 +370,12 @@ class Training:
 
     def identity(self) -> dict:
         """What must be the same for a resumed run to go on where it was."""
-        batch = self.recipe.batch_size * self.ranks.world_size
-        return {"global batch": batch, "training images": self.records, "seed": self.args.seed}
+        return {
+            "backbone": self.recipe.backbone,
+            "global batch": self.recipe.batch_size * self.ranks.world_size,
+            "training images": self.records,
+            "seed": self.args.seed,
+        }
 
     def restore(self, state: dict) -> None:
         """Go on from a state: in the middle of an epoch, with the same order and augmentation."""

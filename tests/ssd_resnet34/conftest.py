@@ -2,6 +2,7 @@
 
 import functools
 import json
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +29,15 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _handlers():
+    """A run in this process takes the signals; pytest gets them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,12 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -44,6 +47,16 @@ def subset(folder: Path, train: int = 10, val: int = 4, classes: list[str] | Non
     return folder
 
 
+def cut_short(data: Path, record: int) -> Path:
+    """Replace a training image, by its position in the annotation file, by its first half."""
+    content = json.loads((data / "annotations/instances_train2017.json").read_text())
+    path = data / "train2017" / content["images"][record]["file_name"]
+    whole = path.read_bytes()
+    path.unlink()
+    path.write_bytes(whole[: len(whole) // 2])
+    return path
+
+
 def command(script: str, *flags, ranks: int = 1) -> list[str]:
     """The command line of a program, `.py` through the launcher where there are several ranks."""
     if script.endswith(".sh"):
@@ -72,15 +85,21 @@ def run(script: str, *flags, ranks: int = 1, status: int | None = 0, timeout: in
     return done
 
 
-def start(script: str, *flags, ranks: int = 1) -> subprocess.Popen:
-    """Start in a process group of its own; output is thrown away (the run log keeps it)."""
-    return subprocess.Popen(
+@contextmanager
+def running(script: str, *flags, ranks: int = 1) -> Iterator[subprocess.Popen]:
+    """Started in a process group of its own, never left behind; the run log keeps its output."""
+    process = subprocess.Popen(
         command(script, *flags, ranks=ranks),
         env=environment(),
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            signal_all(process, signal.SIGKILL)
 
 
 def wait_for_step(output: Path, step: int, process: subprocess.Popen, seconds: float = 120) -> None:
@@ -94,23 +113,53 @@ def wait_for_step(output: Path, step: int, process: subprocess.Popen, seconds: f
     raise AssertionError(f"step {step} was not reached in {seconds} s")
 
 
-def kill_group(process: subprocess.Popen, number: int = signal.SIGKILL) -> int:
-    """Signal the whole process group; the exit status."""
+def signal_group(process: subprocess.Popen, number: int) -> int:
+    """Signal the process group, as a terminal does; the exit status.
+
+    The launcher's ranks are sessions of their own: they get what the launcher sends them.
+    """
+    everyone = family(process.pid)
     os.killpg(process.pid, number)
-    return process.wait(90)
+    return ended(process, everyone)
+
+
+def signal_all(process: subprocess.Popen, number: int) -> int:
+    """Signal launcher, ranks and loader workers, as a machine that goes down; the exit status."""
+    everyone = family(process.pid)
+    for pid in everyone:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+    return ended(process, everyone)
+
+
+def ended(process: subprocess.Popen, everyone: list[int], seconds: float = 90) -> int:
+    """Wait for all of `everyone` to end: none may go on writing; the exit status of `process`."""
+    status = process.wait(seconds)
+    limit = time.monotonic() + seconds
+    while alive := [pid for pid in everyone if parent(pid) is not None]:
+        assert time.monotonic() < limit, f"still running: {alive}"
+        time.sleep(0.05)
+    return status
+
+
+def parent(pid: int) -> int | None:
+    """The parent of a process, None of one that has ended."""
+    try:
+        state, above = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except OSError:
+        return None
+    return None if state in "ZX" else int(above)
 
 
 def children(pid: int) -> list[int]:
     """Child processes, oldest first."""
-    found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = status.read_text().rpartition(")")[2].split()
-        except OSError:  # ended meanwhile
-            continue
-        if int(fields[1]) == pid:
-            found.append(int(status.parent.name))
-    return sorted(found)
+    running = sorted(int(path.name) for path in Path("/proc").glob("[0-9]*"))
+    return [other for other in running if parent(other) == pid]
+
+
+def family(pid: int) -> list[int]:
+    """A process and all below it."""
+    return [pid, *(one for child in children(pid) for one in family(child))]
 
 
 def train_lines(output: Path) -> list[dict]:
@@ -159,8 +208,6 @@ def assert_same_state(one: Path, other: Path) -> None:
 
 
 def free_port() -> int:
-    import socket
-
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]

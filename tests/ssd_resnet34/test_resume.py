@@ -9,6 +9,7 @@ import signal
 
 import pytest
 
+from ssd_resnet34 import train
 from tests.ssd_resnet34 import scripts
 
 pytestmark = pytest.mark.slow
@@ -45,43 +46,55 @@ def assert_equal_runs(one, other):
     scripts.assert_same_state(one / "iter_9.pt", other / "iter_9.pt")
 
 
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 1), (1, 2), (2, 0), (2, 2)])
+@pytest.mark.parametrize(
+    ("ranks", "workers", "step"), [(1, 0, 3), (1, 1, 4), (1, 2, 6), (2, 0, 3), (2, 1, 5)]
+)
 def test_kill_9_and_resume_equals_an_uninterrupted_run(
-    data, uninterrupted, tmp_path, ranks, workers
+    data, uninterrupted, tmp_path, ranks, workers, step
 ):
     output = tmp_path / "run"
-    process = scripts.start("train.py", *flags(data, output, workers), ranks=ranks)
-    scripts.wait_for_step(output, 3 + workers, process)
-    scripts.kill_group(process)
+    with scripts.running("train.py", *flags(data, output, workers), ranks=ranks) as process:
+        scripts.wait_for_step(output, step, process)
+        scripts.signal_all(process, signal.SIGKILL)
     assert scripts.checkpoints(output)
     assert 9 not in scripts.checkpoints(output)
+    logged = scripts.losses(output)
     scripts.run("train.py", *flags(data, output, workers), "--resume=auto", ranks=ranks)
     assert "resumed from" in (output / "train_0.log").read_text()
     assert_equal_runs(uninterrupted(ranks), output)
+    assert logged.items() <= scripts.losses(output).items()  # repeated steps: the same again
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_all_processes_leaves_a_checkpoint_of_that_step(
-    data, uninterrupted, tmp_path, number
+@pytest.mark.parametrize(
+    ("send", "number"),
+    [(scripts.signal_all, signal.SIGTERM), (scripts.signal_group, signal.SIGINT)],
+    ids=["SIGTERM to all processes", "Ctrl-C"],
+)
+def test_a_signal_to_2_ranks_leaves_a_checkpoint_of_that_step(
+    data, uninterrupted, tmp_path, send, number
 ):
     output = tmp_path / "run"
     never = (*flags(data, output, 2), "--save_interval=1000")
-    process = scripts.start("train.py", *never, ranks=2)
-    scripts.wait_for_step(output, 4, process)
-    assert scripts.kill_group(process, number) != 0
+    with scripts.running("train.py", *never, ranks=2) as process:
+        scripts.wait_for_step(output, 4, process)
+        assert send(process, number) != 0
     (saved,) = scripts.checkpoints(output)
-    assert saved == max(scripts.losses(output))
+    assert saved == max(scripts.losses(output)) < 9
     scripts.run("train.py", *flags(data, output, 2), "--resume=auto", ranks=2)
     assert_equal_runs(uninterrupted(2), output)
 
 
-def test_sigterm_to_one_process_ends_it_with_143(data, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"]
+)
+def test_a_signal_to_process_and_workers_gives_its_status(data, tmp_path, number, status):
     output = tmp_path / "run"
-    process = scripts.start("train.py", *flags(data, output, 1), "--save_interval=1000")
-    scripts.wait_for_step(output, 2, process)
-    process.terminate()
-    assert process.wait(60) == 128 + signal.SIGTERM
+    flags_of_run = (*flags(data, output, 1), "--save_interval=1000")
+    with scripts.running("train.py", *flags_of_run) as process:
+        scripts.wait_for_step(output, 2, process)
+        assert scripts.signal_group(process, number) == status
     assert scripts.checkpoints(output) == [max(scripts.losses(output))]
+    assert max(scripts.losses(output)) < 9
 
 
 def test_damaged_checkpoints_are_skipped_with_a_line(data, uninterrupted, tmp_path):
@@ -100,10 +113,20 @@ def test_damaged_checkpoints_are_skipped_with_a_line(data, uninterrupted, tmp_pa
     scripts.assert_same_state(uninterrupted(1) / "iter_9.pt", output / "iter_9.pt")
 
 
-def test_resuming_something_else_is_refused(data, uninterrupted, tmp_path):
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--batch_size=3", "global batch was 2, now 3"),
+        ("--seed=5", "seed was 0, now 5"),
+        ("--backbone=resnet18", "backbone was resnet10, now resnet18"),
+        (None, "training images was 10, now 8"),
+    ],
+)
+def test_resuming_something_else_is_refused(data, uninterrupted, tmp_path, flag, words):
     output = tmp_path / "run"
     shutil.copytree(uninterrupted(1), output)
-    for flag, word in (("--batch_size=3", "global batch"), ("--seed=5", "seed")):
-        done = scripts.run("train.py", *flags(data, output, 0), "--resume=auto", flag, status=1)
-        assert done.stderr.splitlines()[-1].startswith("error: --resume")
-        assert word in done.stderr.splitlines()[-1]
+    before = {path.name: path.read_bytes() for path in output.glob("*.pt")}
+    flag = flag or f"--data={scripts.subset(tmp_path / 'other', train=8, val=2)}"
+    with pytest.raises(train.UserError, match=rf"^--resume .*iter_9\.pt: its {words}; .+$"):
+        train.main([*flags(data, output, 0), "--resume=auto", flag])
+    assert before == {path.name: path.read_bytes() for path in output.glob("*.pt")}

@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
 
@@ -125,18 +127,21 @@ def test_two_nodes(data, tmp_path):
     shared = (f"--data_path={data}", *SHORT, "--batch_size=2", "--max_iters=2")
     net = ("--nnodes=2", "--nproc_per_node=1", "--local_addr=127.0.0.1", "--master_addr=127.0.0.1")
     port = f"--master_port={scripts.free_port()}"
-    nodes = [
-        scripts.start(
-            "train_performance_multinodes.sh",
-            *shared,
-            *net,
-            port,
-            f"--node_rank={node}",
-            f"--output_dir={tmp_path}/{node}",
-        )
-        for node in (0, 1)
-    ]
-    assert [node.wait(200) for node in nodes] == [0, 0]
+    with ExitStack() as stack:
+        nodes = [
+            stack.enter_context(
+                scripts.running(
+                    "train_performance_multinodes.sh",
+                    *shared,
+                    *net,
+                    port,
+                    f"--node_rank={node}",
+                    f"--output_dir={tmp_path}/{node}",
+                )
+            )
+            for node in (0, 1)
+        ]
+        assert [node.wait(200) for node in nodes] == [0, 0]
     assert summary(tmp_path / "0", "perf")[1]["RankSize"] == "2"
     assert not list(tmp_path.glob("1/iter_*.pt"))
 
@@ -145,7 +150,9 @@ def test_finetuning_on_own_classes(trained, tmp_path):
     output, _ = trained
     data = scripts.subset(tmp_path / "own", train=4, val=2, classes=["cat", "hat", "bat"])
     where = (f"--data_path={data}", f"--output_dir={tmp_path}/run")
-    flags = (f"--checkpoint_path={output / 'best.pt'}", "--batch_size=2", "--max_iters=2")
+    # The checkpoint lies in the folder that makes room for the new run.
+    shutil.copytree(output, tmp_path / "run")
+    flags = (f"--checkpoint_path={tmp_path}/run/best.pt", "--batch_size=2", "--max_iters=2")
     done = scripts.run("train_finetune_1p.sh", *where, *SHORT, *flags)
     assert "12 re-initialised (other shape): mbox.0.weight" in done.stdout
     assert "3 classes" in done.stdout
