@@ -165,7 +165,8 @@ class Training:
         self.per_epoch = iterations_per_epoch(self.records, recipe.batch_size, ranks.world_size)
         self.end = min(recipe.epochs * self.per_epoch, args.max_iters or sys.maxsize)
         self.log_interval = max(1, min(args.log_interval, self.per_epoch // 2, self.end // 2))
-        self.iteration, self.best, self.accuracy = 0, -1.0, -1.0
+        self.iteration, self.evaluated = 0, -1
+        self.best, self.accuracy = -1.0, -1.0
         self.pending = None  # what a log line needs, on its way from the device
         self.logged_losses: list[float] = []
 
@@ -304,6 +305,7 @@ class Training:
     def evaluate(self) -> bool:
         """COCO evaluation on all ranks, in fp32; whether the goal is reached."""
         self.report()
+        self.evaluated = self.iteration
         with self.meter.paused():
             distributed.average_buffers(self.model, self.ranks)
             rows = detect_all(
@@ -330,7 +332,10 @@ class Training:
             if self.accuracy > self.best:
                 self.best = self.accuracy
                 self.save("best.pt")
-        return 0 < self.recipe.threshold <= self.accuracy
+        reached = 0 < self.recipe.threshold <= self.accuracy
+        if reached:
+            self.log.info(f"AP goal {self.recipe.threshold:g} reached: training ends here")
+        return reached
 
     def save(self, name: str | None = None) -> None:
         """Write the whole state, `iter_<n>.pt` or `name`; never one that is not finite."""
@@ -398,7 +403,7 @@ class Training:
     def finish(self) -> None:
         """Evaluate and save the last state, draw the curves, write the summary."""
         self.report()
-        if self.args.kind == "acc":
+        if self.args.kind == "acc" and self.evaluated != self.iteration:
             self.evaluate()
         self.save()
         if not self.ranks.main:
