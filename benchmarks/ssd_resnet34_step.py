@@ -126,7 +126,8 @@ def step(recipe: Recipe, classes: int, batch: Batch, precision: Precision):
 
     def run() -> None:
         Training.step(training, batch)
-        losses = training.window.close().means()
+        losses = training.window.fetch().means()
+        training.window = LossWindow(LOSSES, device)
         assert np.isfinite(losses["loss"]), losses
         synchronize(device)
 

@@ -30,7 +30,7 @@ from common.coco.draw import draw_pairs
 from common.coco.evaluation import Evaluation
 from common.coco.images import read_image
 from common.coco.index import CocoIndex, read_index
-from common.fps import summary
+from common.fps.summary import write_summary
 from common.npu import checkpoint, cli, distributed, entry
 from common.npu.device import memory_format, setup_device
 from common.npu.distributed import Ranks
@@ -74,16 +74,9 @@ def main(argv: list[str] | None = None) -> None:
     tell(outcome, recipe, say, args.per_class)
     evaluation.draw_pr_curves(args.output_dir / "pr_curves.png", outcome)
     draw_examples(args.output_dir / "detections.png", records, rows)
-    figures = {"accuracy": outcome.stats["AP"], "seconds": time.time() - started}
-    summary.write_summary(
-        args.output_dir,
-        network=recipe.name,
-        batch_size=recipe.eval_batch_size,
-        rank_size=ranks.world_size,
-        kind="eval",
-        **figures,
-    )
-    say("\n".join(summary.final_lines(**figures)))
+    case = (recipe.name, recipe.eval_batch_size, ranks.world_size, "eval")
+    seconds, accuracy = time.time() - started, outcome.stats["AP"]
+    say("\n".join(write_summary(args.output_dir, case, seconds, accuracy=accuracy)))
 
 
 def parse(argv: list[str] | None):

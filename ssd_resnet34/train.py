@@ -25,10 +25,11 @@ import torch
 
 from common.coco import check, evaluation
 from common.coco.index import CocoIndex, read_index
-from common.fps import curves, summary
+from common.fps.curves import draw_curves
 from common.fps.meter import Meter
 from common.fps.runlog import RunLog
-from common.fps.window import LossWindow, NonFinite
+from common.fps.summary import write_summary
+from common.fps.window import LossWindow
 from common.npu import checkpoint, cli, distributed, entry
 from common.npu.device import (
     be_deterministic,
@@ -79,15 +80,13 @@ def main(argv: list[str] | None = None) -> int | None:
     moved = checkpoint.make_room(args.output_dir) if ranks.main and resumed is None else None
     ranks.barrier()
     workers = cli.workers_for(args.num_workers, ranks.local_world_size)
-    with RunLog(
-        args.output_dir,
-        device_id=args.device_id,
-        main=ranks.main,
-        rank=ranks.rank,
-        append=resumed is not None,
-        num_workers=workers,
-    ) as log:
-        log.header(environment(device), recipe.listing(), args.seed, f"{args.tag}{recipe.name}")
+    with RunLog(args.output_dir, ranks, args.device_id, workers) as log:
+        log.header(
+            env_info=environment(device),
+            config=recipe.listing(),
+            seed=args.seed,
+            exp_name=f"{args.tag}{recipe.name}",
+        )
         for line in filter(None, (moved, why, f"precision: {precision}")):
             log.info(line)
         classes = resumed["classes"] if resumed else None
@@ -132,7 +131,7 @@ def read(files: tuple[str, str], classes: tuple[str, ...] | None, log: RunLog) -
     report = check.DataReport()
     index = read_index(*files, classes=classes, report=report)
     for line in report.lines():
-        log.warning(f"{files[0]}: {line}")
+        log.info(f"{files[0]}: {line}", "WARNING")
     return index
 
 
@@ -204,7 +203,7 @@ class Training:
 
         Either way all ranks leave at the same step, with a checkpoint of it.
         """
-        self.log.progress(self.end, self.iteration)
+        self.log.begin(self.end, self.iteration, self.per_epoch)
         while self.iteration < self.end:
             asked, batch, trouble = time.perf_counter(), None, None
             try:
@@ -222,10 +221,11 @@ class Training:
             self.step(batch)
             self.report()  # of an earlier step: an accelerator has this one to do meanwhile
             self.meter.step(waited)
-            self.log.advance()
+            self.log.bar.update()
             done = (self.iteration - 1) % self.per_epoch + 1  # steps of this epoch
             if done % self.log_interval == 0:
-                self.pending = (self.iteration, self.window.close())
+                self.pending = (self.iteration, self.window.fetch())
+                self.window = LossWindow(LOSSES, self.device)
                 if self.device.type == "cpu":
                     self.report()
             if self.iteration == self.end:
@@ -265,35 +265,22 @@ class Training:
         gathered = self.ranks.all_gather_objects(window.means())
         losses = {name: sum(m[name] for m in gathered) / len(gathered) for name in LOSSES}
         self.logged_losses.append(losses["loss"])
-        epoch, done = divmod(iteration - 1, self.per_epoch)
-        window = self.meter.window()
-        self.log.train(
-            epoch + 1,
-            done + 1,
-            iteration,
-            self.per_epoch,
-            self.lr(iteration - 1),
-            losses,
-            window,
-            (self.end - iteration) * self.meter.images_per_step / window.fps_average,
-            memory_mib(self.device),
-        )
+        lr, memory = self.lr(iteration - 1), memory_mib(self.device)
+        self.log.train(iteration, lr, losses, self.meter.window(), memory)
 
-    def demand_finite(self, bad: NonFinite | None) -> None:
+    def demand_finite(self, bad: tuple[int, str, list[int]] | None) -> None:
         """Stop all ranks where one of them met a loss that is not finite."""
-        found = [
-            (other.step, rank, other)
-            for rank, other in enumerate(self.ranks.all_gather_objects(bad))
-            if other is not None
-        ]
+        of_ranks = self.ranks.all_gather_objects(bad)
+        found = [(bad[0], rank) for rank, bad in enumerate(of_ranks) if bad is not None]
         if not found:
             return
-        step, rank, first = min(found, key=lambda entry: entry[:2])
+        step, rank = min(found)
+        _, term, image_ids = of_ranks[rank]
         kept = checkpoint.by_age(self.args.output_dir)
         raise UserError(
-            f"{first.term} is not finite, first at iteration {step} (epoch "
+            f"{term} is not finite, first at iteration {step} (epoch "
             f"{step // self.per_epoch + 1}) on rank {rank}, learning rate {self.lr(step):g}, "
-            f"images {first.image_ids}; last good checkpoint: {kept[0] if kept else 'none'}; "
+            f"images {image_ids}; last good checkpoint: {kept[0] if kept else 'none'}; "
             "lower --lr, clip with --clip_norm=10, use --loss_scale=dynamic, or see --check_data"
         )
 
@@ -325,8 +312,7 @@ class Training:
                 tell(outcome, self.recipe, self.log.info, self.args.per_class)
                 evaluation.draw_pr_curves(self.args.output_dir / "pr_curves.png", outcome)
                 draw_examples(self.args.output_dir / "detections.png", self.val_set, rows)
-                epoch = -(-self.iteration // self.per_epoch)
-                self.log.val(epoch, self.per_epoch, self.lr(self.iteration - 1), outcome.mmdet())
+                self.log.val(self.iteration, self.lr(self.iteration - 1), outcome.mmdet())
                 self.accuracy = outcome.stats["AP"]
             self.accuracy = self.ranks.broadcast(self.accuracy)
             if self.accuracy > self.best:
@@ -343,8 +329,9 @@ class Training:
             return
         self.report()
         with self.meter.paused():
-            self.demand_finite(self.window.peek())
+            self.demand_finite(self.window.fetch().bad())
             buffers = distributed.gather_buffers(self.model, self.ranks)
+            windows = self.ranks.gather_objects(self.window.state_dict())
             if self.ranks.main:
                 weights = published_state_dict(self.model) | distributed.mean_buffers(buffers)
                 if not all(torch.isfinite(value).all() for value in weights.values()):
@@ -353,18 +340,18 @@ class Training:
                     )
                 folder = self.args.output_dir
                 path = folder / name if name else checkpoint.path_of(folder, self.iteration)
-                checkpoint.save(path, self.state(weights, buffers))
+                checkpoint.save(path, self.state(weights, buffers, windows))
                 checkpoint.tidy(folder, self.iteration, self.args.keep)
                 self.log.info(f"Saving checkpoint {path}")
             self.ranks.barrier()
 
-    def state(self, weights: dict, buffers: list) -> dict:
+    def state(self, weights: dict, buffers: list, windows: list) -> dict:
         return {
             "model": weights,  # running statistics averaged over ranks, for whoever evaluates
             "buffers": buffers,  # and each rank's own, for an exact resume
             "optimizer": self.optimizer.state_dict(),
             "precision": self.precision.state_dict(),
-            "window": self.window.state_dict(),
+            "windows": windows,
             "iteration": self.iteration,
             "best": self.best,
             "recipe": dataclasses.asdict(self.recipe),
@@ -393,10 +380,9 @@ class Training:
         load_weights(self.model, state)
         if len(state["buffers"]) == self.ranks.world_size:
             self.model.load_state_dict(state["buffers"][self.ranks.rank], strict=False)
+            self.window.load_state_dict(state["windows"][self.ranks.rank])
         self.optimizer.load_state_dict(state["optimizer"])
         self.precision.load_state_dict(state["precision"])
-        if self.ranks.main:
-            self.window.load_state_dict(state["window"])
         self.iteration, self.best = state["iteration"], state["best"]
         self.log.info(f"resumed from {state['path']} at iteration {self.iteration}")
 
@@ -406,29 +392,21 @@ class Training:
         if self.args.kind == "acc" and self.evaluated != self.iteration:
             self.evaluate()
         self.save()
-        if not self.ranks.main:
-            return
-        folder = self.args.output_dir
-        figures = {
-            "fps": self.meter.fps_average,
-            "accuracy": self.accuracy if self.args.kind == "acc" else None,
-            "seconds": time.time() - self.args.started,
-        }
-        if self.logged_losses:
-            curves.draw_curves(sorted(folder.glob("*.log.json")), folder / "curves.png")
-            case = (self.recipe.name, self.recipe.batch_size, self.ranks.world_size, self.args.kind)
-            summary.write_losses(folder, summary.case_name(*case), self.logged_losses)
-            summary.write_summary(
+        self.log.info(self.meter.formula)
+        if not self.logged_losses:
+            self.log.info("nothing was left to log: curves and summary stay as they were")
+        elif self.ranks.main:
+            folder = self.args.output_dir
+            draw_curves(sorted(folder.glob("*.log.json")), folder / "curves.png")
+            lines = write_summary(
                 folder,
-                network=self.recipe.name,
-                batch_size=self.recipe.batch_size,
-                rank_size=self.ranks.world_size,
-                kind=self.args.kind,
-                loss=self.logged_losses[-1],
-                **figures,
+                (self.recipe.name, self.recipe.batch_size, self.ranks.world_size, self.args.kind),
+                seconds=time.time() - self.args.started,
+                fps=self.meter.fps_average,
+                accuracy=self.accuracy if self.args.kind == "acc" else None,
+                losses=self.logged_losses,
             )
-        for line in (self.meter.formula, *summary.final_lines(**figures)):
-            self.log.info(line)
+            self.log.info("\n".join(lines))
 
 
 if __name__ == "__main__":

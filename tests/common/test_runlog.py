@@ -1,5 +1,4 @@
 import json
-import math
 import re
 import sys
 from collections import defaultdict
@@ -12,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from common.fps.meter import Window
 from common.fps.runlog import RunLog
+from common.npu.distributed import Ranks
 
 METRICS = {
     "bbox_mAP": 0.1230004,
@@ -24,38 +24,40 @@ METRICS = {
 }
 
 
+LOSSES = {"loss_cls": 2.0 + 1e-9, "loss_bbox": 0.75, "loss_centerness": 0.5, "loss": 3.25}
+ABOUT = {"env_info": "sys.platform: linux", "config": "lr = 0.1", "seed": 1, "exp_name": "ssd300"}
+
+
 def window(data_share=0.1, seconds_a_step=0.5, warming_up=False):
     return Window(
         steps=50,
-        seconds=50 * seconds_a_step,
         time=seconds_a_step,
         data_time=data_share * seconds_a_step,
         fps=32 / seconds_a_step,
-        fps_average=63.5,
+        fps_average=64.0,
         warming_up=warming_up,
-        data_share=data_share,
     )
 
 
-def open_log(folder, **options):
-    return RunLog(folder, **({"device_id": 0} | options))
+def open_log(folder, rank=0, steps=600, per_epoch=200, **options):
+    log = RunLog(folder, Ranks(rank, rank, 4, 4), **({"device_id": 0} | options))
+    log.begin(steps, 0, per_epoch)
+    return log
 
 
-def train(log, epoch, iter, iters_per_epoch=200, lr=2.5e-06, **options):
-    losses = {"loss": 3.25, "loss_centerness": 0.5, "loss_bbox": 0.75, "loss_cls": 2.0 + 1e-9}
-    options = {"losses": losses, "window": window(), "eta_seconds": 93784.6} | options
-    log.train(epoch, iter, (epoch - 1) * iters_per_epoch + iter, iters_per_epoch, lr, **options)
+def train(log, step, lr=2.5e-06, memory_mib=99, **speed):
+    log.train(step, lr, LOSSES, window(**speed), memory_mib)
 
 
-def write_run(folder, epochs=3, iters_per_epoch=200, interval=50):
-    log = open_log(folder)
-    log.header("sys.platform: linux", "lr = 0.1", seed=1, exp_name="ssd300")
-    for epoch in range(1, epochs + 1):
-        for iter in range(interval, iters_per_epoch + 1, interval):
-            speed = window(seconds_a_step=0.25 * epoch + iter / 1000)
-            train(log, epoch, iter, iters_per_epoch, lr=0.01 / epoch, window=speed)
-        log.val(epoch, iters_per_epoch, 0.01 / epoch, METRICS)
-    log.close()
+def write_run(folder, epochs=3, per_epoch=200, interval=50):
+    with open_log(folder, steps=epochs * per_epoch, per_epoch=per_epoch) as log:
+        log.header(**ABOUT)
+        for epoch in range(1, epochs + 1):
+            for iter in range(interval, per_epoch + 1, interval):
+                seconds = 0.25 * epoch + iter / 1000
+                step = (epoch - 1) * per_epoch + iter
+                train(log, step, lr=0.01 / epoch, seconds_a_step=seconds)
+            log.val(epoch * per_epoch, 0.01 / epoch, METRICS)
     return log.json_path
 
 
@@ -67,87 +69,78 @@ def json_lines(path):
 
 
 def test_text_lines_keep_the_known_layout(tmp_path, capsys):
-    log = open_log(tmp_path, device_id=3)
-    train(log, 1, 100, 9162, lr=3.98e-4, memory_mib=1234)
-    log.val(1, 9162, 1e-3, METRICS)
-    train(log, 2, 50, window=window(warming_up=True), eta_seconds=4)
+    log = open_log(tmp_path, device_id=3, steps=2 * 9162, per_epoch=9162)
+    train(log, 100, lr=3.98e-4, memory_mib=1234, seconds_a_step=6.0)
+    log.val(9162, 1e-3, METRICS)
+    train(log, 2 * 9162, warming_up=True)
     text = (tmp_path / "train_3.log").read_text()
     assert capsys.readouterr().out == text
     head = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - onestage - INFO - "
     lines = [re.sub(head, "", line) for line in text.splitlines()]
     assert lines == [
-        "Epoch [1][100/9162]\tlr: 3.980e-04, eta: 1 day, 2:03:04, time: 0.500, data_time: 0.050, "
+        # 18224 steps of 32 images at 64 images a second
+        "Epoch [1][100/9162]\tlr: 3.980e-04, eta: 2:31:52, time: 6.000, data_time: 0.600, "
         "memory: 1234, loss_cls: 2.0000, loss_bbox: 0.7500, loss_centerness: 0.5000, "
-        "loss: 3.2500, fps: 64.00, fps_avg: 63.50, data_wait: 2.5 s",
+        "loss: 3.2500, fps: 5.33, fps_avg: 64.00, data_wait: 30.0 s",
         "Epoch(val) [1][9162]\tbbox_mAP: 0.1230, bbox_mAP_50: 0.2500, bbox_mAP_75: 0.1000, "
         "bbox_mAP_s: 0.0100, bbox_mAP_m: 0.1000, bbox_mAP_l: 0.2000, "
         "bbox_mAP_copypaste: 0.123 0.250 0.100 0.010 0.100 0.200",
-        "Epoch [2][50/200]\tlr: 2.500e-06, eta: 0:00:04, time: 0.500, data_time: 0.050, "
-        "loss_cls: 2.0000, loss_bbox: 0.7500, loss_centerness: 0.5000, "
-        "loss: 3.2500, fps: 64.00, fps_avg: 63.50 (warm-up), data_wait: 2.5 s",
+        "Epoch [2][9162/9162]\tlr: 2.500e-06, eta: 0:00:00, time: 0.500, data_time: 0.050, "
+        "memory: 99, loss_cls: 2.0000, loss_bbox: 0.7500, loss_centerness: 0.5000, "
+        "loss: 3.2500, fps: 64.00, fps_avg: 64.00 (warm-up), data_wait: 2.5 s",
     ]
 
 
 def test_json_lines_have_the_known_keys_in_order_rounded(tmp_path):
     log = open_log(tmp_path)
-    log.header("env", "config", seed=7, exp_name="fcos")
-    train(log, 2, 50, memory_mib=99, window=window(seconds_a_step=1 / 3))
-    log.val(2, 200, 2.5e-06, METRICS)
+    log.header(**ABOUT)
+    train(log, 250, seconds_a_step=1 / 3)
+    log.val(300, 2.5e-06, METRICS)  # in the middle of an epoch
     about, line, val = json_lines(log.json_path)
     assert re.fullmatch(r"\d{8}_\d{6}\.log\.json", log.json_path.name)
-    assert list(about) == ["env_info", "config", "seed", "exp_name"]
+    assert about == ABOUT
     assert " ".join(line) == (
         "mode epoch iter lr memory data_time loss_cls loss_bbox loss_centerness loss time fps step"
     )
     assert (line["mode"], line["epoch"], line["iter"], line["step"]) == ("train", 2, 50, 250)
     assert (line["lr"], line["time"], line["loss_cls"]) == (2.5e-06, 0.33333, 2.0)
     assert list(val) == ["mode", "epoch", "iter", "lr", *METRICS]
-    assert (val["mode"], val["bbox_mAP"], val["lr"]) == ("val", 0.123, 2.5e-06)
-
-
-def test_non_finite_values_stay_valid_json(tmp_path):
-    log = open_log(tmp_path)
-    train(log, 1, 50, losses={"loss_cls": math.inf, "loss_bbox": 1.0, "loss": math.nan})
-    (line,) = json_lines(log.json_path)
-    assert (line["loss_cls"], line["loss_bbox"], line["loss"]) == (None, 1.0, None)
-    assert "loss_cls: inf, loss_bbox: 1.0000, loss: nan" in log.text_path.read_text()
+    assert (val["mode"], val["epoch"], val["iter"]) == ("val", 2, 200)
+    assert (val["bbox_mAP"], val["lr"]) == (0.123, 2.5e-06)
 
 
 def test_nothing_waits_in_a_buffer(tmp_path):
     log = open_log(tmp_path)
-    train(log, 1, 50)
+    train(log, 50)
     assert len(json_lines(log.json_path)) == 1
     assert log.text_path.read_text().count("Epoch [1][50/200]") == 1
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(50, 3.25)]
 
 
-def test_resume_appends_text_and_starts_a_json_file_of_its_own(tmp_path):
-    first = RunLog(tmp_path, device_id=0)
-    first.info("before")
-    first.close()
-    second = RunLog(tmp_path, device_id=0, append=True)  # within the same second
-    second.header("env", "config", seed=1, exp_name="x")
-    second.close()
-    assert first.json_path != second.json_path
-    assert list(json_lines(second.json_path)[0]) == ["env_info", "config", "seed", "exp_name"]
-    assert "before" in first.text_path.read_text()
-    RunLog(tmp_path, device_id=0).close()
-    assert first.text_path.read_text() == ""
+def test_a_resumed_run_loses_nothing_of_the_first(tmp_path):
+    for words, step in (("before", 50), ("after", 100)):  # maybe within the same second
+        with open_log(tmp_path) as log:
+            log.header(**ABOUT)
+            log.info(words)
+            train(log, step)
+    text = log.text_path.read_text()
+    assert text.index("before") < text.index("after")
+    lines = [line for path in sorted(tmp_path.glob("*.log.json")) for line in json_lines(path)]
+    assert [line.get("step") for line in lines] == [None, 50, None, 100]
 
 
 def test_other_ranks_write_only_what_ends_them(tmp_path, capsys):
     main = open_log(tmp_path)
     main.info("first")
     before = sorted(tmp_path.rglob("*"))
-    with suppress(KeyError), open_log(tmp_path, main=False, rank=3) as log:
-        log.header("env", "config", seed=1, exp_name="x")
+    with suppress(KeyError), open_log(tmp_path, rank=3) as log:
+        log.header(**ABOUT)
         log.info("no")
-        log.warning("no")
-        log.progress(10)
-        train(log, 1, 50)
-        log.val(1, 200, 0.1, METRICS)
-        log.advance()
+        log.info("no", "WARNING")
+        train(log, 50)
+        log.val(200, 0.1, METRICS)
+        log.bar.update()
         raise KeyError("why")
     main.info("last")
     assert sorted(tmp_path.rglob("*")) == before
@@ -156,23 +149,21 @@ def test_other_ranks_write_only_what_ends_them(tmp_path, capsys):
     assert "rank 3" not in capsys.readouterr().out
 
 
-def test_a_slow_loader_is_warned_of_once_in_ten_lines(tmp_path):
+def test_the_line_says_what_to_do_about_a_slow_loader(tmp_path):
     log = open_log(tmp_path, num_workers=4)
-    train(log, 1, 10, window=window(data_share=0.2))
-    for iter in range(20, 240, 10):  # 22 lines
-        train(log, 1, iter, window=window(data_share=0.375))
-    lines = log.text_path.read_text().splitlines()
-    warned = [number for number, line in enumerate(lines) if " - WARNING - " in line]
-    assert warned == [2, 13, 24]  # after train lines 2, 12 and 22
-    assert "waits for the loader 38% of the time: raise --num_workers (now 4)" in lines[2]
+    train(log, 10, data_share=0.2)
+    train(log, 20, data_share=0.375)
+    fine, slow = log.text_path.read_text().splitlines()
+    assert fine.endswith("data_wait: 5.0 s")
+    assert "data_wait: 9.4 s (38% of the time: raise --num_workers (now 4), put" in slow
 
 
 def test_tensorboard_missing_is_one_line_and_no_events(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    log = open_log(tmp_path)
-    train(log, 1, 50)
-    log.close()
+    with open_log(tmp_path) as log:
+        train(log, 50)
     assert not (tmp_path / "tensorboard").exists()
+    assert len(json_lines(log.json_path)) == 1
     assert log.text_path.read_text().count("tensorboard is not installed") == 1
 
 
@@ -190,11 +181,10 @@ def test_the_bar_is_for_terminals_and_leaves_text_lines_whole(
     tmp_path, capsys, monkeypatch, terminal
 ):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
-    log = open_log(tmp_path)
-    log.progress(100, done=20)
-    log.advance(30)
-    log.info("a line")
-    log.close()
+    with open_log(tmp_path) as log:
+        log.begin(100, 20, per_epoch=10)
+        log.bar.update(30)
+        log.info("a line")
     out, err = capsys.readouterr()
     assert out == log.text_path.read_text()
     assert ("20/100" in err) == terminal

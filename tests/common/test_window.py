@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from common.fps.window import LossWindow, NonFinite
+from common.fps.window import LossWindow
 
 NAMES = ("loss_cls", "loss_bbox", "loss")
 NAN, INF = float("nan"), float("inf")
@@ -23,26 +23,29 @@ def test_means_of_each_window():
     for step in range(4):
         add(w, step, float(step), 2.0 * step, 3.0 * step)
     assert w.steps == 4
-    first = w.close()
-    add(w, 4, 10.0, 20.0, 30.0)
-    assert first.means() == {"loss_cls": 1.5, "loss_bbox": 3.0, "loss": 4.5}
-    assert w.close().means() == {"loss_cls": 10.0, "loss_bbox": 20.0, "loss": 30.0}
-    assert first.bad() is None
+    assert w.fetch().means() == {"loss_cls": 1.5, "loss_bbox": 3.0, "loss": 4.5}
+    assert w.bad() is None
+    add(w, 4, 10.0, 20.0, 30.0)  # looking at a window does not end it
+    assert w.fetch().means() == {"loss_cls": 3.2, "loss_bbox": 6.4, "loss": 9.6}
+
+
+def test_nothing_is_wrong_in_a_window_without_steps():
+    assert window().fetch().bad() is None
 
 
 def test_values_are_detached_copies():
     w, value = window(), torch.tensor(1.0, requires_grad=True)
     w.add(0, dict.fromkeys(NAMES, value * 2), torch.tensor([1]))
     state = w.state_dict()
-    assert not state["sums"].requires_grad
-    assert w.close().means()["loss"] == 2
+    assert not state["figures"].requires_grad
+    assert w.fetch().means()["loss"] == 2
 
 
 def test_half_precision_is_summed_in_fp32():
     w = window()
     for step in range(300):
         w.add(step, dict.fromkeys(NAMES, torch.tensor(1.0).bfloat16()), torch.tensor([1]))
-    assert w.close().means()["loss"] == 1
+    assert w.fetch().means()["loss"] == 1
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
@@ -52,23 +55,20 @@ def test_the_first_bad_step_is_latched(value):
     add(w, 101, 1.0, value, value)
     add(w, 102, NAN, 1.0, NAN)
     add(w, 103, 1.0, 1.0, 2.0)
-    found = NonFinite(101, "loss_bbox", [1010, 1011])
-    assert w.peek() == found
-    assert w.peek() == found  # peeking changes nothing
-    closed = w.close()
-    assert closed.bad() == found
-    assert not math.isfinite(closed.means()["loss"])
-    assert w.peek() is None
+    found = (101, "loss_bbox", [1010, 1011])
+    assert w.fetch().bad() == found
+    assert w.fetch().bad() == found  # looking changes nothing
+    assert not math.isfinite(w.means()["loss"])
 
 
 def test_the_earliest_term_is_named_and_a_part_before_the_total():
     w = window()
     add(w, 0, 1.0, 1.0, INF)  # an overflow of the sum alone
     add(w, 1, NAN, NAN, NAN)
-    assert w.peek() == NonFinite(0, "loss", [0, 1])
+    assert w.fetch().bad() == (0, "loss", [0, 1])
     w = window()
     add(w, 7, NAN, NAN, NAN)
-    assert w.peek() == NonFinite(7, "loss_cls", [70, 71])
+    assert w.fetch().bad() == (7, "loss_cls", [70, 71])
 
 
 def test_a_resumed_window_goes_on_where_it_was():
@@ -83,15 +83,16 @@ def test_a_resumed_window_goes_on_where_it_was():
     for w in (whole, resumed):
         for step in (3, 4):
             add(w, step, 1.5 * step, 7.0, 2.0)
-    assert resumed.steps == 5
-    assert resumed.close().means() == whole.close().means()
-    add(resumed, 5, 1.0, 1.0, 1.0)
-    assert resumed.steps == 1
+    assert resumed.steps == whole.steps == 5
+    assert resumed.fetch().means() == whole.fetch().means()
 
 
 def test_a_bad_step_after_a_resume_has_its_own_number():
-    w = window()
-    w.load_state_dict({"sums": torch.ones(3), "steps": 4})
+    first, w = window(), window()
+    for step in range(4):
+        add(first, step, 1.0, 1.0, 1.0)
+    w.load_state_dict(first.state_dict())
     add(w, 4, 1.0, 1.0, 1.0)
+    assert w.fetch().bad() is None
     add(w, 5, 1.0, NAN, NAN)
-    assert w.peek() == NonFinite(5, "loss_bbox", [50, 51])
+    assert w.fetch().bad() == (5, "loss_bbox", [50, 51])

@@ -65,6 +65,21 @@ def test_kill_9_and_resume_equals_an_uninterrupted_run(
     assert logged.items() <= scripts.losses(output).items()  # repeated steps: the same again
 
 
+def test_means_over_steps_before_and_after_a_resume_are_the_same_on_2_ranks(tmp_path):
+    data = scripts.subset(tmp_path / "coco", train=24)
+    one, other = tmp_path / "one", tmp_path / "other"
+    # Log lines after steps 3 and 6, a checkpoint after step 4.
+    more = ("--max_iters=6", "--log_interval=3", "--save_interval=4")
+    scripts.run("train.py", *flags(data, one, 0), *more, ranks=2)
+    shutil.copytree(one, other)
+    (other / "iter_6.pt").unlink()
+    next(other.glob("*.log.json")).unlink()
+    done = scripts.run("train.py", *flags(data, other, 0), *more, "--resume=auto", ranks=2)
+    assert "iter_4.pt at iteration 4" in done.stdout
+    assert scripts.losses(other) == {6: scripts.losses(one)[6]}
+    scripts.assert_same_state(one / "iter_6.pt", other / "iter_6.pt")
+
+
 @pytest.mark.parametrize(
     ("send", "number"),
     [(scripts.signal_all, signal.SIGTERM), (scripts.signal_group, signal.SIGINT)],
