@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -20,82 +21,60 @@ def class_nms(
     box of its class is greater than `iou_threshold`, or when it or its score is not finite. At most
     the `limit` best survivors are returned.
     """
-    boxes = np.asarray(boxes_xyxy, dtype=np.float32).reshape(-1, 4)
-    scores = np.asarray(scores, dtype=np.float32)
-    labels = np.asarray(labels)
-    left = np.flatnonzero(np.isfinite(boxes).all(axis=1) & np.isfinite(scores))
+    boxes = np.asarray(boxes_xyxy, np.float32).reshape(-1, 4)
+    scores, labels = np.asarray(scores, np.float32), np.asarray(labels)
+    ranked = np.flatnonzero(np.isfinite(boxes).all(axis=1) & np.isfinite(scores))
+    ranked = ranked[np.argsort(-scores[ranked], kind="stable")]
     # Only better boxes decide about a box: the best few are enough if enough of them survive.
-    few = len(left) if limit is None else 2 * limit
+    few = len(ranked) if limit is None else 2 * limit
     while True:
-        best = left
-        if few < len(left):
-            best = left[scores[left] >= np.partition(scores[left], -few)[-few]]
-        kept = _suppress(boxes, scores, labels, best, iou_threshold)
-        if len(best) == len(left) or len(kept) >= limit:
+        kept = _suppress(boxes, labels, ranked[:few], iou_threshold)
+        if few >= len(ranked) or len(kept) >= limit:
             return kept[:limit]
         few *= 2
 
 
-def _suppress(boxes, scores, labels, chosen, iou_threshold: float) -> np.ndarray:
-    """Greedy NMS among the `chosen` positions."""
-    ranked = chosen[np.argsort(-scores[chosen], kind="stable")]
-    labels = labels[ranked]
-    grouped = np.argsort(labels, kind="stable")  # by class, within a class best first
-    starts = np.unique(labels[grouped], return_index=True)[1]
-    nms = _nms_torchvision if _torchvision() else _nms_numpy
-    kept = nms(boxes[ranked[grouped]], np.append(starts, len(ranked)), float(iou_threshold))
-    return ranked[np.sort(grouped[kept])]
+def _suppress(boxes, labels, ranked: np.ndarray, iou_threshold: float) -> np.ndarray:
+    """The survivors among the positions `ranked`, which stand best first."""
+    nms = _torchvision() or _greedy
+    order = np.argsort(labels[ranked], kind="stable")
+    by_class = ranked[order]
+    boxes, changes = boxes[by_class], np.flatnonzero(np.diff(labels[by_class])) + 1
+    survives = np.zeros(len(ranked), bool)
+    for first, last in pairwise([0, *changes, len(ranked)]):
+        survives[order[first:last][nms(boxes[first:last], iou_threshold)]] = True
+    return ranked[survives]
 
 
 @functools.cache
 def _torchvision():
-    """torchvision.ops.nms, or None where torchvision is absent or was built for another torch.
-
-    On an NPU host it is not even tried: there is no torchvision for torch_npu's torch.
-    """
+    """`_greedy` by torchvision; None where it is absent, of another torch, or torch_npu is used."""
     if "torch_npu" in sys.modules:
         return None
     try:
         from torchvision.ops import nms
     except (ImportError, RuntimeError):
         return None
-    return nms
+
+    def torchvision_nms(boxes: np.ndarray, iou_threshold: float) -> np.ndarray:
+        falling = -torch.arange(len(boxes), dtype=torch.float32)  # stands for the sorted scores
+        return nms(torch.from_numpy(boxes), falling, iou_threshold).numpy()
+
+    return torchvision_nms
 
 
-def _nms_torchvision(boxes: np.ndarray, bounds: np.ndarray, iou_threshold: float) -> np.ndarray:
-    """Mask (n,) of the survivors; class c is boxes[bounds[c]:bounds[c + 1]], best first."""
-    nms, boxes = _torchvision(), torch.from_numpy(boxes)
-    falling = -torch.arange(len(boxes), dtype=torch.float32)  # stands for the sorted scores
-    kept = torch.zeros(len(boxes), dtype=torch.bool)
-    for first, last in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        kept[first + nms(boxes[first:last], falling[: last - first], iou_threshold)] = True
-    return kept.numpy()
-
-
-def _nms_numpy(boxes: np.ndarray, bounds: np.ndarray, iou_threshold: float) -> np.ndarray:
-    """The same mask as `_nms_torchvision`, all classes at once: one step a rank within a class."""
-    sizes = np.diff(bounds)
-    by_size = np.argsort(-sizes, kind="stable")  # so that the classes still at work come first
-    starts, sizes = bounds[:-1][by_size], sizes[by_size]
-    ranks = np.arange(sizes.max(initial=0))
-    alive = ranks < sizes[:, None]  # (C, L), L boxes in the largest class
-    rows = np.where(alive, starts[:, None] + ranks, 0)
-    x1, y1, x2, y2 = boxes.T[:, rows] if len(boxes) else np.zeros((4, *rows.shape), np.float32)
-    with np.errstate(all="ignore"):  # 0 / 0, of boxes without area, suppresses nothing
-        areas = (x2 - x1) * (y2 - y1)
-        for rank in ranks:
-            best = np.flatnonzero(alive[:, rank])[:, None]
-            if not best.size:
-                continue
-            rest = ranks[None, rank + 1 : sizes[best[0, 0]]]
-            width = np.minimum(x2[best, rank], x2[best, rest])
-            width -= np.maximum(x1[best, rank], x1[best, rest])
-            height = np.minimum(y2[best, rank], y2[best, rest])
-            height -= np.maximum(y1[best, rank], y1[best, rest])
-            overlap = np.maximum(width, 0) * np.maximum(height, 0)
-            iou = overlap / (areas[best, rank] + areas[best, rest] - overlap)
-            # Compared in float64, as torchvision does: the fp32 nearest to 0.3 is above 0.3.
-            alive[best, rest] &= ~(iou.astype(np.float64) > iou_threshold)
-    kept = np.zeros(len(boxes), dtype=bool)
-    kept[rows[alive]] = True
-    return kept
+@np.errstate(all="ignore")  # 0 / 0, of boxes without area, suppresses nothing
+def _greedy(boxes: np.ndarray, iou_threshold: float) -> list[int]:
+    """Positions of the survivors among `boxes` (n, 4) of one class, which stand best first."""
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    kept, left = [], np.arange(len(boxes))
+    while left.size > 1:
+        best, left = left[0], left[1:]
+        kept.append(best)
+        rest = boxes[left]
+        sides = np.minimum(boxes[best, 2:], rest[:, 2:]) - np.maximum(boxes[best, :2], rest[:, :2])
+        overlap = np.maximum(sides, 0).prod(axis=1)
+        iou = overlap / (areas[best] + areas[left] - overlap)
+        # Compared in float64, as torchvision does: the fp32 nearest to 0.3 is above 0.3.
+        left = left[~(iou.astype(np.float64) > iou_threshold)]
+    return [*kept, *left]
