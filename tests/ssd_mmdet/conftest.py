@@ -1,0 +1,115 @@
+"""What the tests of ssd_mmdet share: the golden files, the filled network, real data."""
+
+import functools
+import json
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from common.coco.images import read_image
+from common.coco.index import read_index
+from ssd_mmdet.config import RECIPES
+from ssd_mmdet.model import build_model
+from tests.golden.fill import fill_value
+from tests.ssd_mmdet import reference
+
+TESTS = Path(__file__).parents[1]
+GOLDEN = TESTS / "golden" / "ssd_mmdet"
+TINY = TESTS / "data" / "tiny_coco"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """As the golden values were computed; also far quicker on busy cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _handlers():
+    """A run in this process takes the signals; pytest gets them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def recipe():
+    return RECIPES["1p"]
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """`golden("loss")`: the arrays of loss.npz; `golden("lr")`: the contents of lr.json."""
+
+    @functools.cache
+    def read(name):
+        path = GOLDEN / f"{name}.npz"
+        if path.exists():
+            return dict(np.load(path))
+        return json.loads((GOLDEN / f"{name}.json").read_text())
+
+    return read
+
+
+def filled_value(key, shape):
+    """The value that every golden figure was computed with, by the golden README's rule."""
+    value = fill_value(key, tuple(shape))
+    first_level = key.startswith(("bbox_head.cls_convs.0.", "bbox_head.reg_convs.0."))
+    later_head = key.startswith("bbox_head.") and key.endswith("weight") and not first_level
+    if key == "backbone.features.0.weight" or later_head:
+        value = value * np.float32(0.1)
+    if key == "backbone.l2_norm.weight":
+        value = value * np.float32(20)
+    return torch.from_numpy(value)
+
+
+@pytest.fixture(scope="session")
+def filled_state(golden):
+    return {key: filled_value(key, shape) for key, shape in golden("keys")}
+
+
+@pytest.fixture(scope="session")
+def filled_model(recipe, filled_state):
+    """The filled network in evaluation mode; whoever changes it takes a copy."""
+    model = build_model(recipe, 80)
+    model.load_state_dict(filled_state)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_train():
+    return read_index(str(TINY / "annotations/instances_train2017.json"), str(TINY / "train2017"))
+
+
+@pytest.fixture(scope="session")
+def tiny_val():
+    return read_index(str(TINY / "annotations/instances_val2017.json"), str(TINY / "val2017"))
+
+
+def record_of(index, file_name):
+    return index.file_names.tolist().index(file_name.encode())
+
+
+@pytest.fixture(scope="session")
+def real(golden, tiny_train):
+    """The golden's two training images: network input, and padded boxes, labels and validity
+    (3, 32, ...), of which the third image has none."""
+    names = ("000000184613.jpg", "000000391895.jpg")
+    images = [read_image(tiny_train.path(record_of(tiny_train, name))) for name in names]
+    inputs = torch.stack([reference.network_input(image.astype(np.float32)) for image in images])
+    boxes, labels = torch.zeros(3, 32, 4), torch.zeros(3, 32, dtype=torch.int64)
+    valid = torch.zeros(3, 32, dtype=torch.bool)
+    for i in (0, 1):
+        given = torch.from_numpy(golden("targets")[f"gt_boxes{i}"])
+        boxes[i, : len(given)] = given
+        labels[i, : len(given)] = torch.from_numpy(golden("targets")[f"gt_labels{i}"])
+        valid[i, : len(given)] = True
+    return SimpleNamespace(inputs=inputs, truth=(boxes, labels, valid))

@@ -1,0 +1,163 @@
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+
+from common.coco.names import COCO_CLASSES
+from common.npu.errors import UserError
+from ssd_mmdet.config import RECIPES
+from ssd_mmdet.model import build_model
+from ssd_mmdet.weights import class_names_of, load_weights, num_classes_of, published_state_dict
+
+THIN = replace(RECIPES["1p"], width=1 / 16)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(1)
+    return build_model(THIN, 80)
+
+
+@pytest.fixture
+def state():
+    """Another network's weights, under the network's own keys."""
+    torch.manual_seed(2)
+    return published_state_dict(build_model(THIN, 80))
+
+
+def assert_holds(model, expected, keys):
+    own = model.state_dict()
+    for key in keys:
+        assert torch.equal(own[key], expected[key]), key
+
+
+def since_2_14(key):
+    """The spec's table, as MMDetection's own upgrade tool renames."""
+    parts = key.split(".")
+    if key == "backbone.l2_norm.weight":
+        return "neck.l2_norm.weight"
+    if parts[1] == "extra":
+        position = int(parts[2])
+        return f"neck.extra_layers.{position // 2}.{position % 2}.conv.{parts[3]}"
+    if parts[0] == "bbox_head":
+        return f"bbox_head.{parts[1]}.{parts[2]}.0.{parts[3]}"
+    return key
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("wrapper", ["model", "state_dict", None])
+@pytest.mark.parametrize("rename", [str, since_2_14])
+def test_mmdetections_checkpoints(model, state, tmp_path, prefix, wrapper, rename):
+    given = {prefix + rename(key): value for key, value in state.items()}
+    torch.save({wrapper: given} if wrapper else given, tmp_path / "epoch_1.pth")
+    report = load_weights(model, tmp_path / "epoch_1.pth")
+    assert set(report.loaded) == set(state)
+    assert report.skipped == report.reinitialised == report.missing == ()
+    assert_holds(model, state, state)
+
+
+@pytest.mark.parametrize("name", ["1p", "ssd512"])
+def test_published_state_dict_is_mmdetections_layout_and_a_copy(golden, name):
+    with torch.device("meta"):
+        keys = build_model(RECIPES[name], 80).state_dict()
+    expected = golden({"1p": "keys", "ssd512": "ssd512_keys"}[name])
+    assert [[key, list(value.shape)] for key, value in keys.items()] == expected
+
+    model = build_model(replace(RECIPES[name], width=1 / 16), 80)
+    model.to(memory_format=torch.channels_last)
+    state = published_state_dict(model)
+    assert list(state) == [key for key, _ in expected]
+    later = published_state_dict(model, since_2_14=True)
+    assert list(later) == [since_2_14(key) for key in state]
+    for value, renamed in zip(state.values(), later.values(), strict=True):
+        assert torch.equal(value, renamed)
+        assert (value.dtype, value.device.type) == (torch.float32, "cpu")
+    kept = state["backbone.l2_norm.weight"].clone()
+    with torch.no_grad():
+        model.backbone.l2_norm.weight.add_(1)
+    assert torch.equal(state["backbone.l2_norm.weight"], kept)
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", None])
+def test_caffes_vgg16(model, state, tmp_path, wrapper):
+    before = published_state_dict(model)
+    trunk = [key for key in state if key.startswith("backbone.features.")]
+    assert len(trunk) == 30
+    given = {key.removeprefix("backbone."): state[key] for key in trunk}
+    torch.save({wrapper: given} if wrapper else given, tmp_path / "vgg16_caffe.pth")
+    report = load_weights(model, tmp_path / "vgg16_caffe.pth")
+    assert sorted(report.loaded) == sorted(trunk)
+    assert report.skipped == report.reinitialised == ()
+    assert set(report.missing) == set(state) - set(trunk)
+    assert_holds(model, state, trunk)
+    assert_holds(model, before, report.missing)
+    assert "30 tensors loaded" in str(report)
+
+
+def test_our_checkpoint_with_everything_in_it(model, state, tmp_path):
+    given = {"model": state, "optimizer": {"state": {}}, "iteration": 7, "classes": ["a"]}
+    torch.save(given, tmp_path / "iter_7.pt")
+    load_weights(model, str(tmp_path / "iter_7.pt"))
+    assert_holds(model, state, state)
+
+
+def test_heads_of_another_class_count_start_anew_and_are_reported(state):
+    torch.manual_seed(3)
+    model = build_model(THIN, 5)
+    before = published_state_dict(model)
+    report = load_weights(model, {since_2_14(key): value for key, value in state.items()})
+    heads = [key for key in state if key.startswith("bbox_head.cls_convs.")]
+    assert sorted(report.reinitialised) == sorted(heads)
+    assert "12 re-initialised (other shape): bbox_head.cls_convs.0.weight" in str(report)
+    assert_holds(model, before, heads)
+    assert_holds(model, state, set(state) - set(heads))
+
+
+def test_heads_can_be_left_out(model, state):
+    before = published_state_dict(model)
+    report = load_weights(model, state, heads=False)
+    assert len(report.reinitialised) == 24
+    assert_holds(model, before, report.reinitialised)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"a": torch.zeros(3)}, {"model": {"backbone.conv1.weight": torch.zeros(64, 3, 7, 7)}}],
+)
+def test_nothing_that_fits(model, given, tmp_path):
+    torch.save(given, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"other\.pt: no tensor fits this network"):
+        load_weights(model, tmp_path / "other.pt")
+
+
+def test_classes_of_a_checkpoint(state):
+    assert num_classes_of(state) == 80
+    assert num_classes_of({"state_dict": {since_2_14(k): v for k, v in state.items()}}) == 80
+    assert class_names_of({"model": state, "classes": ["a", "b"]}) == ("a", "b")
+    assert class_names_of({"state_dict": state, "meta": {"CLASSES": ("x",)}}) == ("x",)
+    meta = {"dataset_meta": {"classes": ("x", "y")}}
+    assert class_names_of({"state_dict": state, "meta": meta}) == ("x", "y")
+    assert class_names_of(state) == COCO_CLASSES
+    few = published_state_dict(build_model(THIN, 3))
+    assert class_names_of(few) == ("class_0", "class_1", "class_2")
+    with pytest.raises(UserError, match="no detection heads"):
+        num_classes_of({"features.0.bias": torch.zeros(4)})
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda s, p: p.write_bytes(pickle.dumps(s, 2))])
+def test_code_in_a_file_is_refused_and_not_run(model, tmp_path, write):
+    trace = tmp_path / "trace"
+    given = {"model": {"backbone.l2_norm.weight": torch.zeros(1)}, "x": Bomb(trace)}
+    write(given, tmp_path / "bomb.pt")
+    with pytest.raises(UserError, match=r"bomb\.pt"):
+        load_weights(model, tmp_path / "bomb.pt")
+    assert not trace.exists()
