@@ -1,0 +1,172 @@
+"""Loading weights: our checkpoints, MMDetection 2.x's, and caffe ResNet-50 backbones.
+
+The network's own keys are the published ones (see model.py), so the maps are few: a `module.`
+prefix of distributed runs goes, early names of the predictors are renamed, a backbone file's keys
+get the prefix `backbone.`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from common.coco.names import COCO_CLASSES
+from common.npu import checkpoint
+from common.npu.errors import UserError
+from fcos.config import DETECTRON2_MEAN, DETECTRON_MEAN
+
+EARLY_NAMES = {
+    "fcos_cls": "conv_cls",
+    "fcos_reg": "conv_reg",
+    "fcos_centerness": "conv_centerness",
+}
+PREDICTORS = tuple(f"bbox_head.{name}." for name in EARLY_NAMES.values())
+BACKBONE = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of each tensor; names as in the network or, for `skipped`, in the file."""
+
+    loaded: tuple[str, ...]
+    skipped: tuple[str, ...]  # in the file, not in the network
+    reinitialised: tuple[str, ...]  # in both, of another shape: kept as initialised
+    missing: tuple[str, ...]  # not in the file: kept as initialised
+
+    def __str__(self) -> str:
+        kept = [name for name in self.missing if not name.endswith("num_batches_tracked")]
+        parts = [f"{len(self.loaded)} tensors loaded"]
+        for what, names in (
+            ("skipped", self.skipped),
+            ("re-initialised (other shape)", self.reinitialised),
+            ("missing, left as initialised", kept),
+        ):
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                parts.append(f"{len(names)} {what}: {', '.join(names[:3])}{more}")
+        return "; ".join(parts)
+
+
+def load_weights(
+    model: nn.Module,
+    source: str | Path | Mapping[str, Tensor],
+    *,
+    heads: bool = True,
+    name: str = "the state dict",
+) -> LoadReport:
+    """Load a file or state dict into the network, whatever of the known layouts it has.
+
+    Tensors of another shape, and with `heads=False` the three predictors, stay as initialised.
+    Raises UserError for an unreadable file or one whose backbone does not fit; `name`: what to
+    call a mapping.
+    """
+    if isinstance(source, Mapping):
+        state = source
+    else:
+        state, name = checkpoint.load(source), str(source)
+    given = network_keys(state, name)
+    own = model.state_dict()
+    loaded, skipped, reinitialised = {}, [], []
+    for key, value in given.items():
+        if key not in own:
+            skipped.append(key)
+        elif own[key].shape != value.shape or (key.startswith(PREDICTORS) and not heads):
+            reinitialised.append(key)
+        else:
+            loaded[key] = value
+    if not any(key.startswith("backbone.") and key.endswith("weight") for key in loaded):
+        raise UserError(
+            f"{name}: nothing in it fits the backbone; give a checkpoint of this detector, or "
+            "caffe's ResNet-50 (resnet50_caffe-788b5fa3.pth)"
+        )
+    model.load_state_dict(loaded, strict=False)
+    missing = tuple(key for key in own if key not in given)
+    return LoadReport(tuple(loaded), tuple(skipped), tuple(reinitialised), missing)
+
+
+def tensors_of(state: Mapping) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, whatever wraps them, without `module.`."""
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    return {key.removeprefix("module."): value for key, value in tensors.items()}
+
+
+def network_keys(state: Mapping, name: str = "the state dict") -> dict[str, Tensor]:
+    """The tensors of any known layout under the network's keys."""
+    tensors = tensors_of(state)
+    if is_backbone(tensors):
+        return _of_backbone(tensors, name)
+    renamed = {}
+    for key, value in tensors.items():
+        parts = key.split(".")
+        if len(parts) > 1:
+            parts[1] = EARLY_NAMES.get(parts[1], parts[1])
+        renamed[".".join(parts)] = value
+    return renamed
+
+
+def is_backbone(tensors: Mapping) -> bool:
+    """Whether the keys are those of a bare ResNet."""
+    return bool(tensors) and all(key.split(".")[0] in BACKBONE for key in tensors)
+
+
+def _of_backbone(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """A caffe ResNet under the network's keys. Its batch norm is folded into factor and offset,
+    so statistics are 0 and 1; the biases of convolutions that some files have should be 0."""
+    statistics = [value for key, value in tensors.items() if key.endswith("running_mean")]
+    if "fc.weight" in tensors or any(value.any() for value in statistics):
+        raise UserError(
+            f"{name}: not caffe's ResNet-50 (its batch norm has statistics, as torchvision's: "
+            "other strides and colours); give resnet50_caffe-788b5fa3.pth or "
+            "resnet50_msra-5891d200.pth of MMDetection"
+        )
+    return {
+        f"backbone.{key}": value
+        for key, value in tensors.items()
+        if not (_is_conv_bias(key) and not value.any())  # one that is not 0 is told as skipped
+    }
+
+
+def _is_conv_bias(key: str) -> bool:
+    parts = key.split(".")
+    return parts[-1] == "bias" and (parts[-2].startswith("conv") or parts[-2:-1] == ["0"])
+
+
+def mean_of(state: Mapping) -> tuple[float, float, float] | None:
+    """The mean that a backbone file was trained with; None for anything else.
+
+    Detectron's file has a bias for every convolution, Detectron2's for the first one.
+    """
+    tensors = tensors_of(state)
+    if not is_backbone(tensors) or "conv1.bias" not in tensors:
+        return None
+    detectron = "layer1.0.conv1.bias" in tensors
+    return DETECTRON_MEAN if detectron else DETECTRON2_MEAN
+
+
+def num_classes_of(state: Mapping) -> int:
+    """Foreground classes of the detector in a checkpoint. Raises UserError where it has no head."""
+    head = network_keys(state).get("bbox_head.conv_cls.weight")
+    if head is None:
+        raise UserError("the checkpoint has no detection head; give one of a trained detector")
+    return len(head)
+
+
+def class_names_of(state: Mapping) -> tuple[str, ...]:
+    """The class names in a checkpoint, ours or MMDetection's; else COCO's for 80 classes."""
+    meta = state.get("meta")
+    for names in (state.get("classes"), meta.get("CLASSES") if isinstance(meta, Mapping) else None):
+        if names:
+            return tuple(names)
+    count = num_classes_of(state)
+    if count == len(COCO_CLASSES):
+        return COCO_CLASSES
+    return tuple(f"class_{label}" for label in range(count))
+
+
+def published_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The weights as MMDetection's checkpoints have them: fp32 on the CPU, under its keys."""
+    return {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}

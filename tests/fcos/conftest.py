@@ -1,0 +1,124 @@
+"""What the tests of fcos share: the golden files, the filled networks, real data."""
+
+import functools
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.coco.index import read_index
+from fcos.config import RECIPES
+from fcos.model import build_model
+from tests.golden.fill import fill_value
+
+TESTS = Path(__file__).parents[1]
+GOLDEN = TESTS / "golden" / "fcos"
+TINY = TESTS / "data" / "tiny_coco"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """As the golden values were computed; also far quicker on busy cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _handlers():
+    """A run in this process takes the signals; pytest gets them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def recipe():
+    return RECIPES["gn"]
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """`golden("loss")`: the arrays of loss.npz; `golden("lr")`: the contents of lr.json."""
+
+    @functools.cache
+    def read(name):
+        path = GOLDEN / f"{name}.npz"
+        if path.exists():
+            return dict(np.load(path))
+        return json.loads((GOLDEN / f"{name}.json").read_text())
+
+    return read
+
+
+FACTORS = (
+    ("backbone.bn1.weight", "", 0.01),
+    ("backbone.layer", ".bn3.weight", 0.2),
+    ("neck.lateral_convs.", ".conv.weight", 0.1),
+)
+
+
+@pytest.fixture(scope="session")
+def filled_state(golden):
+    """`filled_state("gn")`: the state dict of the golden values, by the golden README's rule."""
+
+    def value(key, shape):
+        array = fill_value(key, tuple(shape))
+        for start, end, factor in FACTORS:
+            if key.startswith(start) and key.endswith(end):
+                array = array * np.float32(factor)
+        return torch.from_numpy(np.asarray(array))
+
+    def state(name):
+        keys = golden("keys" if name == "gn" else f"keys_{name}")
+        return {key: value(key, shape) for key, shape in keys}
+
+    return state
+
+
+@pytest.fixture(scope="session")
+def filled_model(filled_state):
+    """`filled_model("gn")`: the filled network as pretrained ones are used, frozen in part, in
+    evaluation mode."""
+
+    def model(name):
+        network = build_model(RECIPES[name], 80)
+        network.load_state_dict(filled_state(name))
+        network.backbone.freeze()
+        return network.eval()
+
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_train():
+    return read_index(str(TINY / "annotations/instances_train2017.json"), str(TINY / "train2017"))
+
+
+@pytest.fixture(scope="session")
+def tiny_val():
+    return read_index(str(TINY / "annotations/instances_val2017.json"), str(TINY / "val2017"))
+
+
+@pytest.fixture(scope="session")
+def real_truth(golden):
+    """`real_truth("256x320")`: padded boxes, 0-based labels and validity (2, 32, ...) of the
+    golden's two training images at that scale."""
+
+    def truth(scale):
+        expected = golden("targets")
+        boxes, labels = torch.zeros(2, 32, 4), torch.zeros(2, 32, dtype=torch.int64)
+        valid = torch.zeros(2, 32, dtype=torch.bool)
+        for i in (0, 1):
+            given = torch.from_numpy(expected[f"{scale}.gt_bboxes.{i}"])
+            boxes[i, : len(given)] = given
+            labels[i, : len(given)] = torch.from_numpy(expected[f"{scale}.gt_labels.{i}"]).long()
+            valid[i, : len(given)] = True
+        return boxes, labels, valid
+
+    return truth
