@@ -128,13 +128,13 @@ class TrainingSet(Dataset):
 
     def truth(self, record: int) -> tuple[np.ndarray, np.ndarray]:
         """Boxes (n, 4) float32 normalised ltrb, labels (n,); empty boxes are left out."""
-        rows = self.records.annotations(record)
-        xywh = self.records.boxes_xywh[rows]
+        truth = self.records.annotations(record)
+        xywh = truth.box_xywh
         height, width = self.records.sizes[record]
         ltrb = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
         ltrb = (ltrb / (width, height, width, height)).astype(np.float32)
         real = (ltrb[:, :2] < ltrb[:, 2:]).all(axis=1)
-        return ltrb[real], self.records.labels[rows][real]
+        return ltrb[real], truth.label[real]
 
     def __getitem__(self, key: tuple[int, int, int]) -> Batch:
         epoch, position, record = key

@@ -144,8 +144,8 @@ def draw_examples(path: Path, records: CocoIndex, rows: np.ndarray, count: int =
         pictures.append(
             (
                 read_image(records.path(i)),
-                to_xyxy(records.boxes_xywh[truth]),
-                records.labels[truth],
+                to_xyxy(truth.box_xywh),
+                truth.label,
                 to_xyxy(found[:, 1:5]),
                 np.array([label[category] for category in found[:, 6]], np.int64),
                 found[:, 5],

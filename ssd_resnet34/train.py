@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int | None:
     recipe = cli.chosen_recipe(args, RECIPES)
     train_files, val_files = cli.data_files(args, "train"), cli.data_files(args, "val")
     if args.check_data:
-        return check.print_report(train_files, val_files)
+        return check.check_data(train_files, val_files)
 
     ranks = Ranks.from_environment()
     device, why = setup_device(args.device, ranks.card(args.device_id))
@@ -128,9 +128,8 @@ def parse(argv: list[str] | None):
 
 def read(files: tuple[str, str], classes: tuple[str, ...] | None, log: RunLog) -> CocoIndex:
     """The index of an annotation file; what was noticed about it goes to the log."""
-    report = check.DataReport()
-    index = read_index(*files, classes=classes, report=report)
-    for line in report.lines():
+    index = read_index(*files, classes)
+    for line in index.lines():
         log.info(f"{files[0]}: {line}", "WARNING")
     return index
 

@@ -13,7 +13,7 @@ from itertools import chain
 
 import numpy as np
 
-from common.coco.check import Annotations, DataReport, read_annotations
+from common.coco.index import CocoIndex, read_annotations
 from common.npu.errors import UserError
 from common.npu.files import write_atomically
 
@@ -101,9 +101,8 @@ def evaluate(
     file, rows that do not belong to it, or an absent backend.
     """
     coco_class, eval_class, summarize = _backend(backend)
-    report = DataReport()
-    truth = read_annotations(annotation_file, report)
-    report.raise_errors(annotation_file)
+    truth = read_annotations(annotation_file)
+    truth.raise_errors()
     rows = np.asarray(rows, dtype=np.float64).reshape(-1, 7)
     if not np.isfinite(rows).all():
         raise ValueError("result rows must be finite")
@@ -119,18 +118,18 @@ def evaluate(
                 "evaluate against the annotation file of the images that were detected on"
             )
 
-    table, notes = truth.table[truth.table["image"] >= 0], ()
-    box_areas = table["box_xywh"][:, 2:].prod(axis=1)
+    table, notes = truth.table, ()
+    box_areas = table.box_xywh[:, 2:].prod(axis=1)
     # MLPerf's slim files have no area, or 1.0 everywhere.
-    real = np.isfinite(table["area"]) & ~np.all(table["area"] == 1)
+    real = np.isfinite(table.area) & ~np.all(table.area == 1)
     if not real.all():
         notes = (f"{annotation_file} has no mask areas: AP and AR by size go by the boxes' areas",)
     objects = {
-        "image_id": truth.image_ids[table["image"]],
-        "category_id": np.asarray(truth.category_ids)[table["category"]],
-        "bbox": table["box_xywh"],
-        "area": np.where(real, table["area"], box_areas),
-        "iscrowd": table["crowd"].astype(int),
+        "image_id": table.image_id,
+        "category_id": np.asarray(truth.category_ids)[table.label],
+        "bbox": table.box_xywh,
+        "area": np.where(real, table.area, box_areas),
+        "iscrowd": table.crowd.astype(int),
     }
     detections = {
         "image_id": image_ids.astype(int),
@@ -176,7 +175,7 @@ def _backend(name: str) -> tuple:
     return faster.COCO, faster.COCOeval_faster, COCOeval.summarize
 
 
-def _coco(coco_class: type, truth: Annotations, columns: dict[str, np.ndarray]):
+def _coco(coco_class: type, truth: CocoIndex, columns: dict[str, np.ndarray]):
     """A data set of the images and categories of `truth` with the annotations in `columns`."""
     # Numbered from 1: a match with annotation 0 is no match to pycocotools.
     columns = {"id": np.arange(1, len(columns["bbox"]) + 1), **columns}

@@ -2,6 +2,7 @@
 
 import io
 import struct
+from contextlib import suppress
 
 import numpy as np
 import simplejpeg
@@ -22,23 +23,13 @@ def read_image(path: str, ignore_exif: bool = True) -> np.ndarray:
     try:
         with open(path, "rb") as file:
             data = file.read()
-        return _decode(data, ignore_exif)
+        if ignore_exif and data.startswith(b"\xff\xd8"):
+            with suppress(ValueError):  # also raised for a mere warning: Pillow decides
+                if simplejpeg.decode_jpeg_header(data)[2] not in ("CMYK", "YCCK"):
+                    return simplejpeg.decode_jpeg(data, "RGB")
+        image = Image.open(io.BytesIO(data))
+        return np.array((image if ignore_exif else ImageOps.exif_transpose(image)).convert("RGB"))
     except BROKEN as error:
         reason = getattr(error, "strerror", None) or "truncated, or not an image"
-        raise UserError(
-            f"{path}: cannot read the image ({reason}); delete or re-download it; "
-            "--check_data lists every such file"
-        ) from error
-
-
-def _decode(data: bytes, ignore_exif: bool) -> np.ndarray:
-    if ignore_exif and data.startswith(b"\xff\xd8"):
-        try:
-            colorspace = simplejpeg.decode_jpeg_header(data)[2]
-            if colorspace not in ("CMYK", "YCCK"):  # Pillow converts these two differently
-                return simplejpeg.decode_jpeg(data, "RGB")
-        except ValueError:
-            pass  # also raised for a mere warning: Pillow decides
-    with Image.open(io.BytesIO(data)) as image:
-        upright = image if ignore_exif else ImageOps.exif_transpose(image)
-        return np.array(upright.convert("RGB"))
+        remedy = "re-download it; --check_data lists all such files"
+        raise UserError(f"{path}: cannot read the image ({reason}); {remedy}") from error

@@ -12,23 +12,24 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from common.coco.evaluation import draw_pr_curves, evaluate, gather_rows, save_results, to_rows
-from common.coco.index import read_index
+from common.coco.index import read_annotations
 from common.npu.errors import UserError
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_coco"
 VAL = str(TINY / "annotations" / "instances_val2017.json")
 
 
-def detections(seed, annotation_file=VAL):
+def detections(seed):
     """Perturbed ground truth with false alarms and misses: one array of rows for each image."""
-    index = read_index(annotation_file, "", need_images=False)
+    index = read_annotations(VAL)
     rng = np.random.default_rng(seed)
     rows = []
     for i in range(len(index)):
-        boxes = index.boxes_xywh[index.annotations(i)].repeat(2, axis=0)
+        truth = index.annotations(i)
+        boxes = truth.box_xywh.repeat(2, axis=0)
         boxes[:, 2:] += boxes[:, :2]
         boxes += rng.normal(0, 5, boxes.shape)
-        labels = index.labels[index.annotations(i)].repeat(2)
+        labels = truth.label.repeat(2)
         labels = np.where(rng.random(len(labels)) < 0.2, rng.integers(0, 80, len(labels)), labels)
         keep = rng.random(len(labels)) < 0.7
         scores = rng.random(len(labels)).round(2)  # with ties
@@ -68,20 +69,19 @@ def test_the_12_numbers_are_pycocotools(seed, capsys):
 
 
 def test_perfect_detections_and_per_class():
-    index = read_index(VAL, "", need_images=False)
+    index = read_annotations(VAL)
     rows = []
     for i in range(len(index)):
-        a = index.annotations(i)
-        corners = index.boxes_xywh[a].copy()
+        truth = index.annotations(i)
+        corners = truth.box_xywh.copy()
         corners[:, 2:] += corners[:, :2]
         rows.append(
-            to_rows(index.image_ids[i], corners, 1 - index.crowd[a], index.labels[a],
-                    index.category_ids)
-        )  # fmt: skip
+            to_rows(index.image_ids[i], corners, 1 - truth.crowd, truth.label, index.category_ids)
+        )
     evaluation = evaluate(VAL, np.concatenate(rows))
     assert evaluation.stats["AP"] == pytest.approx(1)
     assert len(evaluation.per_class) == 80
-    present = {index.class_names[k] for k in index.labels[~index.crowd]}
+    present = {index.class_names[k] for k in index.table.label[~index.table.crowd]}
     for name, ap in evaluation.per_class:
         assert ap == (pytest.approx(1) if name in present else -1)
 

@@ -168,19 +168,20 @@ def test_padding_drops_no_box(tiny_train):
 def test_truth_is_normalised_ltrb_with_crowds_and_without_empty_boxes(tiny_val):
     crowded = int(np.flatnonzero(tiny_val.image_ids == 87038)[0])
     rows = tiny_val.annotations(crowded)
-    assert tiny_val.crowd[rows].any()
+    assert rows.crowd.any()
     boxes, labels = TrainingSet(tiny_val, RECIPE, 0).truth(crowded)
     height, width = tiny_val.sizes[crowded]
-    x, y, w, h = tiny_val.boxes_xywh[rows].T
+    x, y, w, h = rows.box_xywh.T
     expected = np.stack([x / width, y / height, (x + w) / width, (y + h) / height], axis=1)
     np.testing.assert_allclose(boxes, expected, rtol=1e-6)
-    np.testing.assert_array_equal(labels, tiny_val.labels[rows])
+    np.testing.assert_array_equal(labels, rows.label)
 
-    flat = tiny_val.boxes_xywh.copy()
-    flat[rows.start, 2] = flat[rows.start + 1, 3] = 0
-    boxes, labels = TrainingSet(replace(tiny_val, boxes_xywh=flat), RECIPE, 0).truth(crowded)
+    flat = replace(tiny_val, table=tiny_val.table.copy())
+    first, second = flat.annotations(crowded)[:2]
+    first.box_xywh[2] = second.box_xywh[3] = 0
+    boxes, labels = TrainingSet(flat, RECIPE, 0).truth(crowded)
     np.testing.assert_allclose(boxes, expected[2:], rtol=1e-6)
-    np.testing.assert_array_equal(labels, tiny_val.labels[rows][2:])
+    np.testing.assert_array_equal(labels, rows.label[2:])
 
 
 def test_training_records_have_annotations(tiny_train, tiny_val):

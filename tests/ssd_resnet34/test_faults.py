@@ -158,6 +158,6 @@ def test_check_data_lists_every_problem(tmp_path):
     content["annotations"][1]["category_id"] = 999
     name.write_text(json.dumps(content))
     done = scripts.run("train.py", *where, "--check_data", status=1)
-    for word in (victim.name, "negative", "unknown category (999)"):
+    for word in (victim.name, "negative", "unknown category: 1 "):
         assert word in done.stdout
     assert not (tmp_path / "run").exists()
