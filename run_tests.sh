@@ -1,14 +1,37 @@
 #!/usr/bin/env bash
 # Set up what the tests need, once, and run every test: bash run_tests.sh [pytest arguments]
 #
-#   bash run_tests.sh                      everything, as CI does
-#   bash run_tests.sh -m "not slow"        the quick ones
-#   bash run_tests.sh tests/common -k nms  some of them
+#   bash run_tests.sh                          everything, as CI does
+#   bash run_tests.sh -m "not slow"            the quick ones
+#   bash run_tests.sh tests/common -k nms      some of them
+#   bash run_tests.sh tests/simulated_npu      those on the simulated Ascend NPU, which have an
+#                                              environment of their own (see the README there)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source common/npu/venv.sh
+source tests/simulated_npu/environment.sh
 find_python requirements.txt requirements-dev.txt
 export TORCH_DEVICE_BACKEND_AUTOLOAD=0 PYTHON
 # One thread a test process, as many processes as cores: faster than threads on small tensors.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$PYTHON" -m pytest -n "${TEST_PROCESSES:-auto}" --dist worksteal --durations=15 "$@"
+options=(-n "${TEST_PROCESSES:-auto}" --dist worksteal --durations=15)
+
+parts="rest npu"
+for word in "$@"; do
+    case $word in
+        tests/simulated_npu*) parts=npu ;;
+        tests*) parts=rest ;;
+    esac
+done
+
+status=0
+if [ "$parts" != npu ]; then
+    "$PYTHON" -m pytest "${options[@]}" --ignore=tests/simulated_npu "$@" || status=$?
+fi
+if [ "$parts" != rest ]; then
+    simulate_npu
+    [ "$parts" = npu ] || options+=(tests/simulated_npu)
+    # 5: none of these tests was asked for.
+    "${NPU_TESTS[@]}" -m pytest "${options[@]}" "$@" || [ $? = 5 ] || status=1
+fi
+exit "$status"
