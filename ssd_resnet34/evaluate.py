@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     say(f"{len(rows)} detections in {len(records)} images: {results}")
     if args.format_only:
         return
-    outcome = evaluation.evaluate(records.annotation_file, rows, backend=args.eval_backend)
+    outcome = evaluation.evaluate(records.annotation_file, rows, args.eval_backend == "faster")
     tell(outcome, recipe, say, args.per_class)
     evaluation.draw_pr_curves(args.output_dir / "pr_curves.png", outcome)
     draw_examples(args.output_dir / "detections.png", records, rows)
@@ -124,8 +124,6 @@ def detect_all(
 
 def tell(outcome: Evaluation, recipe: Recipe, say: Callable, per_class: bool = False) -> None:
     """The 12 COCO lines, the classes where asked, and the line the port's users look for."""
-    for note in outcome.notes:
-        say(note)
     say(outcome.text)
     if per_class:
         width = max(len(name) for name, _ in outcome.per_class)

@@ -306,7 +306,7 @@ class Training:
             if rows is not None:
                 evaluation.save_results(self.args.output_dir / "results.bbox.json", rows)
                 outcome = evaluation.evaluate(
-                    self.val_set.annotation_file, rows, backend=self.args.eval_backend
+                    self.val_set.annotation_file, rows, self.args.eval_backend == "faster"
                 )
                 tell(outcome, self.recipe, self.log.info, self.args.per_class)
                 evaluation.draw_pr_curves(self.args.output_dir / "pr_curves.png", outcome)

@@ -36,7 +36,7 @@ def draw_boxes(
     texts, order = [class_names[label] for label in labels], range(len(labels))
     if scores is not None:
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores, strict=True)]
-        order = np.argsort(scores, kind="stable")
+        order = np.argsort(np.asarray(scores), kind="stable")
     for i in order:
         left, top, right, bottom = corners[i].tolist()
         if right <= left or bottom <= top:

@@ -9,11 +9,10 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 
-from common.coco.index import CocoIndex, read_annotations
+from common.coco.index import read_annotations
 from common.npu.errors import UserError
 from common.npu.files import write_atomically
 
@@ -26,16 +25,15 @@ class Evaluation:
     """What `evaluate` found; -1 stands for "no ground truth of this kind"."""
 
     stats: dict[str, float]  # keys of STATS
-    text: str  # the 12 lines that pycocotools prints
-    notes: tuple[str, ...]  # remarks on the annotation file
+    text: str  # the 12 lines that pycocotools prints; a 13th where masks have no areas
     per_class: list[tuple[str, float]]  # name, AP; by category id
     precision: np.ndarray  # (10 IoU thresholds, 101 recalls, classes) for all areas
 
     def mmdet(self) -> dict[str, float | str]:
         """The keys of MMDetection's log, rounded to 3 decimals."""
-        scores = [round(self.stats[key], 3) for key in STATS[: len(MMDET)]]
-        numbers = {f"bbox_{name}": score for name, score in zip(MMDET, scores, strict=True)}
-        return {**numbers, "bbox_mAP_copypaste": " ".join(f"{score:.3f}" for score in scores)}
+        scores = zip(MMDET, self.stats.values(), strict=False)
+        log = {f"bbox_{name}": round(score, 3) for name, score in scores}
+        return {**log, "bbox_mAP_copypaste": " ".join(f"{score:.3f}" for score in log.values())}
 
 
 def to_rows(
@@ -45,36 +43,26 @@ def to_rows(
     labels: np.ndarray,
     category_ids: Sequence[int],
 ) -> np.ndarray:
-    """Result rows (n, 7) of one image; classes the file does not have (no id, or -1) are skipped.
+    """Result rows (n, 7) of one image; classes that the file does not have (id -1) are skipped.
 
     boxes_xyxy (n, 4) pixels of the original image, scores (n,), labels (n,) 0-based.
     """
     boxes = np.asarray(boxes_xyxy, dtype=np.float64).reshape(-1, 4)
-    labels = np.asarray(labels, dtype=np.int64)
-    known = np.flatnonzero(labels < len(category_ids))
-    categories = np.asarray(category_ids, dtype=np.float64)[labels[known]]
-    rows = np.empty((len(known), 7))
-    rows[:, 0] = image_id
-    rows[:, 1:3] = boxes[known, :2]
-    rows[:, 3:5] = boxes[known, 2:] - boxes[known, :2]
-    rows[:, 5] = np.asarray(scores)[known]
-    rows[:, 6] = categories
+    categories = np.asarray(category_ids)[np.asarray(labels, dtype=np.int64)]
+    image_ids, sizes = np.full(len(boxes), image_id), boxes[:, 2:] - boxes[:, :2]
+    rows = np.column_stack([image_ids, boxes[:, :2], sizes, scores, categories])
     return rows[categories >= 0]
 
 
 def gather_rows(rows: Sequence[np.ndarray], ranks) -> np.ndarray | None:
     """All ranks' rows by image id on rank 0 (None on the others), each image once.
 
-    rows: one array of `to_rows` for each image this rank evaluated; repeats of an image, from
-    padding to full batches, are dropped. ranks: `common.npu.distributed.Ranks`.
+    rows: one array of `to_rows` for each image of this rank, which may repeat images of others.
     """
-    gathered = ranks.gather_objects(rows)
-    if gathered is None:
+    gathered = ranks.all_gather_objects(rows)
+    if not ranks.main:
         return None
-    by_image: dict[float, np.ndarray] = {}
-    for part in chain(*gathered):
-        if len(part):
-            by_image.setdefault(part[0, 0], part)
+    by_image = {part[0, 0]: part for rank in gathered for part in rank if len(part)}
     return np.concatenate([np.empty((0, 7)), *(by_image[i] for i in sorted(by_image))])
 
 
@@ -87,123 +75,74 @@ def save_results(path: str | os.PathLike, rows: np.ndarray) -> None:
     write_atomically(path, json.dumps(results, allow_nan=False).encode())
 
 
-def evaluate(
-    annotation_file: str,
-    rows: np.ndarray,
-    *,
-    backend: str = "pycocotools",
-    max_dets: tuple[int, int, int] = (1, 10, 100),
-) -> Evaluation:
+def evaluate(annotation_file: str, rows: np.ndarray, faster: bool = False) -> Evaluation:
     """COCO's bbox evaluation of result rows; images without a row count as without detections.
 
-    backend: "pycocotools" or "faster" (faster-coco-eval), of equal result. max_dets: of the three
-    ARs; AP is taken at 100, which must be among them. Raises UserError for a broken annotation
-    file, rows that do not belong to it, or an absent backend.
+    faster: by faster-coco-eval, of equal result. Raises UserError for a broken annotation file,
+    rows of images or categories that it does not have, or an absent package.
     """
-    coco_class, eval_class, summarize = _backend(backend)
-    truth = read_annotations(annotation_file)
-    truth.raise_errors()
-    rows = np.asarray(rows, dtype=np.float64).reshape(-1, 7)
-    if not np.isfinite(rows).all():
-        raise ValueError("result rows must be finite")
-    image_ids, boxes, scores, category_ids = rows[:, 0], rows[:, 1:5], rows[:, 5], rows[:, 6]
-    for what, ids, known in (
-        ("image", image_ids, truth.image_ids),
-        ("category", category_ids, truth.category_ids),
-    ):
-        foreign = np.setdiff1d(ids, known)
-        if foreign.size:
-            raise UserError(
-                f"{annotation_file}: has no {what} {foreign[0]:.0f}; "
-                "evaluate against the annotation file of the images that were detected on"
-            )
-
-    table, notes = truth.table, ()
-    box_areas = table.box_xywh[:, 2:].prod(axis=1)
-    # MLPerf's slim files have no area, or 1.0 everywhere.
-    real = np.isfinite(table.area) & ~np.all(table.area == 1)
-    if not real.all():
-        notes = (f"{annotation_file} has no mask areas: AP and AR by size go by the boxes' areas",)
-    objects = {
-        "image_id": table.image_id,
-        "category_id": np.asarray(truth.category_ids)[table.label],
-        "bbox": table.box_xywh,
-        "area": np.where(real, table.area, box_areas),
-        "iscrowd": table.crowd.astype(int),
-    }
-    detections = {
-        "image_id": image_ids.astype(int),
-        "category_id": category_ids.astype(int),
-        "bbox": boxes,
-        "area": boxes[:, 2:].prod(axis=1),
-        "iscrowd": np.zeros(len(rows), dtype=int),
-        "score": scores,
-    }
-    with contextlib.redirect_stdout(io.StringIO()):
-        sides = (_coco(coco_class, truth, columns) for columns in (objects, detections))
-        run = eval_class(*sides, "bbox")
-        run.params.maxDets = list(max_dets)
-        run.evaluate()
-        run.accumulate()
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        summarize(run)
-    precision = run.eval["precision"][..., 0, 2]  # of (IoU, recall, class, area, max_dets)
-    names = [name for _, name in sorted(zip(truth.category_ids, truth.class_names, strict=True))]
-    return Evaluation(
-        stats=dict(zip(STATS, run.stats.tolist(), strict=True)),
-        text=printed.getvalue().rstrip("\n"),
-        notes=notes,
-        per_class=list(zip(names, precision.mean(axis=(0, 1)).tolist(), strict=True)),
-        precision=precision,
-    )
-
-
-def _backend(name: str) -> tuple:
-    """Classes of the data set and of the evaluation, and what sums an evaluation up."""
-    if name not in ("pycocotools", "faster"):
-        raise ValueError(f'backend must be "pycocotools" or "faster", not {name!r}')
     try:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
 
-        if name == "pycocotools":
-            return COCO, COCOeval, COCOeval.summarize
-        import faster_coco_eval as faster
+        if faster:
+            from faster_coco_eval import COCOeval_faster
     except ImportError as error:
-        package = "pycocotools" if "pycocotools" in str(error) else "faster-coco-eval"
-        raise UserError(f"evaluation needs {package}: pip install {package}") from error
-    return faster.COCO, faster.COCOeval_faster, COCOeval.summarize
+        raise UserError(f"{error}; pip install pycocotools faster-coco-eval") from error
+    truth = read_annotations(annotation_file)
+    truth.raise_errors()
+    known = np.isin(rows[:, 0], truth.image_ids) & np.isin(rows[:, 6], truth.category_ids)
+    if not known.all():
+        image, *_, category = rows[~known][0]
+        raise UserError(f"{annotation_file} has no image {image:.0f} or no category {category:.0f}")
 
-
-def _coco(coco_class: type, truth: CocoIndex, columns: dict[str, np.ndarray]):
-    """A data set of the images and categories of `truth` with the annotations in `columns`."""
-    # Numbered from 1: a match with annotation 0 is no match to pycocotools.
-    columns = {"id": np.arange(1, len(columns["bbox"]) + 1), **columns}
+    table = truth.table
+    # MLPerf's slim files have no area, or 1.0 everywhere.
+    real = np.isfinite(table.area) & ~np.all(table.area == 1)
+    columns = {
+        "id": np.arange(1, 1 + len(table)),  # a match with number 0 is no match to pycocotools
+        "image_id": table.image_id,
+        "category_id": np.array(truth.category_ids)[table.label],
+        "bbox": table.box_xywh,
+        "area": np.where(real, table.area, table.box_xywh[:, 2:].prod(axis=1)),
+        "iscrowd": table.crowd.astype(int),
+    }
     values = zip(*(column.tolist() for column in columns.values()), strict=True)
-    coco = coco_class()
+    coco = COCO()
     coco.dataset = {
         "images": [{"id": i} for i in truth.image_ids.tolist()],
         "categories": [{"id": i} for i in truth.category_ids],
         "annotations": [dict(zip(columns, row, strict=True)) for row in values],
     }
-    coco.createIndex()
-    return coco
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        coco.createIndex()
+        detected = coco.loadRes(rows) if len(rows) else COCO()
+        run = (COCOeval_faster if faster else COCOeval)(coco, detected, "bbox")
+        run.evaluate()
+        run.accumulate()
+        COCOeval.summarize(run)
+    stats = dict(zip(STATS, run.stats.tolist(), strict=True))
+    text = "\n".join(printed.getvalue().splitlines()[-len(STATS) :])
+    if not real.all():
+        text += f"\n{annotation_file} has no mask areas: AP and AR by size go by the boxes' areas"
+    precision = run.eval["precision"][..., 0, 2]  # of (IoU, recall, class, area, max_dets)
+    names = [name for _, name in sorted(zip(truth.category_ids, truth.class_names, strict=True))]
+    per_class = list(zip(names, precision.mean(axis=(0, 1)).tolist(), strict=True))
+    return Evaluation(stats, text, per_class, precision)
 
 
 def draw_pr_curves(path: str | os.PathLike, evaluation: Evaluation) -> None:
     """Write a PNG of precision over recall, the mean of all classes that have ground truth."""
     from matplotlib.figure import Figure
 
-    precision = evaluation.precision[:, :, evaluation.precision[0, 0] > -1]
+    present = evaluation.precision[0, 0] > -1
+    curves = evaluation.precision[..., present].sum(axis=2) / max(1, present.sum())
+    curves = {"AP50": curves[0], "AP75": curves[5], "AP": curves.mean(axis=0)}
     axes = (figure := Figure(figsize=(6, 5), layout="constrained")).subplots()
-    curves = {"IoU 0.50": precision[:1], "IoU 0.75": precision[5:6], "IoU 0.50:0.95": precision}
-    for (label, curve), key in zip(curves.items(), ("AP50", "AP75", "AP"), strict=True):
-        if curve.size:
-            label = f"{label}  {key} {evaluation.stats[key]:.3f}"
-            axes.plot(np.linspace(0, 1, curve.shape[1]), curve.mean(axis=(0, 2)), label=label)
-            axes.legend(loc="lower left")
-    title = f"mean of {precision.shape[2]} classes"
-    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title=title)
+    for key, curve in curves.items():
+        axes.plot(np.linspace(0, 1, 101), curve, label=f"{key} {evaluation.stats[key]:.3f}")
+    axes.set(xlabel="recall", ylabel="precision", title=f"mean of {present.sum()} classes")
+    axes.legend(loc="lower left")
     axes.grid(alpha=0.3)
     figure.savefig(picture := io.BytesIO(), format="png", dpi=120)
     write_atomically(path, picture.getvalue())
