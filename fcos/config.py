@@ -33,7 +33,7 @@ class Recipe:
 
     # Network
     backbone: str = _option("resnet50", "resnet50, or resnet14 for quick tries")
-    channels: int = _option(256, "channels of FPN and head, a multiple of 32")
+    channels: int = _option(256, "channels of FPN and head, a multiple of 64")
     tower_convs: int = _option(4, "convolutions of each of the head's two towers")
     head_norm: str = _option("gn", "gn (32 groups) or none, in the head's towers")
     conv_bias: bool = _option(False, "a bias beside GN; without GN there always is one")

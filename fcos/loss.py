@@ -14,6 +14,8 @@ from fcos.config import Recipe
 from fcos.model import Outputs
 from fcos.targets import assign
 
+POINTS_AT_ONCE = 4096  # on a CPU: what fits its cache
+
 
 class FocalLoss(torch.autograd.Function):
     """Sum of the sigmoid focal loss (gamma 2) of logits (N, P, C) for `label` (N, P) where
@@ -27,19 +29,20 @@ class FocalLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, label: Tensor, positive: Tensor, alpha: float) -> Tensor:
         grads = torch.empty_like(logits)
-        step = images_at_once(logits)
         total = logits.new_zeros(())
-        for grad, x in zip(grads.split(step), logits.split(step), strict=True):
-            p, cost = x.sigmoid(), F.softplus(x)  # -log(1 - p)
+        rows, row_grads = logits.flatten(0, 1), grads.flatten(0, 1)
+        step = POINTS_AT_ONCE * images_at_once(rows)
+        for grad, x in zip(row_grads.split(step), rows.split(step), strict=True):
+            p, q, cost = _background_cost(x)
             weight = (p * p).mul_(1 - alpha)
             total = total + (weight * cost).sum()
-            # d/dx p^2 cost = p^2 (2 (1 - p) cost + p)
-            torch.addcmul(p, (1 - p).mul_(2), cost, out=grad).mul_(weight)
+            # d/dx p^2 cost = p^2 (2 q cost + p)
+            torch.addcmul(p, q.mul_(2), cost, out=grad).mul_(weight)
 
         index = label.unsqueeze(-1)
         x = logits.gather(2, index).squeeze(-1)  # (N, P)
-        p, q = x.sigmoid(), (-x).sigmoid()
-        cost, cost_background = F.softplus(-x), F.softplus(x)
+        p, q, cost_background = _background_cost(x)
+        cost = cost_background - x  # -log p
         change = alpha * q * q * cost - (1 - alpha) * p * p * cost_background
         total = total + torch.where(positive, change, 0.0).sum()
         change = -alpha * q * q * (2 * p * cost + q)
@@ -53,6 +56,14 @@ class FocalLoss(torch.autograd.Function):
     def backward(ctx, weight: Tensor):
         (grads,) = ctx.saved_tensors
         return grads * weight, None, None, None
+
+
+def _background_cost(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Probability p of logits, q = 1 - p, and -log q, which is `F.softplus` at a third of its
+    time; never below the logit, so that it stays right where q vanishes."""
+    p, q = x.sigmoid(), (-x).sigmoid_()
+    cost = q.clamp(min=1e-37).log_().neg_()
+    return p, q, torch.maximum(cost, x, out=cost)
 
 
 class DetectionLoss(nn.Module):

@@ -389,7 +389,7 @@ LR_ROWS = {"gn": "rows", "nogn": "rows", "tricks": "tricks_rows", "gn_2x": "two_
 @pytest.mark.parametrize("ranks", [(4, 4), (8, 2), (1, 16)])
 def test_learning_rate(golden, name, ranks):
     expected, recipe = golden("lr"), RECIPES[name]
-    model = build_model(replace(recipe, backbone="resnet14", channels=32), 80)
+    model = build_model(replace(recipe, backbone="resnet14", channels=64), 80)
     factors = [group["lr_factor"] for group in param_groups(model, recipe)]
     for iteration, epoch, *rates in expected[LR_ROWS[name]]:
         assert iteration // expected["iterations_per_epoch"] == epoch

@@ -1,0 +1,142 @@
+import pytest
+import torch
+
+from common.npu.errors import UserError
+from fcos.config import RECIPES
+from fcos.model import build_model
+from fcos.weights import class_names_of, load_weights, mean_of, num_classes_of, published_state_dict
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(1)
+    return build_model(RECIPES["gn"], 80)
+
+
+def assert_holds(model, expected, keys):
+    state = model.state_dict()
+    for key in keys:
+        assert torch.equal(state[key], expected[key]), key
+
+
+def runner_file(state, **meta):
+    """As an MMCV runner writes it: one group per parameter."""
+    groups = [{"lr": 0.01, "momentum": 0.9, "params": [k]} for k in range(210)]
+    meta = {"epoch": 12, "iter": 87960, "CLASSES": ("person",) * 80, "seed": 0, **meta}
+    optimizer = {"state": {92: {"momentum_buffer": torch.ones(3)}}, "param_groups": groups}
+    return {"meta": meta, "state_dict": state, "optimizer": optimizer}
+
+
+@pytest.mark.parametrize("name", ["gn", "nogn", "tricks"])
+def test_mmdetections_checkpoint(filled_state, tmp_path, name):
+    model = build_model(RECIPES[name], 80)
+    torch.save(runner_file(filled_state(name)), tmp_path / "epoch_12.pth")
+    report = load_weights(model, tmp_path / "epoch_12.pth")
+    assert report.skipped == report.reinitialised == report.missing == ()
+    assert_holds(model, filled_state(name), filled_state(name))
+    published = published_state_dict(model)
+    assert list(published) == list(filled_state(name))
+
+
+def test_early_names_and_the_prefix_of_distributed_runs(model, filled_state):
+    early = {}
+    for key, value in filled_state("gn").items():
+        for name in ("cls", "reg", "centerness"):
+            key = key.replace(f"bbox_head.conv_{name}.", f"bbox_head.fcos_{name}.")
+        early[f"module.{key}"] = value
+    assert sum("fcos_" in key for key in early) == 6
+    report = load_weights(model, {"state_dict": early})
+    assert report.skipped == report.missing == ()
+    assert_holds(model, filled_state("gn"), filled_state("gn"))
+
+
+def backbone_file(filled_state, kind):
+    """The keys of MMDetection's two caffe files, as their load warnings list them."""
+    state = {}
+    for key, value in filled_state("gn").items():
+        key = key.removeprefix("backbone.")
+        if key.startswith(("neck", "bbox_head")) or key.endswith("num_batches_tracked"):
+            continue
+        if key.endswith("running_mean"):
+            value = torch.zeros_like(value)
+        state[key] = torch.ones_like(value) if key.endswith("running_var") else value
+        convolution = value.dim() == 4
+        if convolution and (kind == "detectron" or key == "conv1.weight"):
+            state[key.replace("weight", "bias")] = torch.zeros(len(value))
+    return state
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+@pytest.mark.parametrize(("kind", "extra"), [("detectron", 53), ("detectron2", 1)])
+def test_caffe_backbones(model, filled_state, tmp_path, kind, extra, wrapped):
+    state = backbone_file(filled_state, kind)
+    assert sum(key.split(".")[-2][-1] != "n" and key.endswith("bias") for key in state) > extra
+    biases = {key for key in state if key[:-4] + "running_mean" not in state} - {
+        key for key in state if not key.endswith("bias")
+    }
+    assert len(biases) == extra
+    path = tmp_path / "resnet50_caffe.pth"
+    torch.save({"state_dict": state} if wrapped else state, path)
+    before = published_state_dict(model)
+    report = load_weights(model, path)
+    assert set(report.loaded) == {f"backbone.{key}" for key in set(state) - biases}
+    assert report.skipped == report.reinitialised == ()
+    assert_holds(model, {f"backbone.{k}": v for k, v in state.items()}, report.loaded)
+    assert_holds(model, before, report.missing)
+    assert all(
+        not key.startswith("backbone.") or key.endswith("num_batches_tracked")
+        for key in report.missing
+    )
+    mean = mean_of(torch.load(path, weights_only=True))
+    assert mean == RECIPES["gn" if kind == "detectron" else "tricks"].mean
+
+
+def test_a_bias_that_is_not_zero_is_told(model, filled_state):
+    state = backbone_file(filled_state, "detectron2")
+    state["conv1.bias"][3] = 0.5
+    report = load_weights(model, state)
+    assert report.skipped == ("backbone.conv1.bias",)
+    assert "1 skipped: backbone.conv1.bias" in str(report)
+
+
+def test_the_mean_of_other_files_is_not_known(filled_state):
+    assert mean_of({"state_dict": filled_state("gn")}) is None
+    assert mean_of({"layer1.0.conv1.weight": torch.zeros(1)}) is None
+
+
+def test_torchvisions_resnet_is_refused(model):
+    resnet50 = pytest.importorskip("torchvision.models").resnet50
+    theirs = resnet50().state_dict()
+    with pytest.raises(UserError, match=r"resnet\.pth: not caffe's ResNet-50"):
+        load_weights(model, theirs, name="resnet.pth")
+    theirs["bn1.running_mean"] += 1
+    del theirs["fc.weight"], theirs["fc.bias"]
+    with pytest.raises(UserError, match="not caffe's ResNet-50"):
+        load_weights(model, theirs)
+
+
+def test_a_file_whose_backbone_does_not_fit_is_refused(model, filled_state):
+    heads = {k: v for k, v in filled_state("gn").items() if not k.startswith("backbone.")}
+    with pytest.raises(UserError, match=r"other\.pth: nothing in it fits the backbone"):
+        load_weights(model, {"state_dict": heads}, name="other.pth")
+
+
+def test_heads_of_other_classes_start_anew(filled_state):
+    model = build_model(RECIPES["gn"], 3)
+    before = published_state_dict(model)
+    report = load_weights(model, filled_state("gn"))
+    assert report.reinitialised == ("bbox_head.conv_cls.weight", "bbox_head.conv_cls.bias")
+    assert_holds(model, before, report.reinitialised)
+    report = load_weights(model, filled_state("gn"), heads=False)
+    assert len(report.reinitialised) == 6
+    assert_holds(model, filled_state("gn"), ["bbox_head.cls_convs.0.gn.weight"])
+
+
+def test_classes_of_a_checkpoint(filled_state):
+    state = filled_state("gn")
+    assert num_classes_of(runner_file(state)) == 80
+    assert class_names_of(runner_file(state, CLASSES=("a", "b"))) == ("a", "b")
+    assert class_names_of({"model": state, "classes": ["c"]}) == ("c",)
+    assert class_names_of({"state_dict": state})[0] == "person"
+    with pytest.raises(UserError, match="no detection head"):
+        num_classes_of({"conv1.weight": torch.zeros(1)})
