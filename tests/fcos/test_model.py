@@ -58,7 +58,8 @@ def test_a_new_network_starts_from_the_prior_probability():
     with torch.no_grad():
         outputs = small()(torch.randn(1, 3, 64, 64))
     found = torch.cat([x.sigmoid().flatten() for x in outputs.logits])
-    assert_close(found, torch.full_like(found, 0.01), atol=2e-3, rtol=0)
+    assert found.mean().item() == pytest.approx(0.01, rel=0.1)
+    assert found.max() < 0.02
 
 
 def test_a_new_network_trains_everything_and_its_residual_branches_start_at_zero():
