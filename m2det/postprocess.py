@@ -1,0 +1,157 @@
+"""Raw outputs to detections: softmax, decoding, per class soft-NMS or hard NMS, clipping."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.coco.nms import class_nms
+from m2det.anchors import decode, make_anchors, to_ltrb
+from m2det.config import Recipe
+
+
+class Detections(NamedTuple):
+    """Detections of one image on the host, best first."""
+
+    boxes: Tensor  # (n, 4) float32 xyxy, pixels of the original image, clipped to it
+    scores: Tensor  # (n,) float32
+    labels: Tensor  # (n,) int64 0-based classes
+
+
+@torch.no_grad()
+def decode_outputs(
+    outputs: tuple[Tensor, Tensor], anchors: Tensor, recipe: Recipe
+) -> tuple[Tensor, Tensor]:
+    """Boxes (N, P, 4) normalised ltrb and probabilities (N, P, 1 + classes), background first."""
+    offsets, logits = (output.float() for output in outputs)
+    return to_ltrb(decode(offsets, anchors, recipe)), logits.softmax(dim=2)
+
+
+@torch.no_grad()
+def detect(outputs: tuple[Tensor, Tensor], sizes: Tensor, recipe: Recipe) -> list[Detections]:
+    """Detections of N images; `sizes` (N, 2) are the original (height, width) in pixels.
+
+    Per class all scores above `score_threshold` enter NMS, in pixels and fp32, a box being
+    x2 - x1 + 1 wide; the first `max_per_class` survivors are kept, and of an image's the
+    `max_detections` best, if that is not 0. Boxes are clipped to the image last.
+    """
+    anchors = make_anchors(recipe).to(outputs[0].device)
+    boxes, scores = decode_outputs(outputs, anchors, recipe)
+    images, priors, channels = scores.shape
+    limits = sizes.to(boxes).flip(1).repeat(1, 2)  # width, height, width, height
+    boxes = boxes * limits.unsqueeze(1)
+    scores[..., 0] = 0  # background is no detection
+    passed = (scores > recipe.score_threshold).flatten().nonzero().squeeze(1)
+    prior = passed // channels
+    group = prior // priors * channels + passed % channels  # of an image and a class
+    found = boxes.flatten(0, 1)[prior], scores.flatten()[passed], group, limits
+    boxes, scores, group, limits = (part.cpu().numpy() for part in found)
+
+    # Of 16 bits or less, which numpy sorts several times faster.
+    order = np.argsort(group.astype(np.min_scalar_type(images * channels)), kind="stable")
+    boxes, scores, group = boxes[order], scores[order], group[order]
+    outer = boxes + np.array([0, 0, 1, 1], np.float32)  # x2 - x1 + 1 becomes x2 - x1
+    if recipe.nms == "soft":
+        overlap, least = recipe.soft_nms_iou, recipe.soft_nms_min_score
+        kept, scores = soft_nms(outer, scores, group, overlap, least, recipe.max_per_class)
+    else:
+        kept = class_nms(outer, scores, group, recipe.hard_nms_iou)
+        kept = kept[_place_in_group(group[kept]) < recipe.max_per_class]
+        scores = scores[kept]
+
+    best = np.argsort(-scores, kind="stable")
+    boxes, scores, (image, channel) = (
+        boxes[kept[best]],
+        scores[best],
+        divmod(group[kept[best]], channels),
+    )
+    detections = []
+    for number in range(images):
+        own = np.flatnonzero(image == number)[: recipe.max_detections or None]
+        parts = np.clip(boxes[own], 0, limits[number]), scores[own], channel[own] - 1
+        detections.append(Detections(*map(torch.from_numpy, parts)))
+    return detections
+
+
+def submission_boxes(boxes_xyxy: np.ndarray, recipe: Recipe) -> np.ndarray:
+    """Boxes (n, 4) as COCO rows count them: with `plus_one` a pixel wider and higher."""
+    return boxes_xyxy + np.array([0, 0, 1, 1], boxes_xyxy.dtype) * recipe.plus_one
+
+
+def soft_nms(
+    boxes_xyxy: np.ndarray,
+    scores: np.ndarray,
+    group: np.ndarray,
+    iou_threshold: float,
+    min_score: float,
+    limit: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Linear soft-NMS (Bodla et al., ICCV 2017) in every group at once: positions and new scores.
+
+    boxes_xyxy (n, 4) float32, scores (n,) float32, group (n,) ascending. The best box of a group
+    is taken, every other's score times 1 - IoU where their IoU is greater than `iou_threshold`;
+    those below `min_score` go; and so on, `limit` times.
+    """
+    starts = np.flatnonzero(np.diff(group, prepend=-1) != 0)
+    sizes = np.diff(starts, append=len(group))
+    positions, lowered = [starts[:0]], [scores[:0]]
+    # A score only falls: those below what is taken last do not matter. So the best few of a group
+    # are tried first, and only groups of which more matter get another try.
+    few = 2 * limit
+    while len(starts):
+        rows = np.arange(len(starts))[:, None]
+        columns = np.arange(sizes.max())
+        real = columns < sizes[:, None]
+        member = np.where(real, starts[:, None] + columns, 0)
+        values = np.where(real, scores[member], 0)
+        left_out = np.zeros(len(starts), np.float32)
+        if few < len(columns):
+            order = np.argpartition(-values, few, axis=1)
+            left_out = values[rows, order[:, few:]].max(axis=1)
+            order = order[:, :few]
+            member, values = member[rows, order], values[rows, order]
+        chosen, new = _select(boxes_xyxy[member], values, iou_threshold, min_score, limit)
+        done = new[:, -1] >= left_out
+        taken = done[:, None] & (new > 0)
+        positions.append(member[rows, chosen][taken])
+        lowered.append(new[taken])
+        starts, sizes, few = starts[~done], sizes[~done], 4 * few
+    return np.concatenate(positions), np.concatenate(lowered)
+
+
+@np.errstate(invalid="ignore")  # 0 / 0 and infinite boxes lower nothing
+def _select(
+    boxes: np.ndarray, scores: np.ndarray, iou_threshold: float, min_score: float, limit: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of groups (G, L, 4) with scores (G, L) the columns taken (G, limit), their scores (0: none)."""
+    x1, y1, x2, y2 = np.ascontiguousarray(boxes.transpose(2, 0, 1))
+    areas = (x2 - x1) * (y2 - y1)
+    scores = scores.copy()
+    rows = np.arange(len(scores))
+    chosen = np.zeros((len(scores), limit), np.int64)
+    taken = np.zeros((len(scores), limit), np.float32)
+    for step in range(limit):
+        best = scores.argmax(axis=1)
+        chosen[:, step], taken[:, step] = best, scores[rows, best]
+        if not taken[:, step].any():
+            break
+        left, top, right, bottom, area = (
+            side[rows, best][:, None] for side in (x1, y1, x2, y2, areas)
+        )
+        overlap = np.maximum(np.minimum(x2, right) - np.maximum(x1, left), 0)
+        overlap *= np.maximum(np.minimum(y2, bottom) - np.maximum(y1, top), 0)
+        iou = overlap / (areas + area - overlap)
+        scores *= np.where(iou > iou_threshold, 1 - iou, 1)
+        scores[rows, best] = 0
+        scores[scores < min_score] = 0
+    return chosen, taken
+
+
+def _place_in_group(group: np.ndarray) -> np.ndarray:
+    """How many of the same group come before each."""
+    order = np.argsort(group, kind="stable")
+    starts = np.flatnonzero(np.diff(group[order], prepend=-1) != 0)
+    rank = np.empty(len(group), np.int64)
+    rank[order] = np.arange(len(group)) - np.repeat(starts, np.diff(starts, append=len(group)))
+    return rank

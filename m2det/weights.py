@@ -1,0 +1,113 @@
+"""Loading weights: our checkpoints, the original's, VGG-16 "reducedfc", torchvision's ResNets.
+
+The network's own keys are the published ones (see model.py), so the maps are few: a `module.`
+prefix of distributed runs goes, a backbone's own names get `base.` in front.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from common.coco.names import COCO_CLASSES
+from common.npu import checkpoint
+from common.npu.errors import UserError
+
+# vgg16_reducedfc.pth numbers its convolutions, torchvision's ResNets name theirs.
+BACKBONE = re.compile(r"(\d+|conv1|bn1|layer[1-4]|fc)\.")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of each tensor; names as in the network or, for `skipped`, in the file."""
+
+    loaded: tuple[str, ...]
+    skipped: tuple[str, ...]  # in the file, not in the network
+    reinitialised: tuple[str, ...]  # in both, of another shape: kept as initialised
+    missing: tuple[str, ...]  # not in the file: kept as initialised
+
+    def __str__(self) -> str:
+        kept = [name for name in self.missing if not name.endswith("num_batches_tracked")]
+        parts = [f"{len(self.loaded)} tensors loaded"]
+        for what, names in (
+            ("skipped", self.skipped),
+            ("re-initialised (other shape)", self.reinitialised),
+            ("missing, left as initialised", kept),
+        ):
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                parts.append(f"{len(names)} {what}: {', '.join(names[:3])}{more}")
+        return "; ".join(parts)
+
+
+def load_weights(
+    model: nn.Module,
+    source: str | Path | Mapping[str, Tensor],
+    *,
+    heads: bool = True,
+    name: str = "the state dict",
+) -> LoadReport:
+    """Load a file or state dict into the network, whatever of the known layouts it has.
+
+    Tensors of another shape, and with `heads=False` the class heads, stay as initialised. Raises
+    UserError for an unreadable file or one of which nothing fits; `name`: what to call a mapping.
+    """
+    if isinstance(source, Mapping):
+        state = source
+    else:
+        state, name = checkpoint.load(source), str(source)
+    given = network_keys(state)
+    own = model.state_dict()
+    loaded, skipped, reinitialised = {}, [], []
+    for key, value in given.items():
+        if key not in own:
+            skipped.append(key)
+        elif own[key].shape != value.shape or (key.startswith("conf.") and not heads):
+            reinitialised.append(key)
+        else:
+            loaded[key] = value
+    if not any(key.endswith("weight") for key in loaded):
+        raise UserError(f"{name}: no tensor fits this network; is it a checkpoint of another one?")
+    model.load_state_dict(loaded, strict=False)
+    missing = tuple(key for key in own if key not in given)
+    return LoadReport(tuple(loaded), tuple(skipped), tuple(reinitialised), missing)
+
+
+def network_keys(state: Mapping) -> dict[str, Tensor]:
+    """The tensors of any known layout under the network's keys."""
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    renamed = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            key = key.removeprefix("module.")
+            renamed[f"base.{key}" if BACKBONE.match(key) else key] = value
+    return renamed
+
+
+def num_classes_of(state: Mapping) -> int:
+    """Foreground classes of the detector in a checkpoint. Raises UserError where it has no head."""
+    keys = network_keys(state)
+    offsets, logits = keys.get("loc.0.bias"), keys.get("conf.0.bias")
+    if offsets is None or logits is None:
+        raise UserError("the checkpoint has no detection heads; give one of a trained detector")
+    # Per prior shape four coordinates, and a channel per class and for background.
+    return len(logits) * 4 // len(offsets) - 1
+
+
+def class_names_of(state: Mapping) -> tuple[str, ...]:
+    """The class names in a checkpoint; the original's hold none: COCO's where there are 80."""
+    if "classes" in state:
+        return tuple(state["classes"])
+    count = num_classes_of(state)
+    if count == len(COCO_CLASSES):
+        return COCO_CLASSES
+    return tuple(f"class_{label}" for label in range(count))
+
+
+def published_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The weights as the original's checkpoints have them: fp32 on the CPU, under its keys."""
+    return {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}

@@ -1,0 +1,126 @@
+"""What the tests of m2det share: the golden files, filled networks, real data."""
+
+import functools
+import json
+import re
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.coco.index import read_index
+from m2det.config import RECIPES
+from m2det.model import build_model
+from tests.golden.fill import fill_value
+
+TESTS = Path(__file__).parents[1]
+GOLDEN = TESTS / "golden" / "m2det"
+TINY = TESTS / "data" / "tiny_coco"
+# Under one name for all: the module is the same for every level, or scale.
+ALIASES = re.compile(r"^(leach|sfam_module\.fc[12])\.\d+")
+SMOOTH, BN3 = (
+    re.compile(r"^unet.*\.smooth\..*\.bn\.weight$"),
+    re.compile(r"^base\.layer.*bn3\.weight$"),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """As the golden values were computed; also far quicker on busy cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _handlers():
+    """A run in this process takes the signals; pytest gets them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def recipe():
+    return RECIPES["512_vgg"]
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """`golden("loss")`: the arrays of loss.npz; `golden("lr")`: the contents of lr.json."""
+
+    @functools.cache
+    def read(name):
+        path = GOLDEN / f"{name}.npz"
+        if path.exists():
+            return dict(np.load(path))
+        return json.loads((GOLDEN / f"{name}.json").read_text())
+
+    return read
+
+
+@functools.cache
+def filled(key, shape):
+    """The value that every golden number was computed with, by the golden README's rules."""
+    array = fill_value(key, shape)
+    if SMOOTH.match(key):
+        array = array * np.float32(0.1)
+    if BN3.match(key):
+        array = array * np.float32(0.25)
+    return torch.from_numpy(array)
+
+
+def fill(model):
+    """The model, made on the meta device, with golden values and in evaluation mode.
+
+    Models share the values: whoever changes one takes a copy.
+    """
+    state = {
+        key: filled(ALIASES.sub(r"\1.0", key), tuple(value.shape))
+        for key, value in model.state_dict().items()
+    }
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def filled_model():
+    """`filled_model("320_vgg", sfam=True)`."""
+
+    @functools.cache
+    def make(name, **fields):
+        with torch.device("meta"):
+            model = build_model(replace(RECIPES[name], **fields), 80)
+        return fill(model)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_train():
+    return read_index(str(TINY / "annotations/instances_train2017.json"), str(TINY / "train2017"))
+
+
+@pytest.fixture(scope="session")
+def tiny_val():
+    return read_index(str(TINY / "annotations/instances_val2017.json"), str(TINY / "val2017"))
+
+
+def pad(truths, slots=48):
+    """Boxes (N, M, 4), 0-based labels and validity (N, M) of golden rows x1 y1 x2 y2 label.
+
+    Label 0 marks the row that the original makes up for an image without objects: left out here.
+    """
+    boxes, labels = torch.zeros(len(truths), slots, 4), torch.zeros(len(truths), slots).long()
+    valid = torch.zeros(len(truths), slots, dtype=torch.bool)
+    for n, truth in enumerate(truths):
+        rows = torch.from_numpy(truth[truth[:, 4] > 0])
+        boxes[n, : len(rows)] = rows[:, :4]
+        labels[n, : len(rows)] = rows[:, 4].long() - 1
+        valid[n, : len(rows)] = True
+    return boxes, labels, valid
