@@ -47,14 +47,12 @@ def recipe():
 
 @pytest.fixture(scope="session")
 def golden():
-    """`golden("loss")`: the arrays of loss.npz; `golden("lr")`: the contents of lr.json."""
+    """`golden("loss.npz")`: the arrays of that file; `golden("lr.json")`: its contents."""
 
     @functools.cache
     def read(name):
-        path = GOLDEN / f"{name}.npz"
-        if path.exists():
-            return dict(np.load(path))
-        return json.loads((GOLDEN / f"{name}.json").read_text())
+        path = GOLDEN / name
+        return dict(np.load(path)) if name.endswith("npz") else json.loads(path.read_text())
 
     return read
 
@@ -73,7 +71,7 @@ def filled_value(key, shape):
 
 @pytest.fixture(scope="session")
 def filled_state(golden):
-    return {key: filled_value(key, shape) for key, shape in golden("keys")}
+    return {key: filled_value(key, shape) for key, shape in golden("keys.json")}
 
 
 @pytest.fixture(scope="session")
@@ -108,8 +106,8 @@ def real(golden, tiny_train):
     boxes, labels = torch.zeros(3, 32, 4), torch.zeros(3, 32, dtype=torch.int64)
     valid = torch.zeros(3, 32, dtype=torch.bool)
     for i in (0, 1):
-        given = torch.from_numpy(golden("targets")[f"gt_boxes{i}"])
+        given = torch.from_numpy(golden("targets.npz")[f"gt_boxes{i}"])
         boxes[i, : len(given)] = given
-        labels[i, : len(given)] = torch.from_numpy(golden("targets")[f"gt_labels{i}"])
+        labels[i, : len(given)] = torch.from_numpy(golden("targets.npz")[f"gt_labels{i}"])
         valid[i, : len(given)] = True
     return SimpleNamespace(inputs=inputs, truth=(boxes, labels, valid))

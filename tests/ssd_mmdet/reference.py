@@ -140,22 +140,22 @@ def resize(image, size=SIZE):
     return resize_axis(resize_axis(image, size, axis=1), size, axis=0)
 
 
-def network_input(image_rgb):
-    """(3, 300, 300) float32 tensor of an image (H, W, 3) float32 RGB: resized, mean subtracted."""
-    made = resize(image_rgb) - np.array(MEAN_BGR[::-1])
+def network_input(image_rgb, size=SIZE):
+    """(3, size, size) float32 of an image (H, W, 3) float32 RGB: resized, mean subtracted."""
+    made = resize(image_rgb, size) - np.array(MEAN_BGR[::-1])
     return torch.from_numpy(made.astype(np.float32)).permute(2, 0, 1).contiguous()
 
 
-def training_sample(image_rgb, boxes, labels, ignored, draws):
-    """The whole transform: network input (3, 300, 300), boxes, labels; (H, W, 3) uint8 RGB in."""
+def training_sample(image_rgb, boxes, labels, ignored, draws, size=SIZE):
+    """The whole transform: network input (3, size, size), boxes, labels; uint8 RGB (H, W, 3) in."""
     image = image_rgb[..., ::-1].astype(np.float32)
     image = photometric(image, draws)
     image, boxes, ignored = expand(image, boxes, ignored, draws)
     image, boxes, labels = crop(image, boxes, labels, ignored, draws)
     height, width = image.shape[:2]
-    made = network_input(image[..., ::-1])
-    boxes = (boxes * np.array([SIZE / width, SIZE / height] * 2, np.float32)).clip(0, SIZE)
+    made = network_input(image[..., ::-1], size)
+    boxes = (boxes * np.array([size / width, size / height] * 2, np.float32)).clip(0, size)
     if draws.choice(["horizontal", None], p=[0.5, 0.5]):
         made = made.flip(2)
-        boxes = np.stack([SIZE - boxes[:, 2], boxes[:, 1], SIZE - boxes[:, 0], boxes[:, 3]], axis=1)
+        boxes = np.stack([size - boxes[:, 2], boxes[:, 1], size - boxes[:, 0], boxes[:, 3]], axis=1)
     return made, boxes, labels

@@ -30,14 +30,16 @@ def check_probe(golden, name, array, atol, rtol=1e-5):
     assert_allclose(found["l2"], golden[f"{name}.l2"], rtol=rtol)
 
 
-@pytest.mark.parametrize(("name", "file"), [("1p", "keys"), ("ssd512", "ssd512_keys")])
+@pytest.mark.parametrize(("name", "file"), [("1p", "keys.json"), ("ssd512", "ssd512_keys.json")])
 def test_keys(golden, name, file):
     with torch.device("meta"):
         state = build_model(RECIPES[name], 80).state_dict()
     assert [[key, list(value.shape)] for key, value in state.items()] == golden(file)
 
 
-@pytest.mark.parametrize(("name", "file"), [("1p", "anchors"), ("ssd512", "ssd512_anchors")])
+@pytest.mark.parametrize(
+    ("name", "file"), [("1p", "anchors.npz"), ("ssd512", "ssd512_anchors.npz")]
+)
 def test_anchors(golden, name, file):
     recipe, expected = RECIPES[name], golden(file)
     anchors = make_anchors(recipe)
@@ -57,30 +59,30 @@ def test_forward(golden, filled_model):
         levels = filled_model.backbone(torch.from_numpy(draws.astype(np.float32)))
         offsets, logits = filled_model.bbox_head(levels)
     for position, level in enumerate(levels):
-        check_probe(golden("forward"), f"feat{position}", level, atol=2e-4)
-    check_probe(golden("forward"), "cls", logits, atol=2e-4)
-    check_probe(golden("forward"), "reg", offsets, atol=2e-4)
+        check_probe(golden("forward.npz"), f"feat{position}", level, atol=2e-4)
+    check_probe(golden("forward.npz"), "cls", logits, atol=2e-4)
+    check_probe(golden("forward.npz"), "reg", offsets, atol=2e-4)
 
 
 def test_forward_of_ssd512(golden):
     with torch.device("meta"):
         model = build_model(RECIPES["ssd512"], 80)
-    state = {key: filled_value(key, shape) for key, shape in golden("ssd512_keys")}
+    state = {key: filled_value(key, shape) for key, shape in golden("ssd512_keys.json")}
     model.load_state_dict(state, assign=True)
     draws = np.random.default_rng(7).uniform(-120, 150, (1, 3, 512, 512))
     with torch.no_grad():
         offsets, logits = model.eval()(torch.from_numpy(draws.astype(np.float32)))
-    check_probe(golden("ssd512_forward"), "cls", logits, atol=2e-4)
-    check_probe(golden("ssd512_forward"), "reg", offsets, atol=2e-4)
+    check_probe(golden("ssd512_forward.npz"), "cls", logits, atol=2e-4)
+    check_probe(golden("ssd512_forward.npz"), "reg", offsets, atol=2e-4)
 
 
 def test_training_input_without_augmentation(golden, real):
-    check_probe(golden("targets"), "input", real.inputs, atol=1e-3)
+    check_probe(golden("targets.npz"), "input", real.inputs, atol=1e-3)
 
 
 @pytest.mark.parametrize("i", [0, 1])
 def test_targets(golden, recipe, real, i):
-    expected = {name: golden("targets")[f"pos_{name}{i}"] for name in ("index", "gt", "label")}
+    expected = {name: golden("targets.npz")[f"pos_{name}{i}"] for name in ("index", "gt", "label")}
     truth = [part[i : i + 1] for part in real.truth]
     criterion = DetectionLoss(recipe, 80)
     positive, target, channel = criterion.targets(*truth)
@@ -88,8 +90,8 @@ def test_targets(golden, recipe, real, i):
     assert_array_equal(index, expected["index"])
     assert_array_equal(channel[0, index], expected["label"])
     assert channel[~positive].eq(80).all()
-    assert positive.logical_not().sum() == golden("targets")[f"num_neg{i}"]
-    assert_allclose(target[0, index], golden("targets")[f"pos_target{i}"], rtol=0, atol=1e-4)
+    assert positive.logical_not().sum() == golden("targets.npz")[f"num_neg{i}"]
+    assert_allclose(target[0, index], golden("targets.npz")[f"pos_target{i}"], rtol=0, atol=1e-4)
 
     positive, matched, label = assign(criterion.anchors, *truth, 0.5)
     assert_array_equal(positive[0].nonzero().squeeze(1), index)
@@ -106,7 +108,7 @@ def random_outputs(seed, images):
 
 @pytest.mark.parametrize(("case", "seed", "images"), [("a", 1, 2), ("b", 2, 3)])
 def test_loss_and_gradients(golden, recipe, real, case, seed, images):
-    expected = golden("loss")
+    expected = golden("loss.npz")
     outputs = random_outputs(seed, images)
     truth = [part[:images] for part in real.truth]
     criterion = DetectionLoss(recipe, 80)
@@ -132,7 +134,7 @@ def test_loss_and_gradients(golden, recipe, real, case, seed, images):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["train", "train_decay"])
+@pytest.mark.parametrize("file", ["train.npz", "train_decay.npz"])
 def test_five_training_steps(golden, recipe, filled_model, real, file):
     expected = golden(file)
     rates = {name: float(expected[name]) for name in ("lr", "momentum", "weight_decay")}
@@ -184,7 +186,7 @@ def assert_same_detections(found, boxes, scores, labels, box_atol, score_atol=1e
 
 @pytest.mark.parametrize("case", ["sparse", "dense"])
 def test_detections(golden, recipe, case):
-    expected, outputs = golden("detect"), detection_outputs(case)
+    expected, outputs = golden("detect.npz"), detection_outputs(case)
     decoded = decode(outputs[0], make_anchors(recipe), recipe)[0]
     scale = torch.tensor([640, 427, 640, 427]) / 300
     check_probe(expected, f"{case}_decoded", decoded * scale, atol=1e-2)
@@ -197,7 +199,7 @@ def test_detections(golden, recipe, case):
 
 @pytest.mark.parametrize("case", ["1p", "8p"])
 def test_learning_rate(golden, case):
-    expected = golden("lr")[case]
+    expected = golden("lr.json")[case]
     recipe, world = RECIPES[case], int(case[0])
     assert recipe.base_lr(world, recipe.batch_size) == pytest.approx(expected["base_lr"], rel=1e-12)
     assert recipe.epochs == expected["epochs"]

@@ -61,7 +61,7 @@ def test_mmdetections_checkpoints(model, state, tmp_path, prefix, wrapper, renam
 def test_published_state_dict_is_mmdetections_layout_and_a_copy(golden, name):
     with torch.device("meta"):
         keys = build_model(RECIPES[name], 80).state_dict()
-    expected = golden({"1p": "keys", "ssd512": "ssd512_keys"}[name])
+    expected = golden({"1p": "keys.json", "ssd512": "ssd512_keys.json"}[name])
     assert [[key, list(value.shape)] for key, value in keys.items()] == expected
 
     model = build_model(replace(RECIPES[name], width=1 / 16), 80)

@@ -1,0 +1,148 @@
+"""Geometry of one image and its boxes on the host: expansion, crop and resizing of uint8 images.
+
+Boxes are xyxy in pixels. Random numbers come from the caller's generator, in the original's order.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ssd_mmdet.config import Recipe
+
+
+def canvas_around(
+    width: int, height: int, recipe: Recipe, rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """The canvas an image is put on: its width and height, and the image's left and top in it."""
+    if rng.uniform(0, 1) > recipe.expand_probability:
+        return width, height, 0, 0
+    ratio = rng.uniform(*recipe.expand_ratio)
+    left = int(rng.uniform(0, width * ratio - width))
+    top = int(rng.uniform(0, height * ratio - height))
+    return int(width * ratio), int(height * ratio), left, top
+
+
+def centers_inside(window_xyxy: np.ndarray, boxes_xyxy: np.ndarray) -> np.ndarray:
+    """Whether the centres of boxes (n, 4) lie strictly inside windows (..., 4): (..., n) bool."""
+    center = (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2
+    low, high = window_xyxy[..., None, :2], window_xyxy[..., None, 2:]
+    return ((low < center) & (center < high)).all(axis=-1)
+
+
+def crop_window(
+    width: int, height: int, boxes_xyxy: np.ndarray, recipe: Recipe, rng: np.random.Generator
+) -> np.ndarray | None:
+    """A random crop: window (4,) int xyxy in pixels, or None for the whole image.
+
+    Every box (n, 4), crowds among them, must have at least the drawn IoU with the window, and one
+    centre must lie inside; after `crop_trials` windows that fail the limit is drawn anew.
+    """
+    size, trials = np.array([width, height]), recipe.crop_trials
+    low, high = boxes_xyxy[:, :2], boxes_xyxy[:, 2:]
+    areas = (high - low).prod(axis=1)
+    while True:
+        limit = recipe.crop_ious[rng.integers(len(recipe.crop_ious))]
+        if limit == 1:
+            return None
+        sides = size * rng.uniform(recipe.crop_scale, 1, (trials, 2))
+        # From 1 to what is left, as the original calls numpy: a crop hardly begins at 0.
+        start = 1 + (size - sides - 1) * rng.random((trials, 2))
+        windows = np.concatenate([start, start + sides], axis=1).astype(int)
+        ratio = sides[:, 1] / sides[:, 0]
+        good = (recipe.crop_ratio[0] <= ratio) & (ratio <= recipe.crop_ratio[1])
+        extent = windows[:, 2:] - windows[:, :2]
+        good &= (extent > 0).all(axis=1)
+        if len(boxes_xyxy):
+            end = np.minimum(windows[:, None, 2:], high)
+            overlap = (end - np.maximum(windows[:, None, :2], low)).clip(min=0).prod(axis=2)
+            union = areas + extent.prod(axis=1, keepdims=True) - overlap
+            good &= (overlap / union.clip(min=1e-6)).min(axis=1) >= limit
+            good &= centers_inside(windows, boxes_xyxy).any(axis=1)
+        if good.any():
+            return windows[good.argmax()]
+
+
+def cut(
+    image: np.ndarray, left: int, top: int, width: int, height: int, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a window of a canvas shows, resized: (size, size, 3) uint8, black outside the image,
+    and its cover (2, size).
+
+    The image's corner is at (left, top) of the window of `width` x `height`. Rows and columns are
+    resized one after the other, so that no canvas is ever filled.
+    """
+    image_height, image_width = image.shape[:2]
+    columns = slice(max(left, 0), min(left + image_width, width))
+    rows = slice(max(top, 0), min(top + image_height, height))
+    cover = np.stack([_cover(columns, width, size), _cover(rows, height, size)])
+    if columns.start >= columns.stop or rows.start >= rows.stop:
+        return np.zeros((size, size, 3), np.uint8), 0 * cover
+    shown = image[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+    wide = _padded(shown, columns, width, axis=1)
+    tall = _padded(resize(wide, len(wide), size), rows, height, axis=0)
+    return resize(tall, size, size), cover
+
+
+def _padded(image: np.ndarray, place: slice, length: int, axis: int) -> np.ndarray:
+    """The image at `place` of an axis of `length`, black around it."""
+    if image.shape[axis] == length:
+        return image
+    shape = list(image.shape)
+    shape[axis] = length
+    padded = np.empty(shape, np.uint8)
+    along = np.moveaxis(padded, axis, 0)  # a view
+    along[: place.start] = along[place.stop :] = 0
+    along[place] = np.moveaxis(image, axis, 0)
+    return padded
+
+
+def _cover(place: slice, length: int, size: int) -> np.ndarray:
+    """Part of image in each of `size` columns (or rows), by the weights of bilinear resizing."""
+    center = ((np.arange(size) + 0.5) * (length / size) - 0.5).clip(0, length - 1)
+    part = np.minimum(center - place.start + 1, place.stop - center)
+    return part.clip(0, 1).astype(np.float32)
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Image (H, W, 3) uint8 to (height, width, 3): bilinear without antialias, OpenCV's to a
+    level. Rows and columns are independent: one after the other gives the same as both."""
+    # Batch axis first: only so the strides are those of channels last, which is 4 times as fast.
+    nhwc = torch.from_numpy(np.ascontiguousarray(image)).unsqueeze(0)
+    made = F.interpolate(nhwc.permute(0, 3, 1, 2), (height, width), mode="bilinear")
+    return made.permute(0, 2, 3, 1)[0].numpy()
+
+
+def resize_as_opencv(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Image (H, W, 3) uint8 to (height, width, 3) as OpenCV's INTER_LINEAR gives it, to the last
+    level; several times slower than `resize`.
+
+    OpenCV computes in whole numbers: weights have 11 bits, 4 bits are dropped after the columns,
+    16 after the product with each row's weight, and the last 2 are rounded off.
+    """
+    (top, bottom), row_weights = _taps(image.shape[0], height)
+    columns, column_weights = _taps(image.shape[1], width)
+    rows, place = np.unique([top, bottom], return_inverse=True)
+    needed = image[rows]
+    blended = np.zeros((len(rows), width, 3), np.int32)
+    for column, weight in zip(columns, column_weights, strict=True):
+        part = needed.take(column, axis=1).astype(np.int32)
+        part *= weight[:, None]
+        blended += part
+    blended >>= 4
+    made = np.full((height, width, 3), 2, np.int32)
+    for row, weight in zip(place.reshape(2, -1), row_weights, strict=True):
+        part = blended[row]
+        part *= weight[:, None, None]
+        part >>= 16
+        made += part
+    return (made >> 2).astype(np.uint8)
+
+
+def _taps(length: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The two source pixels of each of `size` results and their weights times 2048: (2, size)."""
+    center = (np.arange(size) + 0.5) * (length / size) - 0.5
+    center = center.clip(0, length - 1).astype(np.float32)  # as OpenCV: it decides some roundings
+    first = np.floor(center).astype(np.int64)
+    second = np.minimum(first + 1, length - 1)
+    weight = np.round((center - first) * 2048).astype(np.int32)
+    return np.stack([first, second]), np.stack([2048 - weight, weight])

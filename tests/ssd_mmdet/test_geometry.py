@@ -1,0 +1,114 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.coco.images import read_image
+from ssd_mmdet.config import RECIPES
+from ssd_mmdet.geometry import canvas_around, crop_window, cut, resize, resize_as_opencv
+from tests.ssd_mmdet import reference
+
+RECIPE = RECIPES["1p"]
+
+
+def picture(height, width, seed=0):
+    """Noise over a gradient, (height, width, 3) uint8."""
+    rng = np.random.default_rng(seed)
+    slope = np.linspace(0, 120, width)[None, :, None] + np.linspace(0, 80, height)[:, None, None]
+    return (slope + rng.uniform(0, 50, (height, width, 3))).astype(np.uint8)
+
+
+@pytest.mark.parametrize("shape", [(480, 640), (300, 300), (50, 900), (37, 41), (1, 1), (2, 700)])
+def test_resize_is_the_float_one_to_a_level(shape):
+    image = picture(*shape)
+    exact = reference.resize(image.astype(np.float32))
+    difference = resize(image, 300, 300) - exact
+    assert np.abs(difference).max() <= 1.01
+    assert abs(difference.mean()) <= 0.1
+    difference = resize_as_opencv(image, 300, 300) - exact
+    assert np.abs(difference).max() <= 1.01
+
+
+def test_resizing_axis_by_axis_changes_nothing(tiny_train):
+    for image in (read_image(tiny_train.path(3)), picture(77, 612), picture(400, 31)):
+        both = resize(image, 300, 300)
+        np.testing.assert_array_equal(resize(resize(image, len(image), 300), 300, 300), both)
+
+
+def naive_cut(image, left, top, width, height, size, fill):
+    """The window of a canvas that really is filled."""
+    canvas = np.full((height + 400, width + 400, 3), fill, np.float32)
+    canvas[200 : 200 + height, 200 : 200 + width] = fill
+    start_x, start_y = max(left, -200), max(top, -200)
+    part = image[start_y - top :, start_x - left :]
+    part = part[: height + 200 - start_y, : width + 200 - start_x]
+    canvas[200 + start_y :, 200 + start_x :][: part.shape[0], : part.shape[1]] = part
+    return reference.resize(canvas[200 : 200 + height, 200 : 200 + width], size)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    left=st.integers(-60, 90),
+    top=st.integers(-60, 90),
+    width=st.integers(1, 160),
+    height=st.integers(1, 160),
+    size=st.sampled_from([16, 50]),
+)
+def test_cut_is_a_window_of_a_canvas(left, top, width, height, size):
+    image = picture(70, 64)
+    made, cover = cut(image, left, top, width, height, size)
+    assert made.dtype == np.uint8
+    assert cover.dtype == np.float32
+    expected = naive_cut(image, left, top, width, height, size, fill=0)
+    assert np.abs(made - expected).max() <= 1.01
+    covered = naive_cut(np.ones_like(image), left, top, width, height, size, fill=0)[..., 0]
+    np.testing.assert_allclose(cover[1][:, None] * cover[0], covered, atol=1e-4)
+    assert (made[covered == 0] == 0).all()
+
+
+def box_set(seed, count):
+    rng = np.random.default_rng(seed)
+    corner = rng.uniform(0, 60, (count, 2))
+    return np.concatenate([corner, corner + rng.uniform(15, 50, (count, 2))], axis=1).astype("f4")
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), count=st.integers(0, 4), width=st.integers(1, 200))
+def test_a_crop_keeps_its_word(seed, count, width):
+    rng, boxes = np.random.default_rng(seed), box_set(seed, count)
+    limits = []
+
+    class Spy:
+        def integers(self, n):
+            limits.append(RECIPE.crop_ious[k := rng.integers(n)])
+            return k
+
+        uniform, random = rng.uniform, rng.random
+
+    window = crop_window(width, 120, boxes, RECIPE, Spy())
+    if window is None:
+        assert limits[-1] == 1
+        return
+    left, top, right, bottom = window.tolist()
+    assert 0 <= left < right <= width
+    assert 0 <= top < bottom <= 120
+    assert 0.3 * width - 1 <= right - left
+    assert bottom - top >= 0.3 * 120 - 1
+    if count:
+        assert reference.iou_with(window, boxes).min() >= np.float32(limits[-1]) - 1e-6
+        assert reference.centers_inside(window, boxes).any()
+
+
+def test_a_canvas_holds_its_image():
+    rng = np.random.default_rng(0)
+    drawn = np.array([canvas_around(200, 100, RECIPE, rng) for _ in range(4000)])
+    width, height, left, top = drawn.T
+    assert (left + 200 <= width).all()
+    assert (top + 100 <= height).all()
+    plain = (width == 200) & (height == 100)
+    assert plain.mean() == pytest.approx(0.5, abs=0.03)
+    assert (left[plain] == 0).all()
+    assert (width[~plain] / 200).mean() == pytest.approx(2.5, abs=0.06)
+    assert width.max() <= 800
+    assert torch.tensor(drawn).dtype == torch.int64
