@@ -16,27 +16,23 @@ from m2det.targets import assign
 class SoftmaxCrossEntropy(torch.autograd.Function):
     """Cross entropy (N, P) of logits (N, P, C) with classes (N, P), without kept probabilities.
 
-    Equal to `F.cross_entropy` without reduction; it saves the log-sum-exp only and writes each
+    Equal to `F.cross_entropy` without reduction; it keeps nothing but its input and writes each
     gradient once, which halves its memory.
     """
 
     @staticmethod
     def forward(ctx, logits: Tensor, classes: Tensor) -> Tensor:
-        parts = logits.split(images_at_once(logits))
-        # By log_softmax, on a CPU twice as fast as logsumexp.
-        lse = torch.cat([part[..., 0] - part.log_softmax(dim=2)[..., 0] for part in parts])
-        ctx.save_for_backward(logits, classes, lse)
-        return lse - logits.gather(2, classes.unsqueeze(2)).squeeze(2)
+        ctx.save_for_backward(logits, classes)
+        parts = zip(*(x.split(images_at_once(x)) for x in (logits, classes)), strict=True)
+        return torch.cat([-x.log_softmax(2).gather(2, c.unsqueeze(2)).squeeze(2) for x, c in parts])
 
     @staticmethod
     def backward(ctx, weight: Tensor):
-        logits, classes, lse = (x.split(images_at_once(x)) for x in ctx.saved_tensors)
-        grads = torch.empty_like(ctx.saved_tensors[0])
-        step = images_at_once(weight)
-        for grad, x, c, z, w in zip(
-            grads.split(step), logits, classes, lse, weight.split(step), strict=True
-        ):
-            torch.sub(x, z.unsqueeze(2), out=grad).exp_().mul_(w.unsqueeze(2))
+        logits, classes = ctx.saved_tensors
+        grads = torch.empty_like(logits)
+        parts = (x.split(images_at_once(x)) for x in (grads, logits, classes, weight))
+        for grad, x, c, w in zip(*parts, strict=True):
+            torch.softmax(x, 2, out=grad).mul_(w.unsqueeze(2))
             grad.scatter_add_(2, c.unsqueeze(2), -w.unsqueeze(2))
         return grads, None
 

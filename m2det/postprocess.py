@@ -124,7 +124,7 @@ def soft_nms(
 def _select(
     boxes: np.ndarray, scores: np.ndarray, iou_threshold: float, min_score: float, limit: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of groups (G, L, 4) with scores (G, L) the columns taken (G, limit), their scores (0: none)."""
+    """Of groups (G, L, 4): columns taken (G, limit) and their scores, 0 where there is none."""
     x1, y1, x2, y2 = np.ascontiguousarray(boxes.transpose(2, 0, 1))
     areas = (x2 - x1) * (y2 - y1)
     scores = scores.copy()

@@ -1,0 +1,127 @@
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from m2det.anchors import make_anchors
+from m2det.backbone import make_backbone
+from m2det.config import RECIPES
+from m2det.model import SFAM, BasicConv, Leach, build_model
+
+SMALL = replace(RECIPES["320_vgg"], backbone="vgg16_thin", planes=16, num_levels=3)
+
+
+@pytest.mark.parametrize("sfam", [False, True])
+@pytest.mark.parametrize("name", RECIPES)
+def test_outputs_have_a_row_for_every_prior(name, sfam):
+    recipe = replace(RECIPES[name], sfam=sfam)
+    with torch.device("meta"):
+        model = build_model(recipe, 7)
+        images = torch.zeros(2, 3, recipe.image_size, recipe.image_size)
+        offsets, logits = model(images)
+    priors = len(make_anchors(recipe))
+    assert offsets.shape == (2, priors, 4)
+    assert logits.shape == (2, priors, 8)
+
+
+def test_parameters_are_the_originals():
+    with torch.device("meta"):
+        model = build_model(RECIPES["512_vgg"], 80)
+        resnet = build_model(RECIPES["320_resnet101"], 80)
+    assert sum(p.numel() for p in model.parameters()) == 132_633_140
+    assert len(list(model.parameters())) == 449
+    # The unused classifier is kept for its keys alone: nothing waits for its gradient.
+    frozen = {name for name, p in resnet.named_parameters() if not p.requires_grad}
+    assert frozen == {"base.fc.weight", "base.fc.bias"}
+
+
+def test_every_trained_parameter_gets_a_gradient():
+    model = build_model(replace(SMALL, sfam=True), 3).train()
+    offsets, logits = model(torch.randn(2, 3, 320, 320))
+    (offsets.square().mean() + logits.square().mean()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    base = make_backbone("resnet50").train()
+    sum(tap.square().mean() for tap in base(torch.randn(2, 3, 64, 64))).backward()
+    assert {n for n, p in base.named_parameters() if p.grad is None} == {"fc.weight", "fc.bias"}
+
+
+def test_the_leach_module_once_is_the_originals_many_times():
+    torch.manual_seed(0)
+    once = Leach(6, 4, uses=8).train()
+    many = BasicConv(6, 4, 1).train()
+    many.load_state_dict(once.state_dict())
+    for _ in range(3):
+        x = torch.randn(2, 6, 5, 5)
+        single, repeated = once(x), [many(x) for _ in range(8)]
+        assert_close(single, repeated[-1])
+        gradients = [
+            torch.autograd.grad(sum(o.square().sum() for o in outputs), module.conv.weight)[0]
+            for outputs, module in (([single] * 8, once), (repeated, many))
+        ]
+        assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    for key, value in many.state_dict().items():
+        assert_close(once.state_dict()[key], value)
+    assert once.bn.num_batches_tracked == 24
+
+
+def test_the_leach_module_is_computed_once():
+    model = build_model(SMALL, 3)
+    calls = []
+    model.leach[0].register_forward_hook(lambda *_: calls.append(1))
+    model(torch.randn(2, 3, 320, 320))
+    assert len(calls) == 1
+    assert len({id(module) for module in model.leach}) == 1
+    assert {
+        key for key in model.state_dict() if key.endswith("conv.weight") and "leach" in key
+    } == {f"leach.{k}.conv.weight" for k in range(3)}
+
+
+def test_sfam_weighs_channels_by_squeeze_and_excitation():
+    torch.manual_seed(0)
+    module = SFAM(32, 2)
+    sources = [torch.randn(2, 32, 4, 4), torch.randn(2, 32, 1, 1)]
+    for source, found in zip(sources, module(sources), strict=True):
+        weights = nn.functional.adaptive_avg_pool2d(source, 1)
+        weights = torch.sigmoid(module.fc2[1](torch.relu(module.fc1[1](weights))))
+        assert_close(found, source * weights)
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    model = build_model(replace(SMALL, planes=64), 3)
+    for head in [*model.loc, *model.conf]:
+        assert head.bias.eq(0).all()
+        bound = (head.in_channels * 9) ** -0.5  # PyTorch's default
+        assert 0.95 * bound < head.weight.abs().max() <= bound
+    conv = model.unet2.layers[1].conv
+    assert conv.weight.std().item() == pytest.approx((2 / (conv.out_channels * 9)) ** 0.5, rel=0.05)
+    assert model.unet2.layers[1].bn.momentum == 0.01
+    assert model.Norm.momentum == 0.1
+
+
+def test_without_smoothing():
+    smooth, plain = (build_model(replace(SMALL, smooth=value), 3) for value in (True, False))
+    missing = set(smooth.state_dict()) - set(plain.state_dict())
+    assert missing
+    assert all(".smooth." in key for key in missing)
+    assert plain(torch.randn(2, 3, 320, 320))[0].shape == (2, 12810, 4)
+
+
+def test_channels_last_and_a_copy_give_the_same():
+    torch.manual_seed(0)
+    model = build_model(SMALL, 3).eval()
+    images = torch.randn(1, 3, 320, 320)
+    other = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for a, b in zip(
+            model(images), other(images.to(memory_format=torch.channels_last)), strict=True
+        ):
+            assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_an_unknown_backbone():
+    with pytest.raises(ValueError, match="vgg19"):
+        build_model(replace(SMALL, backbone="vgg19"), 3)

@@ -1,0 +1,158 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
+
+from m2det.config import RECIPES
+from m2det.postprocess import detect, soft_nms, submission_boxes
+
+RECIPE = RECIPES["320_vgg"]
+PRIORS, CLASSES = 12810, 3
+
+
+def one_by_one(boxes, scores, iou_threshold, min_score, limit):
+    """Soft-NMS of one group as the original does it: positions and scores, as they are taken."""
+    left = [(float(score), position) for position, score in enumerate(scores)]
+    taken = []
+    while left and len(taken) < limit:
+        best = max(left, key=lambda entry: (entry[0], -entry[1]))
+        left.remove(best)
+        taken.append(best)
+        x1, y1, x2, y2 = boxes[best[1]]
+        lowered = []
+        for score, position in left:
+            a1, b1, a2, b2 = boxes[position]
+            w, h = min(x2, a2) - max(x1, a1), min(y2, b2) - max(y1, b1)
+            if w > 0 and h > 0:
+                union = (x2 - x1) * (y2 - y1) + (a2 - a1) * (b2 - b1) - w * h
+                if w * h / union > iou_threshold:
+                    score *= 1 - w * h / union
+            if score >= min_score:
+                lowered.append((score, position))
+        left = lowered
+    return [position for _, position in taken], [score for score, _ in taken]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=4),
+    limit=st.integers(1, 12),
+    spread=st.sampled_from([1.0, 10.0, 100.0]),
+)
+def test_soft_nms_is_the_originals_one_by_one(seed, sizes, limit, spread):
+    rng = np.random.default_rng(seed)
+    count = sum(sizes)
+    low = rng.uniform(0, spread, (count, 2))
+    boxes = np.concatenate([low, low + rng.uniform(1, 30, (count, 2))], axis=1).astype(np.float32)
+    scores = rng.uniform(0.1, 1, count).astype(np.float32)
+    group = np.repeat(np.arange(len(sizes)) * 7, sizes)
+    kept, lowered = soft_nms(boxes, scores, group, 0.3, 0.001, limit)
+    for number, size in zip(np.arange(len(sizes)) * 7, sizes, strict=True):
+        first = np.flatnonzero(group == number)[0]
+        rows = slice(first, first + size)
+        positions, expected = one_by_one(boxes[rows].tolist(), scores[rows], 0.3, 0.001, limit)
+        own = np.flatnonzero(group[kept] == number)
+        own = own[np.argsort(-lowered[own], kind="stable")]
+        assert_allclose(lowered[own], expected, rtol=2e-5)
+        assert_array_equal(kept[own], np.array(positions) + first)
+
+
+def test_soft_nms_tries_again_where_the_best_few_all_fall():
+    # 30 times the same box: 29 scores fall to 0, so what is left out of the best few counts.
+    boxes = np.tile(np.array([[0, 0, 10, 10]], np.float32), (40, 1))
+    boxes[30:] += 100 * np.arange(1, 11, dtype=np.float32)[:, None]
+    scores = np.linspace(0.9, 0.2, 40, dtype=np.float32)
+    kept, lowered = soft_nms(boxes, scores, np.zeros(40, np.int64), 0.3, 0.001, 5)
+    assert_array_equal(kept, [0, 30, 31, 32, 33])
+    assert_array_equal(lowered, scores[kept])
+
+
+def outputs(seed, images=1, objects=6):
+    """Background everywhere but at a few priors and what lies around them."""
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.randn(images, PRIORS, 4, generator=generator)
+    logits = torch.randn(images, PRIORS, 1 + CLASSES, generator=generator)
+    logits[..., 0] += 12
+    for n in range(images):
+        for at in torch.randint(20, PRIORS - 20, (objects,), generator=generator).tolist():
+            channel = int(torch.randint(1, 1 + CLASSES, (1,), generator=generator))
+            logits[n, at - 12 : at + 12, channel] += 13
+    return offsets, logits
+
+
+SIZES = torch.tensor([[480, 640], [200, 100], [33, 500]])
+
+
+@pytest.mark.parametrize("nms", ["soft", "hard"])
+def test_a_batch_is_its_images(nms):
+    recipe = replace(RECIPE, nms=nms)
+    together = outputs(0, images=3)
+    found = detect(together, SIZES, recipe)
+    for n in range(3):
+        (alone,) = detect([x[n : n + 1] for x in together], SIZES[n : n + 1], recipe)
+        assert len(alone.scores) > 5
+        for a, b in zip(found[n], alone, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("nms", ["soft", "hard"])
+def test_detections_are_best_first_inside_the_image_and_typed(nms):
+    for n, found in enumerate(detect(outputs(1, images=3), SIZES, replace(RECIPE, nms=nms))):
+        assert (found.scores.diff() <= 0).all()
+        height, width = SIZES[n].tolist()
+        assert (found.boxes >= 0).all()
+        assert (found.boxes <= torch.tensor([width, height, width, height])).all()
+        assert found.boxes.dtype == found.scores.dtype == torch.float32
+        assert found.labels.dtype == torch.int64
+        assert set(found.labels.tolist()) <= set(range(CLASSES))
+
+
+@pytest.mark.parametrize("nms", ["soft", "hard"])
+def test_limits(nms):
+    recipe = replace(RECIPE, nms=nms)
+    (every,) = detect(outputs(2), SIZES[:1], recipe)
+    (few,) = detect(outputs(2), SIZES[:1], replace(recipe, max_detections=4))
+    assert len(every.scores) > 4
+    for a, b in zip(few, every, strict=True):
+        assert torch.equal(a, b[:4])
+    (per_class,) = detect(outputs(2), SIZES[:1], replace(recipe, max_per_class=2))
+    assert max(torch.bincount(per_class.labels)) == 2
+
+
+def test_soft_and_hard_differ_by_what_overlaps():
+    soft, hard = (
+        detect(outputs(3), SIZES[:1], replace(RECIPE, nms=nms))[0] for nms in ("soft", "hard")
+    )
+    assert len(soft.scores) > len(hard.scores)
+    assert soft.scores[0] == hard.scores[0]
+    assert hard.scores.min() > RECIPE.score_threshold
+    assert soft.scores.min() >= RECIPE.soft_nms_min_score
+
+
+@pytest.mark.parametrize("nms", ["soft", "hard"])
+def test_nothing_found(nms):
+    offsets, logits = outputs(4)
+    logits[..., 0] += 100
+    (found,) = detect((offsets, logits), SIZES[:1], replace(RECIPE, nms=nms))
+    assert [tuple(part.shape) for part in found] == [(0, 4), (0,), (0,)]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("nms", ["soft", "hard"])
+def test_values_that_are_not_finite_find_nothing_there(nms):
+    offsets, logits = outputs(5)
+    logits[0, :6000] = torch.nan
+    offsets[0, 6000:9000] = torch.inf
+    (found,) = detect((offsets, logits), SIZES[:1], replace(RECIPE, nms=nms))
+    assert found.scores.isfinite().all()
+
+
+def test_coco_rows_are_a_pixel_wider():
+    boxes = np.array([[1.0, 2, 3, 4]], np.float32)
+    assert_array_equal(submission_boxes(boxes, RECIPE), [[1, 2, 4, 5]])
+    assert_array_equal(submission_boxes(boxes, replace(RECIPE, plus_one=False)), boxes)

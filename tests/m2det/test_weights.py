@@ -1,0 +1,131 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from common.coco.names import COCO_CLASSES
+from common.npu.errors import UserError
+from m2det.config import RECIPES
+from m2det.model import build_model
+from m2det.weights import class_names_of, load_weights, num_classes_of, published_state_dict
+
+SMALL = replace(RECIPES["320_vgg"], backbone="vgg16_thin", planes=16, num_levels=2)
+
+
+def made(classes=80, seed=0, **fields):
+    torch.manual_seed(seed)
+    return build_model(replace(SMALL, **fields), classes)
+
+
+@pytest.fixture
+def model():
+    return made(seed=1)
+
+
+@pytest.fixture(scope="module")
+def state():
+    return published_state_dict(made())
+
+
+def assert_holds(model, expected, keys):
+    own = model.state_dict()
+    for key in keys:
+        assert torch.equal(own[key], expected[key]), key
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("wrapper", ["model", "state_dict", None])
+def test_a_published_checkpoint(model, state, tmp_path, prefix, wrapper):
+    given = {prefix + key: value for key, value in state.items()}
+    torch.save({wrapper: given} if wrapper else given, tmp_path / "m2det512_vgg.pth")
+    report = load_weights(model, tmp_path / "m2det512_vgg.pth")
+    assert set(report.loaded) == set(state)
+    assert report.skipped == report.reinitialised == report.missing == ()
+    assert_holds(model, state, state)
+
+
+def test_vgg16_reducedfc(model, state):
+    before = published_state_dict(model)
+    given = {k.removeprefix("base."): v for k, v in state.items() if k.startswith("base.")}
+    assert "31.weight" in given
+    report = load_weights(model, given)
+    assert set(report.loaded) == {f"base.{key}" for key in given}
+    assert report.skipped == report.reinitialised == ()
+    assert_holds(model, state, report.loaded)
+    assert_holds(model, before, report.missing)
+
+
+def test_torchvisions_resnet101():
+    resnet101 = pytest.importorskip("torchvision.models").resnet101
+    with torch.device("meta"):
+        theirs = resnet101().state_dict()
+    theirs = {key: torch.ones(value.shape, dtype=value.dtype) for key, value in theirs.items()}
+    model = made(backbone="resnet101")
+    report = load_weights(model, theirs)
+    assert len(report.loaded) == len(theirs)
+    assert all(not key.startswith("base.") for key in report.missing)
+
+
+@pytest.mark.parametrize("classes", [3, 81])
+def test_with_another_class_count_the_class_heads_alone_start_anew(state, classes):
+    model = made(classes, seed=2)
+    before = published_state_dict(model)
+    report = load_weights(model, {f"module.{key}": value for key, value in state.items()})
+    heads = [f"conf.{k}.{part}" for k in range(6) for part in ("weight", "bias")]
+    assert sorted(report.reinitialised) == sorted(heads)
+    assert "12 re-initialised (other shape): conf.0.weight" in str(report)
+    assert_holds(model, before, heads)
+    assert_holds(model, state, set(state) - set(heads))
+
+
+def test_class_heads_can_be_left_out(model, state):
+    before = published_state_dict(model)
+    report = load_weights(model, state, heads=False)
+    assert {key.split(".")[0] for key in report.reinitialised} == {"conf"}
+    assert_holds(model, before, report.reinitialised)
+    assert_holds(model, state, report.loaded)
+
+
+def test_sfam_is_skipped_or_missing(state):
+    report = load_weights(made(seed=3, sfam=True), state)
+    assert {key.split(".")[0] for key in report.missing} == {"sfam_module"}
+    report = load_weights(made(seed=3), published_state_dict(made(seed=4, sfam=True)))
+    assert {key.split(".")[0] for key in report.skipped} == {"sfam_module"}
+
+
+def test_shared_modules_stay_shared(model, state):
+    load_weights(model, state)
+    with torch.no_grad():
+        model.leach[0].conv.weight.add_(1)
+    assert torch.equal(model.leach[1].conv.weight, model.leach[0].conv.weight)
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"a": torch.zeros(3)}, {"0.weight": torch.zeros(1, 3, 3, 3)}]
+)
+def test_nothing_that_fits(model, given, tmp_path):
+    torch.save(given, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"other\.pth: no tensor fits this network"):
+        load_weights(model, tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize("classes", [1, 3, 80])
+def test_classes_of_a_checkpoint(classes):
+    state = published_state_dict(made(classes))
+    assert num_classes_of({"state_dict": state}) == classes
+    names = COCO_CLASSES if classes == 80 else tuple(f"class_{k}" for k in range(classes))
+    assert class_names_of(state) == names
+    assert class_names_of({"model": state, "classes": ["a"] * classes}) == ("a",) * classes
+    with pytest.raises(UserError, match="no detection heads"):
+        num_classes_of({"0.weight": torch.zeros(3)})
+
+
+def test_published_state_dict_is_a_copy_on_the_cpu(model):
+    model.to(memory_format=torch.channels_last)
+    state = published_state_dict(model)
+    assert list(state) == list(model.state_dict())
+    kept = state["reduce.conv.weight"].clone()
+    with torch.no_grad():
+        model.reduce.conv.weight.add_(1)
+    assert torch.equal(state["reduce.conv.weight"], kept)
+    assert {value.dtype for value in state.values()} == {torch.float32, torch.int64}
