@@ -4,6 +4,7 @@ Source, unless a field says otherwise: MMDetection 2.11's FCOS configurations, w
 port shares. A flag of the same name (dash or underscore) overrides a field for one run.
 """
 
+import re
 from bisect import bisect_right
 from dataclasses import asdict, dataclass, field, replace
 
@@ -50,8 +51,8 @@ class Recipe:
 
     # Input
     mean: tuple[float, float, float] = DETECTRON_MEAN  # BGR in 0..255, std 1
-    img_scale: tuple[int, ...] = _option(
-        (800, 1333), "largest short and long side, pixels; several pairs: one is drawn per image"
+    img_scale: tuple[str, ...] = _option(
+        ("800,1333",), "largest short and long side, pixels; of several, one is drawn per image"
     )
     shapes: str = _option("two", "training canvas: exact (multiples of 32), two, square")
     eval_shapes: str = _option("auto", "evaluation canvas: exact, two, square; auto: by device")
@@ -91,15 +92,13 @@ class Recipe:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"--{name} {getattr(self, name)}: not one of {', '.join(choices)}")
-        if not self.img_scale or len(self.img_scale) % 2 or min(self.img_scale) < 1:
-            raise UserError(f"--img_scale {self.img_scale}: give pairs of sides, as 800 1333")
+        if not all(re.fullmatch(r"[1-9]\d*,[1-9]\d*", scale) for scale in self.img_scale or [""]):
+            raise UserError(f"--img_scale {' '.join(self.img_scale)}: give sides as 800,1333")
 
     @property
     def scales(self) -> tuple[tuple[int, int], ...]:
-        """The (short, long) pairs of `img_scale`, in either order of the two."""
-        sides = self.img_scale
-        pairs = zip(sides[::2], sides[1::2], strict=True)
-        return tuple((min(pair), max(pair)) for pair in pairs)
+        """The (short, long) sides of `img_scale`, which has them in either order."""
+        return tuple(tuple(sorted(map(int, scale.split(",")))) for scale in self.img_scale)
 
     @property
     def eval_scale(self) -> tuple[int, int]:
@@ -135,7 +134,7 @@ RECIPES: dict[str, Recipe] = {
     # What the port trains: convolutions with bias and no norm in the head.
     "nogn": replace(_GN, head_norm="none"),
     "gn_2x": _TWO_X,
-    "gn_mstrain_2x": replace(_TWO_X, img_scale=(640, 1333, 800, 1333)),
+    "gn_mstrain_2x": replace(_TWO_X, img_scale=("640,1333", "800,1333")),
     "center": _CENTER,
     "tricks": replace(
         _CENTER,
@@ -155,7 +154,7 @@ RECIPES: dict[str, Recipe] = {
         backbone="resnet14",
         channels=64,
         tower_convs=2,
-        img_scale=(192, 320),
+        img_scale=("192,320",),
         batch_size=4,
         lr=0.04,
         warmup=100,

@@ -31,7 +31,7 @@ from fcos.data import (
     training_records,
 )
 
-RECIPE = replace(RECIPES["gn"], img_scale=(64, 107))
+RECIPE = replace(RECIPES["gn"], img_scale=("64,107",))
 ONE, TWO = ((800, 1333),), ((640, 1333), (800, 1333))
 SETS = {
     "groups": st.lists(st.integers(0, 1), min_size=1, max_size=60).map(np.array),
@@ -155,7 +155,7 @@ def assert_same(a, b):
 
 def test_batches_do_not_depend_on_workers_or_where_a_run_starts(tiny_train):
     records = training_records(tiny_train)
-    recipe = replace(RECIPE, img_scale=(48, 80, 64, 107))
+    recipe = replace(RECIPE, img_scale=("48,80", "64,107"))
     whole = list(build_loader(recipe, records, True, seed=3, end=4))
     assert len(whole) == 4
     for workers in (1, 2):
@@ -193,7 +193,7 @@ def test_a_batch_has_fixed_types_and_one_orientation(tiny_train, shapes):
 
 def test_several_scales_are_drawn_evenly_and_have_canvases_of_their_own(tiny_train):
     records = training_records(tiny_train)
-    recipe = replace(RECIPE, img_scale=(32, 107, 64, 107), batch_size=1)
+    recipe = replace(RECIPE, img_scale=("32,107", "64,107"), batch_size=1)
     loader = build_loader(recipe, records, True, end=3 * iterations_per_epoch(records, 1, 1))
     batches = list(loader)
     canvases = {tuple(batch.images.shape[1:3]) for batch in batches}
@@ -225,7 +225,7 @@ def test_flips_are_drawn_evenly_and_move_image_and_boxes(tiny_train):
 
 
 def test_without_augmentation_every_epoch_is_the_same_at_the_largest_scale(tiny_train):
-    recipe = replace(RECIPE, augment=False, img_scale=(32, 54, 64, 107))
+    recipe = replace(RECIPE, augment=False, img_scale=("32,54", "64,107"))
     dataset = TrainingSet(tiny_train, recipe, 0)
     one, other = dataset[0, 0, 1], dataset[3, 17, 1]
     assert torch.equal(one[0], other[0])

@@ -308,7 +308,7 @@ def test_detections(golden, case, unit):
 
 def test_detections_by_the_original_size(golden):
     """The door: the size in the input follows from the original one and the recipe's scale."""
-    recipe = replace(RECIPES["gn"], img_scale=(256, 320))
+    recipe = replace(RECIPES["gn"], img_scale=("256,320",))
     outputs = detection_outputs("base")
     found = detect(outputs, torch.tensor([[480, 640], [480, 640]]), recipe)[0]
     expected = golden("detect")

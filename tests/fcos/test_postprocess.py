@@ -50,7 +50,7 @@ def by_the_book(outputs, image, network, original, recipe):
 
 @pytest.mark.parametrize("candidates", [1000, 20])
 def test_equal_to_the_steps_of_the_original(candidates):
-    recipe = replace(RECIPES["gn"], img_scale=(96, 128), candidates=candidates)
+    recipe = replace(RECIPES["gn"], img_scale=("96,128",), candidates=candidates)
     made = outputs()
     sizes = [(192, 256), (150, 300)]  # in the input 96 x 128 and 64 x 128
     found = detect(made, torch.tensor(sizes), recipe)
@@ -68,13 +68,13 @@ def test_equal_to_the_steps_of_the_original(candidates):
 
 
 def test_nothing_above_the_threshold():
-    recipe = replace(RECIPES["gn"], img_scale=(96, 128))
+    recipe = replace(RECIPES["gn"], img_scale=("96,128",))
     for found in detect(outputs(mean=-50.0), torch.tensor([[96, 128]] * 2), recipe):
         assert [tuple(part.shape) for part in found] == [(0, 4), (0,), (0,)]
 
 
 def test_strides_are_the_unit_with_norm_on_bbox():
-    recipe = replace(RECIPES["gn"], img_scale=(96, 128))
+    recipe = replace(RECIPES["gn"], img_scale=("96,128",))
     made = outputs()
     in_strides = made._replace(
         distances=tuple(x / s for x, s in zip(made.distances, recipe.strides, strict=True))
@@ -88,7 +88,7 @@ def test_strides_are_the_unit_with_norm_on_bbox():
 
 
 def test_a_score_may_fall_below_the_threshold_by_its_centerness():
-    recipe = replace(RECIPES["gn"], img_scale=(96, 128))
+    recipe = replace(RECIPES["gn"], img_scale=("96,128",))
     made = outputs(mean=-6.0)
     low = made._replace(centerness=tuple(x - 5 for x in made.centerness))
     found = detect(low, torch.tensor([[96, 128]] * 2), recipe)
