@@ -22,13 +22,6 @@ def canvas_around(
     return int(width * ratio), int(height * ratio), left, top
 
 
-def centers_inside(window_xyxy: np.ndarray, boxes_xyxy: np.ndarray) -> np.ndarray:
-    """Whether the centres of boxes (n, 4) lie strictly inside windows (..., 4): (..., n) bool."""
-    center = (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2
-    low, high = window_xyxy[..., None, :2], window_xyxy[..., None, 2:]
-    return ((low < center) & (center < high)).all(axis=-1)
-
-
 def crop_window(
     width: int, height: int, boxes_xyxy: np.ndarray, recipe: Recipe, rng: np.random.Generator
 ) -> np.ndarray | None:
@@ -38,8 +31,6 @@ def crop_window(
     centre must lie inside; after `crop_trials` windows that fail the limit is drawn anew.
     """
     size, trials = np.array([width, height]), recipe.crop_trials
-    low, high = boxes_xyxy[:, :2], boxes_xyxy[:, 2:]
-    areas = (high - low).prod(axis=1)
     while True:
         limit = recipe.crop_ious[rng.integers(len(recipe.crop_ious))]
         if limit == 1:
@@ -47,19 +38,36 @@ def crop_window(
         sides = size * rng.uniform(recipe.crop_scale, 1, (trials, 2))
         # From 1 to what is left, as the original calls numpy: a crop hardly begins at 0.
         start = 1 + (size - sides - 1) * rng.random((trials, 2))
-        windows = np.concatenate([start, start + sides], axis=1).astype(int)
         ratio = sides[:, 1] / sides[:, 0]
-        good = (recipe.crop_ratio[0] <= ratio) & (ratio <= recipe.crop_ratio[1])
-        extent = windows[:, 2:] - windows[:, :2]
-        good &= (extent > 0).all(axis=1)
-        if len(boxes_xyxy):
-            end = np.minimum(windows[:, None, 2:], high)
-            overlap = (end - np.maximum(windows[:, None, :2], low)).clip(min=0).prod(axis=2)
-            union = areas + extent.prod(axis=1, keepdims=True) - overlap
-            good &= (overlap / union.clip(min=1e-6)).min(axis=1) >= limit
-            good &= centers_inside(windows, boxes_xyxy).any(axis=1)
-        if good.any():
-            return windows[good.argmax()]
+        shaped = (recipe.crop_ratio[0] <= ratio) & (ratio <= recipe.crop_ratio[1])
+        windows = np.concatenate([start, start + sides], axis=1)[shaped].astype(int)
+        fits = _fits(windows, boxes_xyxy, limit)
+        if fits.any():
+            return windows[fits.argmax()]
+
+
+def _fits(windows: np.ndarray, boxes_xyxy: np.ndarray, limit: float) -> np.ndarray:
+    """Which windows (k, 4) have an area, IoUs from `limit` on and a centre inside."""
+    # By coordinate: numpy is slow at many short rows.
+    left, top, right, bottom = windows.T[:, :, None]
+    x1, y1, x2, y2 = boxes_xyxy.T
+    fits = ((left < right) & (top < bottom))[:, 0]
+    if len(boxes_xyxy):
+        shared_x = np.minimum(right, x2) - np.maximum(left, x1)
+        shared_y = np.minimum(bottom, y2) - np.maximum(top, y1)
+        overlap = np.maximum(shared_x, 0) * np.maximum(shared_y, 0)
+        union = (x2 - x1) * (y2 - y1) + (right - left) * (bottom - top) - overlap
+        fits &= (overlap >= limit * union).all(axis=1)
+        fits &= centers_inside(windows, boxes_xyxy).any(axis=1)
+    return fits
+
+
+def centers_inside(windows_xyxy: np.ndarray, boxes_xyxy: np.ndarray) -> np.ndarray:
+    """Whether the centres of boxes (n, 4) lie strictly inside windows (..., 4): (..., n) bool."""
+    left, top, right, bottom = np.moveaxis(windows_xyxy, -1, 0)[..., None]
+    x1, y1, x2, y2 = boxes_xyxy.T
+    x, y = (x1 + x2) / 2, (y1 + y2) / 2
+    return (left < x) & (x < right) & (top < y) & (y < bottom)
 
 
 def cut(
