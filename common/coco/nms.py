@@ -57,7 +57,7 @@ def _torchvision():
         return None
 
     def torchvision_nms(boxes: np.ndarray, iou_threshold: float) -> np.ndarray:
-        falling = -torch.arange(len(boxes), dtype=torch.float32)  # stands for the sorted scores
+        falling = torch.arange(0.0, -len(boxes), -1.0)  # stands for the sorted scores
         return nms(torch.from_numpy(boxes), falling, iou_threshold).numpy()
 
     return torchvision_nms
