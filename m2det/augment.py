@@ -15,7 +15,7 @@ from m2det.data import Batch, normalise
 
 def augment(batch: Batch, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """Network input (N, 3, H, W) float32 and boxes (N, M, 4) of a batch."""
-    images = batch.images
+    images = batch.images.permute(0, 3, 1, 2)  # (N, H, W, 3)
     if recipe.augment:
         at_once = images_at_once(images)
         parts = (x.split(at_once) for x in (images, batch.picture, batch.colour))

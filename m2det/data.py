@@ -39,7 +39,7 @@ LAYOUTS = {
 class Batch(NamedTuple):
     """N samples; `boxes` are padded to M rows, `valid` marks the real ones."""
 
-    images: Tensor  # (N, S, S, 3) uint8 RGB
+    images: Tensor  # (N, S, 3, S) uint8 RGB: column, channel, row, as the resampler makes them
     boxes: Tensor  # (N, M, 4) float32 normalised ltrb
     labels: Tensor  # (N, M) int64 0-based classes
     valid: Tensor  # (N, M) bool
@@ -143,28 +143,28 @@ def crop_window(boxes_xyxy: np.ndarray, size: tuple[int, int], recipe: Recipe, r
     failures the IoU is drawn anew (SSD paper section 2.2).
     """
     width, height = size
-    low, high = boxes_xyxy[:, :2], boxes_xyxy[:, 2:]
-    centers, areas = (low + high) / 2, (high - low).prod(axis=1)
+    x1, y1, x2, y2 = boxes_xyxy.T
+    center_x, center_y, areas = (x1 + x2) / 2, (y1 + y2) / 2, (x2 - x1) * (y2 - y1)
     trials = recipe.crop_trials
     while True:
         limit = recipe.crop_ious[rng.integers(len(recipe.crop_ious))]
         if limit is None:
             return 0, 0, width, height
-        scale = rng.uniform(*recipe.crop_scale, trials)
+        scale = rng.uniform(*recipe.crop_scale, (trials, 1))
         least, most = recipe.crop_ratio
-        ratio = rng.uniform(np.maximum(least, scale**2), np.minimum(most, 1 / scale**2))
-        extent = np.stack([scale * np.sqrt(ratio) * width, scale / np.sqrt(ratio) * height], axis=1)
-        extent = extent.astype(np.int64)
-        corner = rng.integers(np.maximum(np.array(size) - extent, 1))
-        start, end = corner[:, None], (corner + extent)[:, None]  # (trials, 1, 2)
-        inside = ((start < centers) & (centers < end)).all(axis=2)
-        sides = np.maximum(np.minimum(high, end) - np.maximum(low, start), 0)
-        overlap = sides.prod(axis=2)
-        iou = overlap / (areas + extent.prod(axis=1)[:, None] - overlap)
+        ratio = np.sqrt(rng.uniform(np.maximum(least, scale**2), np.minimum(most, 1 / scale**2)))
+        w, h = (scale * ratio * width).astype(np.int64), (scale / ratio * height).astype(np.int64)
+        left, top = rng.integers(np.maximum(width - w, 1)), rng.integers(np.maximum(height - h, 1))
+        right, bottom = left + w, top + h
+        inside = (left < center_x) & (center_x < right) & (top < center_y) & (center_y < bottom)
+        shared_x = np.minimum(x2, right) - np.maximum(x1, left)
+        shared_y = np.minimum(y2, bottom) - np.maximum(y1, top)
+        overlap = np.maximum(shared_x, 0) * np.maximum(shared_y, 0)
+        iou = overlap / (areas + w * h - overlap)
         good = inside.any(axis=1) & (iou.min(axis=1) >= limit)
         if good.any():
             first = good.argmax()
-            return *corner[first].tolist(), *(corner + extent)[first].tolist()
+            return tuple(int(side[first, 0]) for side in (left, top, right, bottom))
 
 
 def expansion(size: tuple[int, int], recipe: Recipe, rng) -> tuple[tuple, tuple]:
@@ -242,12 +242,11 @@ class TrainingSet(Dataset):
         The last pixel counts as inside: a box is a pixel smaller than its width in the file.
         """
         truth = self.records.annotations(record)
-        height, width = self.records.sizes[record]
-        low = np.maximum(truth.box_xywh[:, :2], 0)
-        extent = np.maximum(truth.box_xywh[:, 2:] - 1, 0)
-        high = np.minimum(low + extent, (width - 1, height - 1))
-        real = (low <= high).all(axis=1) & ~(truth.area <= 0)
-        return np.concatenate([low, high], axis=1)[real], truth.label[real]
+        xywh, last = truth["box_xywh"], self.records.sizes[record, ::-1] - 1
+        low = np.maximum(xywh[:, :2], 0)
+        high = np.minimum(low + np.maximum(xywh[:, 2:] - 1, 0), last)
+        real = (low <= high).all(axis=1) & ~(truth["area"] <= 0)
+        return np.concatenate([low, high], axis=1)[real], truth["label"][real]
 
     def __getitem__(self, key: tuple[int, int, int]) -> Batch:
         epoch, position, record = key

@@ -59,7 +59,8 @@ def render(
     mirror: bool,
     fill: tuple[int, ...],
 ) -> Tensor:
-    """Image (H, W, 3) uint8 on a canvas of colour `fill`, resized to (size, size, 3) uint8.
+    """Image (H, W, 3) uint8 on a canvas of colour `fill`, resized: (size, 3, size) uint8, that is
+    column, channel, row.
 
     `place`: (left, top) on the canvas of `canvas` (width, height) pixels, which may be mirrored.
     """
@@ -78,18 +79,17 @@ def render(
     pixels -= torch.from_numpy(np.tile(around, width))
     pixels = F.embedding_bag(rows, pixels, mode="sum", per_sample_weights=row_weights)
     pixels = _weigh_columns(pixels, columns, column_weights)
-    pixels += torch.from_numpy(np.tile(around + 0.5, len(columns)))
-    pixels = pixels.clamp_(0, 255).numpy()
-    seen = np.s_[at_y : at_y + len(rows), at_x : at_x + len(columns)]
-    made = np.empty((size, size, 3), np.uint8)
-    made[:] = _plain(size, fill)
-    made[seen] = pixels.reshape(len(rows), -1, 3)
-    return torch.from_numpy(made)
+    pixels += torch.from_numpy(np.tile(around + 0.5, len(columns))).unsqueeze(1)
+    made = _plain(size, fill).clone()
+    seen = made[at_x : at_x + len(columns), :, at_y : at_y + len(rows)]
+    seen.copy_(pixels.clamp_(0, 255).view(seen.shape))
+    return made
 
 
 @functools.cache
-def _plain(size: int, fill: tuple[int, ...]) -> np.ndarray:
-    return np.full((size, size, 3), fill, np.uint8)
+def _plain(size: int, fill: tuple[int, ...]) -> Tensor:
+    """A canvas (size, 3, size): column, channel, row."""
+    return torch.tensor(fill, dtype=torch.uint8).view(3, 1).repeat(size, 1, size)
 
 
 def _seen(
@@ -116,7 +116,7 @@ def resize(image: np.ndarray, size: int) -> Tensor:
     height, width = image.shape[:2]
     pixels = torch.from_numpy(image).reshape(height, -1).float()
     pixels = _weigh_columns(pixels, *map(torch.from_numpy, _whole_taps(width, size)))
-    pixels = pixels.int() >> 4  # whole numbers below 2 ** 20: exact in fp32 so far
+    pixels = pixels.T.contiguous().int() >> 4  # whole numbers below 2 ** 20: exact in fp32 so far
     positions, weights = map(torch.from_numpy, _whole_taps(height, size))
     first, second = (
         (pixels.index_select(0, row) * weight.int().unsqueeze(1)) >> 16
@@ -126,12 +126,11 @@ def resize(image: np.ndarray, size: int) -> Tensor:
 
 
 def _weigh_columns(pixels: Tensor, columns: Tensor, weights: Tensor) -> Tensor:
-    """Pixels (H, W * 3) to (H, C * 3): column c is the weighted sum of `columns` (C, K)."""
+    """Pixels (H, W * 3) to (C * 3, H): column c is the weighted sum of `columns` (C, K)."""
     channels = (3 * columns.unsqueeze(1) + torch.arange(3).unsqueeze(1)).flatten(0, 1)
     weights = weights.repeat_interleave(3, dim=0)
     pixels = pixels.T.contiguous()
-    pixels = F.embedding_bag(channels, pixels, mode="sum", per_sample_weights=weights)
-    return pixels.T.contiguous()
+    return F.embedding_bag(channels, pixels, mode="sum", per_sample_weights=weights)
 
 
 def _whole_taps(length: int, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -35,7 +35,7 @@ def batch(images, colour=NEUTRAL, picture=(0.0, 0.0, 60.0, 60.0)):
     """A batch whose images all get the same, or each its row of `colour`, `picture`."""
     count = len(images)
     return Batch(
-        images,
+        images.permute(0, 2, 3, 1),
         torch.rand(count, 2, 4),
         torch.zeros(count, 2, dtype=torch.int64),
         torch.ones(count, 2, dtype=torch.bool),
@@ -134,7 +134,9 @@ def test_rendering_is_opencvs_to_a_level(tiny_train, method, mirror):
         cut = np.ascontiguousarray(image[10 : 10 + height, 20 : 20 + width])
         canvas = int(grown * width), int(grown * 0.9 * height) if grown > 1 else height
         place = [int(rng.integers(c - s + 1)) for c, s in zip(canvas, (width, height), strict=True)]
-        found = render(cut, tuple(place), canvas, size, method, mirror, FILL).numpy()
+        found = (
+            render(cut, tuple(place), canvas, size, method, mirror, FILL).permute(2, 0, 1).numpy()
+        )
         whole = reference.on_canvas(cut[..., ::-1], canvas, place)
         whole = whole[:, ::-1] if mirror else whole
         exact = cv2.resize(

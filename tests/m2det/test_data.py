@@ -220,7 +220,7 @@ def test_a_batch_has_fixed_shapes_and_types(tiny_train):
     (batch,) = build_loader(RECIPE, tiny_train, True, end=1)
     slots = tiny_train.max_boxes()
     expected = {
-        "images": ((2, 64, 64, 3), torch.uint8),
+        "images": ((2, 64, 3, 64), torch.uint8),
         "boxes": ((2, slots, 4), torch.float32),
         "labels": ((2, slots), torch.int64),
         "valid": ((2, slots), torch.bool),
@@ -310,8 +310,8 @@ def test_a_box_follows_its_pixels(tiny_train, monkeypatch):
     dataset = TrainingSet(records, replace(RECIPE, image_size=200), 0)
     for position in range(25):
         sample = dataset[0, position, 0]
-        bright = sample.images.float().mean(dim=2) > 200
-        columns, rows = bright.any(dim=0).nonzero(), bright.any(dim=1).nonzero()
+        bright = sample.images.float().mean(dim=1) > 200
+        columns, rows = bright.any(dim=1).nonzero(), bright.any(dim=0).nonzero()
         found = torch.tensor([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]) / 200
         assert (found - sample.boxes[0]).abs().max() < 0.025
 

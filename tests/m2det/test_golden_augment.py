@@ -133,7 +133,7 @@ def test_colour_under_the_originals_draws(golden, recipe, step, k):
 def batch_of(image, colour):
     side = len(image)
     return Batch(
-        image.unsqueeze(0),
+        image.permute(1, 2, 0).unsqueeze(0),
         torch.zeros(1, 1, 4),
         torch.zeros(1, 1, dtype=torch.int64),
         torch.zeros(1, 1, dtype=torch.bool),
