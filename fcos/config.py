@@ -147,6 +147,8 @@ RECIPES: dict[str, Recipe] = {
         clip_norm=0.0,
         nms_iou=0.6,
     ),
+    # Finetuning from a checkpoint: the same.
+    "finetune": _GN,
     # Minutes on two CPU cores, for the built-in sample set, from random initialisation.
     "quickstart": replace(
         _GN,

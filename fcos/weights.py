@@ -136,10 +136,13 @@ def _is_conv_bias(key: str) -> bool:
 
 
 def mean_of(state: Mapping) -> tuple[float, float, float] | None:
-    """The mean that a backbone file was trained with; None for anything else.
+    """The mean that the weights were trained with, of our checkpoints and of backbone files; None
+    where it does not show: MMDetection's detectors, which have that of their recipe.
 
-    Detectron's file has a bias for every convolution, Detectron2's for the first one.
+    Detectron's backbone has a bias for every convolution, Detectron2's for the first one.
     """
+    if "recipe" in state:
+        return tuple(state["recipe"]["mean"])
     tensors = tensors_of(state)
     if not is_backbone(tensors) or "conv1.bias" not in tensors:
         return None
