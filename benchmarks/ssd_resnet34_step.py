@@ -28,7 +28,7 @@ from torch.utils.data import default_collate
 from benchmarks.timing import print_table, race, ratio
 from common.coco.index import find_coco, read_index
 from common.fps.window import LossWindow
-from common.npu.device import DEVICES, memory_format, setup_device, synchronize
+from common.npu.device import DEVICES, memory_format, setup_device
 from common.npu.precision import Precision, build_sgd
 from ssd_resnet34.config import RECIPES, Recipe
 from ssd_resnet34.data import Batch, TrainingSet, normalise, training_records
@@ -79,6 +79,12 @@ def main() -> None:
     print_table(f"{title}, aim: at most 1.10 of the network alone", header, rows)
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for everything issued to the device."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
 def network(recipe: Recipe, classes: int, device: torch.device):
     """The network and its optimizer, ready to train."""
     torch.manual_seed(0)
@@ -87,7 +93,8 @@ def network(recipe: Recipe, classes: int, device: torch.device):
 
 
 def sgd(model: torch.nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.SGD:
-    return build_sgd(list(model.parameters()), device, LR, recipe.momentum, recipe.weight_decay)
+    options = {"momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
+    return build_sgd(list(model.parameters()), device, lr=LR, **options)
 
 
 def network_alone(recipe: Recipe, batch: Batch, precision: Precision):

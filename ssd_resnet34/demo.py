@@ -30,8 +30,8 @@ from tqdm import tqdm
 from common.coco.draw import draw_boxes
 from common.coco.images import read_image
 from common.coco.sample import write_sample
-from common.npu import checkpoint, cli, entry
-from common.npu.device import DEVICES, memory_format, setup_device
+from common.npu import cli, entry
+from common.npu.device import memory_format, setup_device
 from common.npu.errors import UserError
 from ssd_resnet34.config import RECIPES, Recipe
 from ssd_resnet34.data import normalise, resize
@@ -47,11 +47,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     device, why = setup_device(args.device, args.device_id)
     print(why)
-    path = cli.checkpoint_to_use(args)
-    state = checkpoint.load(path)
+    state = cli.checkpoint_to_use(args)
     recipe, class_names = own_network(RECIPES["1p"], state), class_names_of(state)
     model = build_model(recipe, num_classes_of(state)).eval()
-    print(f"{path}: {load_weights(model, state)}")
+    print(f"{state['path']}: {load_weights(model, state)}")
     model.to(device, memory_format=memory_format(device))
 
     results = {}
@@ -84,15 +83,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None):
-    parser = cli.Parser(description=__doc__.split("\n")[0])
+    parser = cli.parser(__doc__.split("\n")[0], "files", "device")
     parser.add_argument("inputs", nargs="*", metavar="IMAGE|FOLDER", help="default: sample images")
     parser.add_argument("--img", nargs="+", default=[], metavar="IMAGE|FOLDER", help="the same")
-    parser.add_argument("--show-dir", type=Path, default="demo_output", help="for the pictures")
-    parser.add_argument("--min-score", "--score-thr", type=float, default=0.3, help="to be drawn")
-    parser.add_argument("-b", "--batch-size", type=int, default=8, help="images at a time")
-    parser.add_argument("--device", default="auto", choices=DEVICES, help="what to run on")
-    parser.add_argument("--device-id", type=int, default=0, help="which card")
-    cli.add_output_flags(parser)
+    cli.add(parser, "--show-dir", Path("demo_output"), "for the pictures")
+    cli.add(parser, "--min-score --score-thr", 0.3, "to be drawn")
+    cli.add(parser, "-b --batch-size", 8, "images at a time")
     return parser.parse_args(argv)
 
 

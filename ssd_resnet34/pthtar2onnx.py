@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from common.coco.images import read_image
 from common.coco.sample import write_sample
-from common.npu import checkpoint, cli, entry
+from common.npu import cli, entry
 from common.npu.errors import UserError
+from common.npu.files import write_atomically
 from ssd_resnet34.anchors import make_anchors
 from ssd_resnet34.config import RECIPES, Recipe
 from ssd_resnet34.data import prepare_image
@@ -57,11 +58,10 @@ def main(argv: list[str] | None = None) -> None:
     needed = ("onnx", "onnxruntime", "onnxscript")
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise UserError(f"the export needs more packages: pip install {' '.join(missing)}")
-    path = cli.checkpoint_to_use(args)
-    state = checkpoint.load(path)
+    state = cli.checkpoint_to_use(args)
     recipe = own_network(RECIPES["1p"], state)
     model = build_model(recipe, num_classes_of(state)).eval()
-    print(f"{path}: {load_weights(model, state)}")
+    print(f"{state['path']}: {load_weights(model, state)}")
     outputs = ["offsets", "logits"]
     if args.decoded:
         model, outputs = Decoded(model, recipe).eval(), ["boxes", "scores"]
@@ -71,21 +71,16 @@ def main(argv: list[str] | None = None) -> None:
     for batch in (images[:1], images):
         print(f"onnxruntime against torch, batch {len(batch)}: {compare(graph, model, batch)}")
     describe(graph, recipe, class_names_of(state))
-    try:
-        args.output_file.parent.mkdir(parents=True, exist_ok=True)
-        args.output_file.write_bytes(graph.SerializeToString())
-    except OSError as error:
-        raise UserError(f"{args.output_file} cannot be written: {error}") from None
+    write_atomically(args.output_file, graph.SerializeToString())
     print(f"{args.output_file}: {graph.ByteSize() / 2**20:.1f} MiB, opset {args.opset}")
 
 
 def parse(argv: list[str] | None):
-    parser = cli.Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output-file", type=Path, default="ssd300_resnet34.onnx", help="to write")
-    parser.add_argument("--decoded", action="store_true", help="boxes and scores, not raw outputs")
-    parser.add_argument("--opset", type=int, default=17, help="version of ONNX's operator set")
+    parser = cli.parser(__doc__.split("\n")[0], "files")
+    cli.add(parser, "--output-file", Path("ssd300_resnet34.onnx"), "to write")
+    cli.add(parser, "--decoded", False, "boxes and scores, not raw outputs")
+    cli.add(parser, "--opset", 17, "version of ONNX's operator set")
     parser.add_argument("--images", nargs="+", help="to check with; default: sample images")
-    cli.add_output_flags(parser)
     return parser.parse_args(argv)
 
 

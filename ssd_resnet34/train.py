@@ -16,15 +16,13 @@ import common  # noqa: F401 before torch
 
 # isort: split
 
-import dataclasses
 import time
-from collections.abc import Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from common.coco import check, evaluation
-from common.coco.index import CocoIndex, read_index
+from common.coco import check
+from common.coco.index import CocoIndex, find_coco, read_index
 from common.fps.curves import draw_curves
 from common.fps.meter import Meter
 from common.fps.runlog import RunLog
@@ -41,22 +39,23 @@ from common.npu.device import (
 from common.npu.distributed import Ranks
 from common.npu.errors import UserError, one_line
 from common.npu.precision import Precision, build_sgd, default_level
+from ssd_resnet34 import snapshot
 from ssd_resnet34.augment import augment
 from ssd_resnet34.config import RECIPES, Recipe
 from ssd_resnet34.data import Batch, build_loader, iterations_per_epoch, training_records
-from ssd_resnet34.evaluate import detect_all, draw_examples, tell
+from ssd_resnet34.evaluate import assess, detect_all
 from ssd_resnet34.loss import DetectionLoss
 from ssd_resnet34.model import build_model
-from ssd_resnet34.weights import load_weights, published_state_dict
+from ssd_resnet34.weights import load_weights
 
 LOSSES = ("loss_cls", "loss_bbox", "loss")
 
 
 def main(argv: list[str] | None = None) -> int | None:
     args = parse(argv)
-    args.started = cli.launch_time(time.time())
     recipe = cli.chosen_recipe(args, RECIPES)
-    train_files, val_files = cli.data_files(args, "train"), cli.data_files(args, "val")
+    train_files = find_coco(args.data, "train", args.train_annotations, args.train_images)
+    val_files = find_coco(args.data, "val", args.val_annotations, args.val_images)
     if args.check_data:
         return check.check_data(train_files, val_files)
 
@@ -72,17 +71,17 @@ def main(argv: list[str] | None = None) -> int | None:
 
     # Read before the output folder makes room: they may lie in it.
     resumed = checkpoint.to_resume(args.resume, args.output_dir)
-    if args.recipe == "finetune" and not (args.checkpoint or args.pretrained or resumed):
-        args.checkpoint = cli.checkpoint_to_use(args)
-    given = [str(path) for path in (args.pretrained, args.checkpoint) if path]
-    weights = {path: checkpoint.load(path) for path in given if not resumed}
+    given = [path for path in (args.pretrained, args.checkpoint) if path and not resumed]
+    weights = [checkpoint.load(path) for path in given]
+    if args.recipe == "finetune" and not (weights or resumed):
+        weights = [cli.checkpoint_to_use(args)]
     ranks.barrier()
     moved = checkpoint.make_room(args.output_dir) if ranks.main and resumed is None else None
     ranks.barrier()
-    workers = cli.workers_for(args.num_workers, ranks.local_world_size)
+    workers = cli.workers_for(args, ranks.local_world_size)
     with RunLog(args.output_dir, ranks, args.device_id, workers) as log:
         log.header(
-            env_info=environment(device),
+            env_info=environment(),
             config=recipe.listing(),
             seed=args.seed,
             exp_name=f"{args.tag}{recipe.name}",
@@ -116,14 +115,8 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def parse(argv: list[str] | None):
-    parser = cli.Parser(description=__doc__.split("\n")[0])
-    cli.add_data_flags(parser)
-    cli.add_output_flags(parser)
-    cli.add_run_flags(parser)
-    cli.add_evaluation_flags(parser)
-    cli.add_device_flags(parser)
-    cli.add_recipe_flags(parser, RECIPES)
-    return parser.parse_args(argv)
+    groups = ("data", "files", "run", "evaluation", "device", "process")
+    return cli.parser(__doc__.split("\n")[0], *groups, recipes=RECIPES).parse_args(argv)
 
 
 def read(files: tuple[str, str], classes: tuple[str, ...] | None, log: RunLog) -> CocoIndex:
@@ -155,7 +148,7 @@ class Training:
         train_set: CocoIndex,
         val_set: CocoIndex,
         resumed: dict | None = None,
-        weights: Mapping[str, dict] = MappingProxyType({}),
+        weights: Sequence[dict] = (),
     ):
         self.args, self.recipe, self.device, self.ranks = args, recipe, device, ranks
         self.precision, self.log, self.val_set = precision, log, val_set
@@ -169,20 +162,20 @@ class Training:
         self.logged_losses: list[float] = []
 
         self.model = build_model(recipe, len(self.classes))
-        for path, state in weights.items():
-            log.info(f"{path}: {load_weights(self.model, state, name=path)}")
+        for state in weights:
+            log.info(f"{state['path']}: {load_weights(self.model, state)}")
         if not (weights or resumed):
             log.info("weights: random; --pretrained takes torchvision's ImageNet file")
         self.model.to(device, memory_format=memory_format(device))
-        self.optimizer = build_sgd(
-            list(self.model.parameters()), device, 0.0, recipe.momentum, recipe.weight_decay
-        )
+        options = {"momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
+        self.optimizer = build_sgd(list(self.model.parameters()), device, lr=0.0, **options)
         self.window = LossWindow(LOSSES, device)
         if resumed is not None:
-            self.restore(resumed)
+            snapshot.restore(self, resumed)
+            log.info(f"resumed from {resumed['path']} at iteration {self.iteration}")
         self.network, self.optimizer = precision.prepare(self.model, self.optimizer)
         if ranks.world_size > 1:
-            self.network = distributed.parallel(self.network, device, precision.reduce_dtype)
+            self.network = distributed.parallel(self.network, precision.reduce_dtype)
         self.network.train()
         self.criterion = DetectionLoss(recipe, len(self.classes)).to(device)
         self.meter = Meter(recipe.batch_size * ranks.world_size)
@@ -229,7 +222,8 @@ class Training:
                     self.report()
             if self.iteration == self.end:
                 break
-            if done == self.per_epoch and self.evaluation_due() and self.evaluate():
+            due = self.iteration / self.per_epoch in self.recipe.evaluation
+            if due and self.args.kind == "acc" and self.evaluate():
                 break
             if self.iteration % (self.args.save_interval or self.per_epoch) == 0:
                 self.save()
@@ -283,37 +277,19 @@ class Training:
             "lower --lr, clip with --clip_norm=10, use --loss_scale=dynamic, or see --check_data"
         )
 
-    def evaluation_due(self) -> bool:
-        return (
-            self.args.kind == "acc" and self.iteration // self.per_epoch in self.recipe.evaluation
-        )
-
     def evaluate(self) -> bool:
         """COCO evaluation on all ranks, in fp32; whether the goal is reached."""
         self.report()
         self.evaluated = self.iteration
         with self.meter.paused():
             distributed.average_buffers(self.model, self.ranks)
-            rows = detect_all(
-                self.model,
-                self.recipe,
-                self.val_set,
-                self.device,
-                self.ranks,
-                self.log.num_workers,
-                Precision(self.device),
-            )
+            shared = (self.device, self.ranks, self.log.num_workers)
+            rows = detect_all(self.model, self.recipe, self.val_set, *shared)
             if rows is not None:
-                evaluation.save_results(self.args.output_dir / "results.bbox.json", rows)
-                outcome = evaluation.evaluate(
-                    self.val_set.annotation_file, rows, self.args.eval_backend == "faster"
-                )
-                tell(outcome, self.recipe, self.log.info, self.args.per_class)
-                evaluation.draw_pr_curves(self.args.output_dir / "pr_curves.png", outcome)
-                draw_examples(self.args.output_dir / "detections.png", self.val_set, rows)
+                outcome = assess(rows, self.val_set, self.recipe, self.args, self.log.info)
                 self.log.val(self.iteration, self.lr(self.iteration - 1), outcome.mmdet())
                 self.accuracy = outcome.stats["AP"]
-            self.accuracy = self.ranks.broadcast(self.accuracy)
+            self.accuracy = self.ranks.all_gather_objects(self.accuracy)[0]
             if self.accuracy > self.best:
                 self.best = self.accuracy
                 self.save("best.pt")
@@ -329,61 +305,13 @@ class Training:
         self.report()
         with self.meter.paused():
             self.demand_finite(self.window.fetch().bad())
-            buffers = distributed.gather_buffers(self.model, self.ranks)
-            windows = self.ranks.gather_objects(self.window.state_dict())
-            if self.ranks.main:
-                weights = published_state_dict(self.model) | distributed.mean_buffers(buffers)
-                if not all(torch.isfinite(value).all() for value in weights.values()):
-                    raise UserError(
-                        "weights are not finite; use --loss_scale=dynamic or a lower --lr"
-                    )
-                folder = self.args.output_dir
-                path = folder / name if name else checkpoint.path_of(folder, self.iteration)
-                checkpoint.save(path, self.state(weights, buffers, windows))
-                checkpoint.tidy(folder, self.iteration, self.args.keep)
+            state = snapshot.take(self)
+            if state is not None:
+                path = self.args.output_dir / (name or f"iter_{self.iteration}.pt")
+                checkpoint.save(path, state)
+                checkpoint.tidy(path.parent, self.iteration, self.args.keep)
                 self.log.info(f"Saving checkpoint {path}")
             self.ranks.barrier()
-
-    def state(self, weights: dict, buffers: list, windows: list) -> dict:
-        return {
-            "model": weights,  # running statistics averaged over ranks, for whoever evaluates
-            "buffers": buffers,  # and each rank's own, for an exact resume
-            "optimizer": self.optimizer.state_dict(),
-            "precision": self.precision.state_dict(),
-            "windows": windows,
-            "iteration": self.iteration,
-            "best": self.best,
-            "recipe": dataclasses.asdict(self.recipe),
-            "classes": list(self.classes),
-            "category_ids": list(self.val_set.category_ids),
-            "run": self.identity(),
-        }
-
-    def identity(self) -> dict:
-        """What must be the same for a resumed run to go on where it was."""
-        return {
-            "backbone": self.recipe.backbone,
-            "global batch": self.recipe.batch_size * self.ranks.world_size,
-            "training images": self.records,
-            "seed": self.args.seed,
-        }
-
-    def restore(self, state: dict) -> None:
-        """Go on from a state: in the middle of an epoch, with the same order and augmentation."""
-        for what, value in self.identity().items():
-            if state["run"][what] != value:
-                raise UserError(
-                    f"--resume {state['path']}: its {what} was {state['run'][what]}, now {value}; "
-                    "go on as it was, or start anew from its weights with --checkpoint_path"
-                )
-        load_weights(self.model, state)
-        if len(state["buffers"]) == self.ranks.world_size:
-            self.model.load_state_dict(state["buffers"][self.ranks.rank], strict=False)
-            self.window.load_state_dict(state["windows"][self.ranks.rank])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.precision.load_state_dict(state["precision"])
-        self.iteration, self.best = state["iteration"], state["best"]
-        self.log.info(f"resumed from {state['path']} at iteration {self.iteration}")
 
     def finish(self) -> None:
         """Evaluate and save the last state, draw the curves, write the summary."""

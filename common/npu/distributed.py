@@ -1,16 +1,13 @@
-"""Ranks: start-up from torchrun or torch.distributed.launch, a few collectives, shutdown."""
+"""Ranks: start-up from torchrun or torch.distributed.launch, a few collectives, buffers."""
 
-import inspect
 import os
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-
-from common.npu.errors import UserError
 
 # CPU tensors and objects go over gloo on every device, tensors on the device over its own.
 BACKENDS = {"npu": "cpu:gloo,npu:hccl", "cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}
@@ -36,30 +33,17 @@ class Ranks:
     @staticmethod
     def from_environment() -> "Ranks":
         """From the variables that torchrun and torch.distributed.launch --use_env set."""
-        names = {"rank": "RANK", "local_rank": "LOCAL_RANK", "world_size": "WORLD_SIZE"}
-        try:
-            found = {field: int(os.environ[name]) for field, name in names.items()}
-        except KeyError:
+        if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():
             return Ranks()
-        except ValueError as error:
-            raise UserError(f"RANK, LOCAL_RANK and WORLD_SIZE must be numbers: {error}") from None
-        return Ranks(**found, local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+        return Ranks(*(int(os.environ.get(name, 1)) for name in names))
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on at least one rank; every rank gets the same answer."""
-        if self.world_size == 1:
-            return flag
-        votes = torch.tensor([int(flag)], dtype=torch.int32)
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-        return bool(votes.item())
-
-    def gather_objects(self, value: object) -> list | None:
-        """Every rank's value, in order, on rank 0; None elsewhere."""
-        if self.world_size == 1:
-            return [value]
-        values = [None] * self.world_size if self.main else None
-        dist.gather_object(value, values)
-        return values
+        votes = torch.tensor(int(flag))  # on the CPU: asked at every step, it may not wait
+        if self.world_size > 1:
+            dist.all_reduce(votes, dist.ReduceOp.MAX)
+        return bool(votes)
 
     def all_gather_objects(self, value: object) -> list:
         """Every rank's value, in order, on every rank."""
@@ -68,82 +52,48 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
-    def broadcast(self, value: object) -> object:
-        """Rank 0's value, on every rank."""
-        if self.world_size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box)
-        return box[0]
-
     def barrier(self) -> None:
         self.any(False)
 
 
 def start(device: torch.device, ranks: Ranks, timeout_seconds: float = 1800) -> None:
     """Join the process group, if there is more than one rank."""
-    if ranks.world_size == 1:
-        return
-    dist.init_process_group(
-        BACKENDS[device.type],
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        timeout=timedelta(seconds=timeout_seconds),
-        device_id=None if device.type == "cpu" else device,
-    )
+    if ranks.world_size > 1:
+        # HCCL gives up before torch's watchdog ends the process, so that the reason is logged.
+        os.environ.setdefault("HCCL_EXEC_TIMEOUT", f"{0.9 * timeout_seconds:.0f}")
+        card, timeout = None if device.type == "cpu" else device, timedelta(seconds=timeout_seconds)
+        dist.init_process_group(BACKENDS[device.type], timeout=timeout, device_id=card)
 
 
-def shutdown() -> None:
-    """Leave the process group, if in one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def parallel(model: nn.Module, device: torch.device, half: torch.dtype | None) -> nn.Module:
-    """DistributedDataParallel without buffer broadcasts; `half`: dtype gradients travel in."""
-    # torch 2.13 renamed the argument.
-    parameters = inspect.signature(DistributedDataParallel).parameters
-    sync = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
-    own = [buffer.clone() for buffer in model.buffers()]
-    wrapped = DistributedDataParallel(
-        model,
-        device_ids=None if device.type == "cpu" else [device.index],
-        gradient_as_bucket_view=True,
-        **{sync: False},
-    )
-    # And since then it starts with rank 0's buffers everywhere; a resumed rank has its own.
-    for buffer, value in zip(model.buffers(), own, strict=True):
-        buffer.copy_(value)
+def parallel(model: nn.Module, half: torch.dtype | None) -> nn.Module:
+    """DistributedDataParallel that leaves buffers alone; `half`: dtype gradients travel in."""
+    buffers = [name for name, _ in model.named_buffers()]
+    # Else every rank would start with those of rank 0; a resumed rank has its own.
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, buffers)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     if half is not None:
-        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-
-        hooks = {torch.float16: "fp16_compress_hook", torch.bfloat16: "bf16_compress_hook"}
-        wrapped.register_comm_hook(None, getattr(default_hooks, hooks[half]))
+        wrapped.register_comm_hook(half, _reduce_in)
     return wrapped
 
 
-def gather_buffers(model: nn.Module, ranks: Ranks) -> list[dict[str, torch.Tensor]] | None:
-    """Every rank's floating buffers (BN running statistics) on the CPU of rank 0."""
-    buffers = {
-        name: buffer.detach().cpu().clone()
-        for name, buffer in model.named_buffers()
-        if buffer.is_floating_point()
-    }
-    return ranks.gather_objects(buffers)
+def _reduce_in(half: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Mean of a bucket of gradients over ranks; torch's own for bfloat16 refuses all but CUDA."""
+    small = bucket.buffer().to(half).div_(dist.get_world_size())
+    future = dist.all_reduce(small, async_op=True).get_future()
+    return future.then(lambda reduced: bucket.buffer().copy_(reduced.value()[0]))
 
 
-def mean_buffers(buffers: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def gather_buffers(model: nn.Module, ranks: Ranks) -> list[dict[str, Tensor]]:
+    """Every rank's floating buffers (BN running statistics) on the CPU, in rank order."""
+    floating = ((name, b) for name, b in model.named_buffers() if b.is_floating_point())
+    return ranks.all_gather_objects({name: buffer.cpu() for name, buffer in floating})
+
+
+def mean_buffers(buffers: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The mean over ranks of what `gather_buffers` brought."""
     return {name: torch.stack([rank[name] for rank in buffers]).mean(0) for name in buffers[0]}
 
 
-@torch.no_grad()
 def average_buffers(model: nn.Module, ranks: Ranks) -> None:
     """Replace BN running statistics by their mean over ranks, on every rank."""
-    if ranks.world_size == 1:
-        return
-    gathered = gather_buffers(model, ranks)
-    means = ranks.broadcast(mean_buffers(gathered) if gathered else None)
-    for name, buffer in model.named_buffers():
-        if name in means:
-            buffer.copy_(means[name])
+    model.load_state_dict(mean_buffers(gather_buffers(model, ranks)), strict=False)

@@ -2,57 +2,58 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import sys
-import time
-from collections.abc import Callable
 
-from common.npu.distributed import Ranks, shutdown
+import torch.distributed as dist
+
+from common.npu.distributed import Ranks
 from common.npu.errors import UserError, one_line
 
+# What gloo, HCCL and NCCL say of a rank that is gone or does not come.
+LOST = re.compile("gloo|HCCL|NCCL|[Tt]imed out|[Cc]onnection (closed|reset)")
 
-def run(main: Callable[[], int | None]) -> None:
-    """Run an entry script's `main` and exit: 0, its own status, or 1 after a UserError's line."""
+
+def run(main) -> None:
+    """Call an entry script's `main` and exit: with its status, or 1 after a UserError's line."""
     try:
         status = main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except UserError as error:
         rank = os.environ.get("RANK")
-        if rank not in (None, "0"):
-            # Where all ranks meet the same error rank 0's line is enough: meanwhile the launcher
-            # ends the others.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(3)
-        where = f" (rank {rank})" if rank else ""
-        print(f"error{where}: {one_line(error)}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        status = f"error{f' (rank {rank})' if rank else ''}: {one_line(error)}"
+    except RuntimeError as error:
+        if not (dist.is_initialized() and LOST.search(str(error))):
+            raise
+        status = (
+            f"error (rank {os.environ.get('RANK')}): another rank has ended or does not answer, "
+            f"see its own message; go on with --resume=auto ({str(error).strip().splitlines()[0]})"
+        )
     finally:
         # Loader workers that an error left behind sit out a SIGTERM, multiprocessing's too.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in multiprocessing.active_children():
             worker.kill()
-    shutdown()
-    sys.exit(status or 0)
+    sys.exit(status)
 
 
 class StopRequest:
-    """SIGTERM and Ctrl-C ask all ranks to stop at the same step; a second Ctrl-C kills."""
+    """SIGTERM and Ctrl-C ask all ranks to stop at the same step; a further Ctrl-C does not wait.
+
+    status: the exit status of a process ended by the signal, 143 for SIGTERM.
+    """
 
     def __init__(self) -> None:
-        self._signal: int | None = None
+        self.asked, self.status = False, 128 + signal.SIGTERM
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: object) -> None:
-        if self._signal is not None and number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            raise KeyboardInterrupt
-        self._signal = number
+        self.asked, self.status = True, 128 + number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def agreed(self, ranks: Ranks, also: bool = False) -> bool:
         """Whether any rank was asked to stop, or brings its own reason; the same on all ranks."""
-        return ranks.any(also or self._signal is not None)
-
-    @property
-    def status(self) -> int:
-        """Exit status of a process ended by the signal, 143 for SIGTERM."""
-        return 128 + (self._signal or signal.SIGTERM)
+        return ranks.any(self.asked or also)

@@ -3,15 +3,21 @@
 import os
 from pathlib import Path
 
+from common.npu.errors import UserError
 
-def write_atomically(path: str | os.PathLike, content: bytes) -> Path:
-    """Write beside `path`, then rename; its folder is made where it is missing."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside `path`, then rename; its folder is made. Raises UserError on a full disk."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        partial.write_bytes(content)
-        partial.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; give another place") from None
     finally:
-        partial.unlink(missing_ok=True)
-    return path
+        if os.path.exists(partial):
+            os.unlink(partial)

@@ -1,5 +1,6 @@
 import argparse
 import dataclasses
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class Recipe:
     none_yet: tuple[int, ...] = option(())
     augment: bool = option(True)
     epochs: int = option(9)
+    eval_batch_size: int = option(5)
     hidden: int = 7
 
 
@@ -31,14 +33,8 @@ RECIPES = {"small": Recipe(), "large": Recipe(batch_size=64, augment=False)}
 
 
 def parser():
-    p = cli.Parser(prog="train")
-    cli.add_data_flags(p)
-    cli.add_output_flags(p)
-    cli.add_run_flags(p)
-    cli.add_device_flags(p)
-    cli.add_evaluation_flags(p)
-    cli.add_recipe_flags(p, RECIPES)
-    return p
+    groups = dict.fromkeys(group for group, *_ in cli.FLAGS)
+    return cli.parser("Train.", *groups, recipes=RECIPES)
 
 
 def recipe_of(*words):
@@ -92,10 +88,23 @@ def test_help_shows_every_flag_with_its_default(capsys):
         parser().parse_args(["--help"])
     assert ended.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("--batch-size", "(default: 32)", "(default: 4 8)", "--no-augment", "--resume"):
+    for words in ("--batch-size", "(default: 32)", "(default: (4, 8))", "--no-augment", "--resume"):
         assert words in text
+    for _, names, _, explained in cli.FLAGS:
+        assert all(name in text for name in names.split())
+        assert explained in text
     assert "hidden" not in text
-    assert "local-rank" not in text
+
+
+def test_a_script_has_the_groups_it_asks_for_and_flags_of_its_own(capsys):
+    p = cli.parser("Draw.", "files")
+    cli.add(p, "-k --count", 3, "how many")
+    args = p.parse_args(["--output_dir=a_b"])
+    assert (args.count, args.output_dir, args.checkpoint) == (3, Path("a_b"), "")
+    assert not hasattr(args, "data")
+    with pytest.raises(SystemExit):
+        p.parse_args(["--data=x"])
+    assert "unrecognized arguments: --data=x" in capsys.readouterr().err
 
 
 def test_a_preset_alone_is_unchanged():
@@ -129,7 +138,7 @@ def test_a_tuple_can_be_emptied_and_a_switch_put_out():
     assert recipe_of("--no_augment").augment is False
 
 
-@pytest.mark.parametrize("flag", ["--batch_size", "--epochs"])
+@pytest.mark.parametrize("flag", ["--batch_size", "--eval_batch_size", "--epochs"])
 @pytest.mark.parametrize("value", ["0", "-1"])
 def test_counts_must_be_positive(flag, value):
     with pytest.raises(UserError, match=f"{flag} {value}: must be at least 1"):
@@ -145,40 +154,43 @@ def test_undocumented_fields_have_no_flag(capsys):
 def test_defaults_of_a_run():
     args = parser().parse_args([])
     assert (args.resume, args.save, args.kind, args.device) == ("none", True, "acc", "auto")
+    assert (args.deterministic, args.timeout, args.output_dir) == (False, 1800, Path("output"))
+    assert not any((args.data, args.checkpoint, args.pretrained, args.max_iters, args.num_classes))
     assert parser().parse_args(["--no_save"]).save is False
     assert parser().parse_args(["--local_rank=3"]).local_rank == 3
 
 
 def test_workers(monkeypatch):
     monkeypatch.setattr(cli.os, "sched_getaffinity", lambda pid: range(24), raising=False)
-    assert [cli.workers_for(n, 1) for n in (0, 5, 40)] == [0, 5, 40]
-    assert [cli.workers_for(None, ranks) for ranks in (1, 2, 8, 24, 30)] == [16, 11, 2, 0, 0]
-    with pytest.raises(UserError, match="--num_workers -1"):
-        cli.workers_for(-1, 1)
+    given = [parser().parse_args([f"--num_workers={count}"]) for count in (0, 5, 40)]
+    assert [cli.workers_for(args, 1) for args in given] == [0, 5, 40]
+    args = parser().parse_args([])
+    assert [cli.workers_for(args, ranks) for ranks in (1, 2, 8, 24, 30)] == [16, 11, 2, 0, 0]
 
 
-@pytest.mark.parametrize("given", [None, 80, 81])
+@pytest.mark.parametrize("given", [0, 80, 81])
 def test_a_class_count_that_agrees(given):
     cli.check_num_classes(argparse.Namespace(num_classes=given), 80)
 
 
-@pytest.mark.parametrize("given", [0, 79, 82])
+@pytest.mark.parametrize("given", [1, 79, 82])
 def test_a_class_count_that_contradicts_the_file(given):
-    with pytest.raises(UserError, match=f"--num_classes {given}: the annotation file has 80"):
+    with pytest.raises(UserError, match=f"--num_classes {given}: the annotations have 80"):
         cli.check_num_classes(argparse.Namespace(num_classes=given), 80)
 
 
 def test_checkpoint_to_use(tmp_path, capsys):
     def use(folder, given=None):
         args = argparse.Namespace(checkpoint=given, output_dir=tmp_path / folder)
-        return cli.checkpoint_to_use(args)
+        return Path(cli.checkpoint_to_use(args)["path"])
 
     with pytest.raises(UserError, match="give one with --checkpoint_path"):
         use("output")
     for folder, steps in (("output", (1, 2)), ("output_20260101", (9,))):
         for step in steps:
-            checkpoint.save(checkpoint.path_of(tmp_path / folder, step), {"run": {}})
-    assert use("output", "given.pt") == Path("given.pt")
+            checkpoint.save(tmp_path / folder / f"iter_{step}.pt", {"run": {}})
+    given = str(tmp_path / "output" / "iter_1.pt")
+    assert use("output", given) == Path(given)
     assert use("output") == tmp_path / "output" / "iter_2.pt"
     assert use("elsewhere").parent.parent == tmp_path  # a run beside it
     (tmp_path / "output" / "iter_3.pt").write_bytes(b"cut")
@@ -188,6 +200,7 @@ def test_checkpoint_to_use(tmp_path, capsys):
 
 def test_launch_time(monkeypatch):
     monkeypatch.delenv("ONESTAGE_LAUNCH_TIME", raising=False)
-    assert cli.launch_time(5.0) == 5.0
+    before = time.time()
+    assert before <= parser().parse_args([]).started <= time.time()
     monkeypatch.setenv("ONESTAGE_LAUNCH_TIME", "1700000000.5")
-    assert cli.launch_time(5.0) == 1700000000.5
+    assert parser().parse_args([]).started == 1700000000.5

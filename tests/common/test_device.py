@@ -17,7 +17,6 @@ from common.npu.device import (
     memory_mib,
     record_event,
     setup_device,
-    synchronize,
 )
 from common.npu.errors import UserError
 
@@ -102,7 +101,6 @@ def test_a_cuda_build_never_imports_torch_npu(torch_npu, monkeypatch, tmp_path):
 def test_what_is_not_there():
     assert refusal("npu") == "--device npu: torch_npu is not installed"
     assert refusal("cuda") == "--device cuda: no CUDA device"
-    assert "not one of auto, npu, cuda, cpu" in refusal("tpu")
     device, why = setup_device("auto")
     assert device == CPU
     assert "npu: torch_npu is not installed; cuda: no CUDA device" in why
@@ -129,7 +127,7 @@ def test_a_card_by_its_index(monkeypatch):
         assert why == "device: cuda:1 card 1"
     assert taken == [1, 1]
     assert torch.backends.cudnn.benchmark
-    assert refusal("cuda", 2).startswith("cuda device 2 does not exist, there are 2")
+    assert refusal("cuda", 2) == "--device_id 2: 2 cuda devices here; use fewer processes"
 
 
 def test_bf16_of_a_cpu_is_read_from_its_flags(tmp_path, monkeypatch):
@@ -153,9 +151,8 @@ def test_what_differs_between_devices():
     assert images_at_once(torch.zeros(7, 2)) == 1
     assert images_at_once(torch.zeros(7, 2, device="meta")) == 7
     assert record_event(CPU) is None
-    synchronize(CPU)
     assert 20 < memory_mib(CPU) < 1 << 20
-    assert f"torch {torch.__version__}" in environment(CPU)
+    assert f"torch {torch.__version__}" in environment()
 
 
 def test_deterministic(monkeypatch):

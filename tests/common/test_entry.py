@@ -1,15 +1,19 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 import traceback
+from pathlib import Path
 
 import pytest
 
-from common.npu import entry
 from common.npu.distributed import Ranks
 from common.npu.entry import StopRequest, run
 from common.npu.errors import UserError
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -39,18 +43,29 @@ def fail(text):
     raise UserError(text)
 
 
-@pytest.mark.parametrize(("returned", "status"), [(None, 0), (0, 0), (3, 3), (143, 143)])
-def test_the_status_is_mains(returned, status, capsys):
-    assert status_of(lambda: returned) == status
+@pytest.mark.parametrize("status", [None, 0, 3, 143])
+def test_the_status_is_mains(status, capsys):
+    assert status_of(lambda: status) == status
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_user_error_is_one_line_and_status_1(capsys):
-    assert status_of(lambda: fail("a.json: no such file; give another")) == 1
-    assert capsys.readouterr() == ("", "error: a.json: no such file; give another\n")
+def test_a_user_error_is_one_line_and_status_1():
+    code = """
+from common.npu import entry
+from common.npu.errors import UserError
+
+def main():
+    raise UserError("a.json: no such file; give another")
+
+entry.run(main)
+"""
+    made = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 1
+    assert made.stdout == ""
+    assert made.stderr == "error: a.json: no such file; give another\n"
 
 
-def test_a_workers_error_is_the_same_line(capsys):
+def test_a_workers_error_is_the_same_line():
     """A DataLoader raises the worker's exception with its whole traceback as the text."""
 
     def main():
@@ -60,22 +75,12 @@ def test_a_workers_error_is_the_same_line(capsys):
             text = "".join(traceback.format_exception(error))
         raise UserError(f"Caught UserError in DataLoader worker process 0.\nOriginal {text}")
 
-    assert status_of(main) == 1
-    assert capsys.readouterr().err == "error: a.jpg: cannot read the image\n"
+    assert status_of(main) == "error: a.jpg: cannot read the image"
 
 
-def test_ranks_but_the_first_let_it_speak_first(monkeypatch, capsys):
-    waited = []
-    monkeypatch.setattr(entry.time, "sleep", waited.append)
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        for rank in ("0", "2"):
-            monkeypatch.setenv("RANK", rank)
-            assert status_of(lambda: fail("bad")) == 1
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-    assert len(waited) == 1
-    assert capsys.readouterr().err == "error (rank 0): bad\nerror (rank 2): bad\n"
+def test_of_several_ranks_the_line_names_the_one(monkeypatch):
+    monkeypatch.setenv("RANK", "2")
+    assert status_of(lambda: fail("bad")) == "error (rank 2): bad"
 
 
 def test_a_programming_error_keeps_its_traceback():
@@ -123,7 +128,6 @@ def test_a_second_ctrl_c_does_not_wait():
     assert stop.agreed(Ranks())
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
 
 
 @pytest.mark.usefixtures("_handlers")

@@ -1,11 +1,19 @@
 import pytest
 
+from common.npu.errors import UserError
 from common.npu.files import write_atomically
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = write_atomically(tmp_path / "new" / "file", b"old")
+    path = tmp_path / "new" / "file"
+    write_atomically(path, b"old")
     with pytest.raises(TypeError):
         write_atomically(path, "text is not bytes")
     assert path.read_bytes() == b"old"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_bytes(b"in the way")
+    with pytest.raises(UserError, match=r"file/x cannot be written: .*; give another place"):
+        write_atomically(tmp_path / "file" / "x", b"new")

@@ -93,7 +93,7 @@ def test_mismatching_checkpoints_are_refused(tmp_path, data):
     checkpoint.save(tmp_path / "weights.pt", state)
     message = error_of(tmp_path, data, f"--resume={tmp_path}/weights.pt")
     assert "--checkpoint_path" in message
-    assert "does not exist" in error_of(tmp_path, data, "--resume=nothing.pt")
+    assert "is missing" in error_of(tmp_path, data, "--resume=nothing.pt")
 
 
 def test_impossible_flags(tmp_path, data):

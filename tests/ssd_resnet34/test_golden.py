@@ -275,8 +275,7 @@ def test_training_sample_under_the_ports_draws(
 @pytest.mark.parametrize("case", ["1p", "8p", "8p_warmup650_factor0", "8p_warmup300_factor1"])
 def test_learning_rate(golden, case):
     expected = golden("lr")[case]
-    parser = cli.Parser()
-    cli.add_recipe_flags(parser, RECIPES)
+    parser = cli.parser("", recipes=RECIPES)
     recipes = [cli.chosen_recipe(parser.parse_args(expected["argv"]), RECIPES)]
     if case in RECIPES:
         recipes.append(RECIPES[case])  # the preset alone is the same

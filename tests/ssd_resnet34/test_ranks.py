@@ -89,7 +89,7 @@ def first_gradients(data, ranks, batch_size):
     model = build_model(recipe, 80).eval()
     network = model
     if ranks.world_size > 1:
-        network = distributed.parallel(model, torch.device("cpu"), None)
+        network = distributed.parallel(model, None)
     images, boxes = augment(batch, recipe)
     losses = DetectionLoss(recipe, 80)(network(images), boxes, batch.labels, batch.valid)
     losses["loss"].backward()
@@ -99,11 +99,12 @@ def first_gradients(data, ranks, batch_size):
 
 def member(data, rank, port, queue):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
     ranks = Ranks(rank, rank, 2, 2)
     distributed.start(torch.device("cpu"), ranks, timeout_seconds=100)
     queue.put((rank, first_gradients(data, ranks, 2)))
     ranks.barrier()
-    distributed.shutdown()
+    torch.distributed.destroy_process_group()
 
 
 def test_2_ranks_of_2_images_have_the_gradient_of_1_rank_with_4(tmp_path):
@@ -149,7 +150,7 @@ def test_bad_data_on_one_rank_ends_both_with_its_message_and_a_checkpoint(tmp_pa
     assert list(scripts.losses(output)) == [1, 2, 3, 4]
 
 
-def test_kill_9_of_one_rank_ends_the_other(tmp_path):
+def test_kill_9_of_one_rank_ends_the_other(tmp_path, capsys):
     data = scripts.subset(tmp_path / "coco", train=8, val=2)
     output = tmp_path / "run"
     flags = ("--epochs=500", "--log_interval=1", "--num_workers=1", "--kind=perf")
@@ -159,6 +160,5 @@ def test_kill_9_of_one_rank_ends_the_other(tmp_path):
         everyone = scripts.family(process.pid)
         os.kill(scripts.children(process.pid)[-1], signal.SIGKILL)
         assert scripts.ended(process, everyone, seconds=60) != 0
-    newest, skipped = checkpoint.newest(output)
-    assert newest is not None
-    assert skipped == []
+    assert checkpoint.newest(output)["iteration"] > 0
+    assert capsys.readouterr().err == ""
