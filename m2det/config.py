@@ -90,6 +90,16 @@ class Recipe:
         """One line a field, for the log."""
         return "\n".join(f"{key} = {value!r}" for key, value in asdict(self).items())
 
+    def warnings(self, world_size: int) -> list[str]:
+        """What is known to go wrong with this recipe on that many devices."""
+        batch = world_size * self.batch_size
+        if batch <= 32 or self.lr <= 0.001 or self.clip_norm:
+            return []
+        return [
+            f"total batch {batch} with --lr={self.lr:g}: the original's users lost 11 AP above a "
+            "total batch of 32; clip gradients (--clip_norm=10) or take the port's --lr=0.001"
+        ]
+
     def lr_at(
         self, iteration: int, iters_per_epoch: int, world_size: int, batch_size: int
     ) -> float:
@@ -129,5 +139,25 @@ RECIPES: dict[str, Recipe] = {
         prior_sizes=(0.04, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05),
         batch_size=9,
         lr=0.004,
+    ),
+    # Finetuning from a checkpoint: the port's rule.
+    "finetune": Recipe(),
+    # Minutes on two CPU cores, for the built-in sample set, from random initialisation: a thin
+    # network, small batches, clipped gradients because nothing is pretrained.
+    "quickstart": replace(
+        _320,
+        name="M2Det-thin",
+        backbone="vgg16_thin",
+        planes=32,
+        num_levels=2,
+        augment=False,
+        batch_size=8,
+        epochs=8,
+        lr=0.02,
+        lr_factors=(1, 0.1),
+        lr_last_epochs=(7, 8),
+        warmup_epochs=1,
+        clip_norm=10.0,
+        eval_batch_size=8,
     ),
 }

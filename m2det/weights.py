@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import Tensor, nn
 
@@ -108,6 +109,16 @@ def class_names_of(state: Mapping) -> tuple[str, ...]:
     return tuple(f"class_{label}" for label in range(count))
 
 
-def published_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The weights as the original's checkpoints have them: fp32 on the CPU, under its keys."""
-    return {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+def published_state_dict(
+    model: nn.Module, buffers: Mapping[str, Tensor] = MappingProxyType({})
+) -> dict[str, Tensor]:
+    """The weights as the original's checkpoints have them: fp32 on the CPU, under its keys.
+
+    `buffers` by name take the place of the model's own, under every key of a shared module.
+    """
+    state = model.state_dict()
+    given = {state[name].data_ptr(): value for name, value in buffers.items()}
+    return {
+        key: given.get(value.data_ptr(), value).detach().cpu().clone()
+        for key, value in state.items()
+    }

@@ -120,6 +120,17 @@ def test_classes_of_a_checkpoint(classes):
         num_classes_of({"0.weight": torch.zeros(3)})
 
 
+def test_given_buffers_stand_under_every_key_of_a_shared_module(model):
+    """Means over ranks: the last key is what a loader is left with."""
+    means = {"leach.0.bn.running_mean": torch.full((8,), 3.0), "Norm.running_var": torch.ones(32)}
+    state = published_state_dict(model, means)
+    for key in ("leach.0.bn.running_mean", "leach.1.bn.running_mean"):
+        assert torch.equal(state[key], means["leach.0.bn.running_mean"])
+    assert torch.equal(state["Norm.running_var"], torch.ones(32))
+    load_weights(model, state)
+    assert model.leach[0].bn.running_mean.eq(3).all()
+
+
 def test_published_state_dict_is_a_copy_on_the_cpu(model):
     model.to(memory_format=torch.channels_last)
     state = published_state_dict(model)

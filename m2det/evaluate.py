@@ -1,0 +1,160 @@
+#!/usr/bin/env python3
+"""Evaluate M2Det on a COCO-format val set (COCO 2014: minival).
+
+    python3 evaluate.py --data DIR --checkpoint FILE                  one device
+    python3 -m torch.distributed.launch --use_env --nproc_per_node=8 evaluate.py ...
+
+Each image counts once, whatever the number of ranks and the batch size. `--format_only` writes
+the results in COCO's submission format and computes nothing.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # noqa: F401 before torch
+
+# isort: split
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from common.coco import evaluation
+from common.coco.draw import draw_pairs
+from common.coco.evaluation import Evaluation
+from common.coco.images import read_image
+from common.coco.index import CocoIndex
+from common.fps.summary import write_summary
+from common.npu import cli, distributed, entry
+from common.npu.device import memory_format, setup_device
+from common.npu.distributed import Ranks
+from common.npu.precision import Precision
+from m2det.config import RECIPES, Recipe
+from m2det.data import build_loader, find_files, normalise, read_records
+from m2det.model import build_model
+from m2det.postprocess import detect, submission_boxes
+from m2det.weights import load_weights
+
+# What a checkpoint of ours decides about the network.
+NETWORK = ["name", "backbone", "image_size", "planes", "num_levels", "sfam", "smooth"]
+NETWORK += ["prior_maps", "prior_steps", "prior_sizes", "prior_ratios"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    ranks = Ranks.from_environment()
+    device, why = setup_device(args.device, ranks.card(args.device_id))
+    distributed.start(device, ranks, args.timeout)
+    say = print if ranks.main else (lambda *_: None)
+    say(why)
+
+    state = cli.checkpoint_to_use(args)
+    recipe = own_network(cli.chosen_recipe(args, RECIPES), state)
+    files = find_files(args.data, "val", args.val_annotations, args.val_images)
+    records = read_records(files, state.get("classes"))
+    cli.check_num_classes(args, len(records.class_names))
+    model = build_model(recipe, len(records.class_names))
+    say(f"{state['path']}: {load_weights(model, state, name=state['path'])}")
+    model.to(device, memory_format=memory_format(device))
+
+    precision = Precision(device, getattr(args, "amp", "O0"), recipe.loss_scale, args.amp_dtype)
+    workers = cli.workers_for(args, ranks.local_world_size)
+    rows = detect_all(model, recipe, records, device, ranks, workers, precision)
+    if rows is None:
+        return
+    results = args.output_dir / "results.bbox.json"
+    evaluation.save_results(results, rows)
+    say(f"{len(rows)} detections in {len(records)} images: {results}")
+    if args.format_only:
+        return
+    outcome = evaluation.evaluate(records.annotation_file, rows, args.eval_backend == "faster")
+    tell(outcome, recipe, say, args.per_class)
+    evaluation.draw_pr_curves(args.output_dir / "pr_curves.png", outcome)
+    draw_examples(args.output_dir / "detections.png", records, rows)
+    case = (recipe.name, recipe.eval_batch_size, ranks.world_size, "eval")
+    seconds, accuracy = time.time() - args.started, outcome.stats["AP"]
+    say("\n".join(write_summary(args.output_dir, case, seconds, accuracy=accuracy)))
+
+
+def parse(argv: list[str] | None):
+    groups = ("data", "files", "evaluation", "device", "process")
+    parser = cli.parser(__doc__.split("\n")[0], *groups, recipes=RECIPES)
+    cli.add(parser, "--format-only", False, "write results, no metrics")
+    return parser.parse_args(argv)
+
+
+def own_network(recipe: Recipe, state: dict) -> Recipe:
+    """The recipe with the network that a checkpoint of ours was trained with."""
+    kept = state.get("recipe", {})
+    return replace(recipe, **{key: kept[key] for key in NETWORK if key in kept})
+
+
+@torch.no_grad()
+def detect_all(
+    model: nn.Module,
+    recipe: Recipe,
+    records: CocoIndex,
+    device: torch.device,
+    ranks: Ranks,
+    workers: int,
+    precision: Precision,
+) -> np.ndarray | None:
+    """Detect on every image once, shared among the ranks; result rows on rank 0, else None."""
+    loader = build_loader(recipe, records, False, ranks=ranks, workers=workers)
+    was_training = model.training
+    model.eval()
+    rows = []
+    silent = not (ranks.main and sys.stderr.isatty())
+    for images, sizes, image_ids in tqdm(loader, "evaluating", leave=False, disable=silent):
+        with precision.autocast():
+            outputs = model(normalise(images.to(device, non_blocking=True), recipe))
+        for image_id, found in zip(image_ids.tolist(), detect(outputs, sizes, recipe), strict=True):
+            boxes, scores, labels = (part.numpy() for part in found)
+            boxes = submission_boxes(boxes, recipe)
+            rows.append(evaluation.to_rows(image_id, boxes, scores, labels, records.category_ids))
+    model.train(was_training)
+    return evaluation.gather_rows(rows, ranks)
+
+
+def tell(outcome: Evaluation, recipe: Recipe, say: Callable, per_class: bool = False) -> None:
+    """The 12 COCO lines, the classes where asked, and AP beside its goal."""
+    say(outcome.text)
+    if per_class:
+        width = max(len(name) for name, _ in outcome.per_class)
+        say("\n".join(f"{name:<{width}}  AP {value:.3f}" for name, value in outcome.per_class))
+    say(f"Current AP: {outcome.stats['AP']:.5f} AP goal: {recipe.threshold:.5f}")
+
+
+def draw_examples(path: Path, records: CocoIndex, rows: np.ndarray, count: int = 8) -> None:
+    """Some images with ground truth beside detections, spread over the set."""
+    with_truth = np.flatnonzero(np.diff(records.offsets))
+    label = {category: position for position, category in enumerate(records.category_ids)}
+    pictures = []
+    for i in with_truth[np.linspace(0, len(with_truth) - 1, count, dtype=int)]:
+        truth = records.annotations(i)
+        found = rows[rows[:, 0] == records.image_ids[i]]
+        pictures.append(
+            (
+                read_image(records.path(i)),
+                to_xyxy(truth.box_xywh),
+                truth.label,
+                to_xyxy(found[:, 1:5]),
+                np.array([label[category] for category in found[:, 6]], np.int64),
+                found[:, 5],
+            )
+        )
+    draw_pairs(path, pictures, records.class_names)
+
+
+def to_xyxy(boxes_xywh: np.ndarray) -> np.ndarray:
+    return np.concatenate([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], axis=1)
+
+
+if __name__ == "__main__":
+    entry.run(main)

@@ -1,0 +1,422 @@
+#!/usr/bin/env python3
+"""Train M2Det on COCO (layout of 2014 or 2017) or on any COCO-format data set.
+
+    python3 train.py --data DIR                                        one device
+    python3 -m torch.distributed.launch --use_env --nproc_per_node=8 train.py --data DIR
+    ... --nnodes=2 --node_rank=0 --master_addr=10.0.0.1                several nodes
+
+Recipe (the Ascend port's): SGD, warm-up and steps, batch 16 a device, 160 epochs, 512 x 512.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # noqa: F401 before torch
+
+# isort: split
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from common.coco import check, evaluation
+from common.coco.index import CocoIndex
+from common.fps.curves import draw_curves
+from common.fps.meter import Meter
+from common.fps.runlog import RunLog
+from common.fps.summary import write_summary
+from common.fps.window import LossWindow
+from common.npu import checkpoint, cli, distributed, entry
+from common.npu.device import (
+    be_deterministic,
+    environment,
+    memory_format,
+    memory_mib,
+    setup_device,
+)
+from common.npu.distributed import Ranks
+from common.npu.errors import UserError, one_line
+from common.npu.precision import Precision, build_sgd, default_level
+from m2det.augment import augment
+from m2det.config import RECIPES, Recipe
+from m2det.data import Batch, build_loader, find_files, iterations_per_epoch, read_records
+from m2det.evaluate import detect_all, draw_examples, own_network, tell
+from m2det.loss import DetectionLoss
+from m2det.model import build_model
+from m2det.weights import load_weights, published_state_dict
+
+LOSSES = ("loss_cls", "loss_bbox", "loss")
+REMEDIES = (
+    "clip gradients with --clip_norm=10, or lower --lr (the port's 0.001, the original's 0.004)"
+)
+PRETRAINED = Path(__file__).resolve().parent / "weights" / "vgg16_reducedfc.pth"
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    args = parse(argv)
+    recipe = cli.chosen_recipe(args, RECIPES)
+    train_files = find_files(args.data, "train", args.train_annotations, args.train_images)
+    val_files = find_files(args.data, "val", args.val_annotations, args.val_images)
+    if args.check_data:
+        return check.check_data(*train_files, *val_files)
+
+    ranks = Ranks.from_environment()
+    device, why = setup_device(args.device, ranks.card(args.device_id))
+    distributed.start(device, ranks, args.timeout)
+    stop = entry.StopRequest()
+    torch.manual_seed(args.seed)
+    if args.deterministic:
+        be_deterministic(device)
+    level = getattr(args, "amp", None) or default_level(device, recipe.amp)
+    precision = Precision(device, level, recipe.loss_scale, args.amp_dtype, args.amp_backend)
+
+    # Read before the output folder makes room: they may lie in it.
+    resumed = checkpoint.to_resume(args.resume, args.output_dir)
+    if not args.pretrained and recipe.backbone == "vgg16" and PRETRAINED.is_file():
+        args.pretrained = str(PRETRAINED)
+    args.checkpoint = args.checkpoint or args.pth_path
+    given = [path for path in (args.pretrained, args.checkpoint) if path and not resumed]
+    weights = [checkpoint.load(path) for path in given]
+    if args.recipe == "finetune" and not (weights or resumed):
+        weights = [cli.checkpoint_to_use(args)]
+    if args.recipe == "finetune" and weights:
+        recipe = own_network(recipe, weights[-1])
+    ranks.barrier()
+    moved = checkpoint.make_room(args.output_dir) if ranks.main and resumed is None else None
+    ranks.barrier()
+    workers = cli.workers_for(args, ranks.local_world_size)
+    with RunLog(args.output_dir, ranks, args.device_id, workers) as log:
+        log.header(
+            env_info=environment(),
+            config=recipe.listing(),
+            seed=args.seed,
+            exp_name=f"{args.tag}{recipe.name}",
+        )
+        for line in filter(None, (moved, why, f"precision: {precision}")):
+            log.info(line)
+        classes = resumed["classes"] if resumed else None
+        train_set = read(train_files, classes, log)
+        val_set = read(val_files, train_set.class_names, log)
+        cli.check_num_classes(args, len(train_set.class_names))
+
+        training = Training(
+            args, recipe, device, ranks, precision, log, train_set, val_set, resumed, weights
+        )
+        log.info(training.plan())
+        for warning in recipe.warnings(ranks.world_size):
+            log.info(warning, "WARNING")
+        loader = build_loader(
+            recipe,
+            train_set,
+            True,
+            ranks=ranks,
+            workers=workers,
+            seed=args.seed,
+            start=training.iteration,
+            end=training.end,
+            pin_memory=device.type != "cpu",
+        )
+        status = training.run(iter(repeated(loader) if args.fake_input else loader), stop)
+        if status is None:
+            training.finish()
+    return status
+
+
+def parse(argv: list[str] | None):
+    groups = ("data", "files", "run", "evaluation", "device", "process")
+    parser = cli.parser(__doc__.split("\n")[0], *groups, recipes=RECIPES)
+    cli.add(parser, "--pth-path", "", "the same as --checkpoint")
+    return parser.parse_args(argv)
+
+
+def read(files: list[tuple[str, str]], classes: Sequence[str] | None, log: RunLog) -> CocoIndex:
+    """The index of a split's files; what was noticed about them goes to the log."""
+    index = read_records(files, classes)
+    for line in index.lines():
+        log.info(f"{index.annotation_file}: {line}", "WARNING")
+    return index
+
+
+def repeated(loader) -> Iterator[Batch]:
+    """The first batch again and again."""
+    batch = next(iter(loader))
+    for _ in range(len(loader)):
+        yield batch
+
+
+class Training:
+    """A run's state, and the parts of its loop."""
+
+    def __init__(
+        self,
+        args,
+        recipe: Recipe,
+        device: torch.device,
+        ranks: Ranks,
+        precision: Precision,
+        log: RunLog,
+        train_set: CocoIndex,
+        val_set: CocoIndex,
+        resumed: dict | None = None,
+        weights: Sequence[dict] = (),
+    ):
+        self.args, self.recipe, self.device, self.ranks = args, recipe, device, ranks
+        self.precision, self.log, self.val_set = precision, log, val_set
+        self.classes, self.records = train_set.class_names, len(train_set)
+        self.per_epoch = iterations_per_epoch(self.records, recipe.batch_size, ranks.world_size)
+        self.end = min(recipe.epochs * self.per_epoch, args.max_iters or sys.maxsize)
+        self.log_interval = max(1, min(args.log_interval, self.per_epoch // 2, self.end // 2))
+        self.iteration, self.evaluated = 0, -1
+        self.best, self.accuracy = -1.0, -1.0
+        self.pending = None  # what a log line needs, on its way from the device
+        self.logged_losses: list[float] = []
+
+        if recipe.batch_size == 1 and recipe.prior_maps[-1] == 1:
+            raise UserError("--batch_size=1: BN on the 1 x 1 map needs at least 2 images a process")
+        self.model = build_model(recipe, len(self.classes))
+        for state in weights:
+            log.info(f"{state['path']}: {load_weights(self.model, state, name=state['path'])}")
+        if not (weights or resumed):
+            log.info(
+                "weights: random; --pretrained takes vgg16_reducedfc.pth (or torchvision's ResNet)"
+            )
+        self.model.to(device, memory_format=memory_format(device))
+        options = {"momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
+        self.optimizer = build_sgd(list(self.model.parameters()), device, lr=0.0, **options)
+        self.window = LossWindow(LOSSES, device)
+        if resumed is not None:
+            self.restore(resumed)
+        self.network, self.optimizer = precision.prepare(self.model, self.optimizer)
+        if ranks.world_size > 1:
+            self.network = distributed.parallel(self.network, precision.reduce_dtype)
+        self.network.train()
+        self.criterion = DetectionLoss(recipe, len(self.classes)).to(device)
+        self.meter = Meter(recipe.batch_size * ranks.world_size)
+
+    def plan(self) -> str:
+        """What is about to happen, with the rate for the real global batch."""
+        batch, world = self.recipe.batch_size, self.ranks.world_size
+        return (
+            f"{self.records} images, {len(self.classes)} classes; global batch {batch * world} "
+            f"({world} x {batch}): learning rate {self.recipe.lr:g} after warm-up; "
+            f"{self.per_epoch} iterations an epoch, steps {self.iteration} to {self.end}; "
+            f"{self.meter.formula}"
+        )
+
+    def run(self, batches: Iterator[Batch], stop: entry.StopRequest) -> int | None:
+        """All steps; an exit status if a signal ended it. Bad data ends it with its UserError.
+
+        Either way all ranks leave at the same step, with a checkpoint of it.
+        """
+        self.log.begin(self.end, self.iteration, self.per_epoch)
+        while self.iteration < self.end:
+            asked, batch, trouble = time.perf_counter(), None, None
+            try:
+                batch = next(batches)
+            except UserError as error:
+                trouble = error
+            waited = time.perf_counter() - asked
+            if stop.agreed(self.ranks, also=trouble is not None):
+                self.save()
+                # Every rank raises what one has met: whichever ends first tells it.
+                for message in self.ranks.all_gather_objects(trouble and one_line(trouble)):
+                    if message is not None:
+                        raise UserError(message)
+                return stop.status
+            self.step(batch)
+            self.report()  # of an earlier step: an accelerator has this one to do meanwhile
+            self.meter.step(waited)
+            self.log.bar.update()
+            done = (self.iteration - 1) % self.per_epoch + 1  # steps of this epoch
+            if done % self.log_interval == 0:
+                self.pending = (self.iteration, self.window.fetch())
+                self.window = LossWindow(LOSSES, self.device)
+                if self.device.type == "cpu":
+                    self.report()
+            if self.iteration == self.end:
+                break
+            if done == self.per_epoch and self.evaluation_due() and self.evaluate():
+                break
+            if self.iteration % (self.args.save_interval or self.per_epoch) == 0:
+                self.save()
+        return None
+
+    def step(self, batch: Batch) -> None:
+        """One update. Nothing in it waits for the device or has a shape that depends on data."""
+        batch = batch.to(self.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr(self.iteration)
+        self.optimizer.zero_grad(set_to_none=True)
+        images, boxes = augment(batch, self.recipe)
+        with self.precision.autocast():
+            outputs = self.network(images)
+        losses = self.criterion(outputs, boxes, batch.labels, batch.valid)
+        self.precision.backward(losses["loss"], self.optimizer)
+        self.precision.step(self.optimizer, self.recipe.clip_norm)
+        self.window.add(self.iteration, losses, batch.image_ids)
+        self.iteration += 1
+
+    def lr(self, iteration: int) -> float:
+        batch_size, world_size = self.recipe.batch_size, self.ranks.world_size
+        return self.recipe.lr_at(iteration, self.per_epoch, world_size, batch_size)
+
+    def report(self) -> None:
+        """Write the pending log line, if there is one: losses are means over window and ranks."""
+        if self.pending is None:
+            return
+        iteration, window = self.pending
+        self.pending = None
+        self.demand_finite(window.bad())
+        gathered = self.ranks.all_gather_objects(window.means())
+        losses = {name: sum(m[name] for m in gathered) / len(gathered) for name in LOSSES}
+        self.logged_losses.append(losses["loss"])
+        lr, memory = self.lr(iteration - 1), memory_mib(self.device)
+        self.log.train(iteration, lr, losses, self.meter.window(), memory)
+
+    def demand_finite(self, bad: tuple[int, str, list[int]] | None) -> None:
+        """Stop all ranks where one of them met a loss that is not finite."""
+        of_ranks = self.ranks.all_gather_objects(bad)
+        found = [(bad[0], rank) for rank, bad in enumerate(of_ranks) if bad is not None]
+        if not found:
+            return
+        step, rank = min(found)
+        _, term, image_ids = of_ranks[rank]
+        kept = checkpoint.by_age(self.args.output_dir)
+        raise UserError(
+            f"{term} is not finite, first at iteration {step} (epoch "
+            f"{step // self.per_epoch + 1}) on rank {rank}, learning rate {self.lr(step):g}, "
+            f"images {image_ids}; last good checkpoint: {kept[0] if kept else 'none'}; "
+            f"{REMEDIES}; or --loss_scale=dynamic, or see --check_data"
+        )
+
+    def evaluation_due(self) -> bool:
+        return (
+            self.args.kind == "acc" and self.iteration // self.per_epoch in self.recipe.evaluation
+        )
+
+    def evaluate(self) -> bool:
+        """COCO evaluation on all ranks, in fp32; whether the goal is reached."""
+        self.report()
+        self.evaluated = self.iteration
+        with self.meter.paused():
+            distributed.average_buffers(self.model, self.ranks)
+            rows = detect_all(
+                self.model,
+                self.recipe,
+                self.val_set,
+                self.device,
+                self.ranks,
+                self.log.num_workers,
+                Precision(self.device),
+            )
+            if rows is not None:
+                evaluation.save_results(self.args.output_dir / "results.bbox.json", rows)
+                outcome = evaluation.evaluate(
+                    self.val_set.annotation_file, rows, self.args.eval_backend == "faster"
+                )
+                tell(outcome, self.recipe, self.log.info, self.args.per_class)
+                evaluation.draw_pr_curves(self.args.output_dir / "pr_curves.png", outcome)
+                draw_examples(self.args.output_dir / "detections.png", self.val_set, rows)
+                self.log.val(self.iteration, self.lr(self.iteration - 1), outcome.mmdet())
+                self.accuracy = outcome.stats["AP"]
+            self.accuracy = self.ranks.all_gather_objects(self.accuracy)[0]
+            if self.accuracy > self.best:
+                self.best = self.accuracy
+                self.save("best.pt")
+        reached = 0 < self.recipe.threshold <= self.accuracy
+        if reached:
+            self.log.info(f"AP goal {self.recipe.threshold:g} reached: training ends here")
+        return reached
+
+    def save(self, name: str | None = None) -> None:
+        """Write the whole state, `iter_<n>.pt` or `name`; never one that is not finite."""
+        if not self.args.save:
+            return
+        self.report()
+        with self.meter.paused():
+            self.demand_finite(self.window.fetch().bad())
+            buffers = distributed.gather_buffers(self.model, self.ranks)
+            windows = self.ranks.all_gather_objects(self.window.state_dict())
+            if self.ranks.main:
+                weights = published_state_dict(self.model, distributed.mean_buffers(buffers))
+                if not all(torch.isfinite(value).all() for value in weights.values()):
+                    raise UserError(
+                        "weights are not finite; use --loss_scale=dynamic or a lower --lr"
+                    )
+                path = self.args.output_dir / (name or f"iter_{self.iteration}.pt")
+                checkpoint.save(path, self.state(weights, buffers, windows))
+                checkpoint.tidy(path.parent, self.iteration, self.args.keep)
+                self.log.info(f"Saving checkpoint {path}")
+            self.ranks.barrier()
+
+    def state(self, weights: dict, buffers: list, windows: list) -> dict:
+        return {
+            "model": weights,  # running statistics averaged over ranks, for whoever evaluates
+            "buffers": buffers,  # and each rank's own, for an exact resume
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.precision.scaler.state_dict(),
+            "windows": windows,
+            "iteration": self.iteration,
+            "best": self.best,
+            "recipe": dataclasses.asdict(self.recipe),
+            "classes": list(self.classes),
+            "category_ids": list(self.val_set.category_ids),
+            "run": self.identity(),
+        }
+
+    def identity(self) -> dict:
+        """What must be the same for a resumed run to go on where it was."""
+        return {
+            "backbone": self.recipe.backbone,
+            "image size": self.recipe.image_size,
+            "global batch": self.recipe.batch_size * self.ranks.world_size,
+            "training images": self.records,
+            "seed": self.args.seed,
+        }
+
+    def restore(self, state: dict) -> None:
+        """Go on from a state: in the middle of an epoch, with the same order and augmentation."""
+        for what, value in self.identity().items():
+            if state["run"][what] != value:
+                raise UserError(
+                    f"--resume {state['path']}: its {what} was {state['run'][what]}, now {value}; "
+                    "go on as it was, or start anew from its weights with --checkpoint_path"
+                )
+        load_weights(self.model, state)
+        if len(state["buffers"]) == self.ranks.world_size:
+            self.model.load_state_dict(state["buffers"][self.ranks.rank], strict=False)
+            self.window.load_state_dict(state["windows"][self.ranks.rank])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:
+            self.precision.scaler.load_state_dict(state["scaler"])
+        self.iteration, self.best = state["iteration"], state["best"]
+        self.log.info(f"resumed from {state['path']} at iteration {self.iteration}")
+
+    def finish(self) -> None:
+        """Evaluate and save the last state, draw the curves, write the summary."""
+        self.report()
+        if self.args.kind == "acc" and self.evaluated != self.iteration:
+            self.evaluate()
+        self.save()
+        self.log.info(self.meter.formula)
+        if not self.logged_losses:
+            self.log.info("nothing was left to log: curves and summary stay as they were")
+        elif self.ranks.main:
+            folder = self.args.output_dir
+            draw_curves(sorted(folder.glob("*.log.json")), folder / "curves.png")
+            lines = write_summary(
+                folder,
+                (self.recipe.name, self.recipe.batch_size, self.ranks.world_size, self.args.kind),
+                seconds=time.time() - self.args.started,
+                fps=self.meter.fps_average,
+                accuracy=self.accuracy if self.args.kind == "acc" else None,
+                losses=self.logged_losses,
+            )
+            self.log.info("\n".join(lines))
+
+
+if __name__ == "__main__":
+    entry.run(main)
