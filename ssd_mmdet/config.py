@@ -52,7 +52,9 @@ class Recipe:
 
     # Optimisation
     batch_size: int = _option(8, "images per process", "-b")
-    epochs: int = _option(24, "epochs of `repeat` passes over the training set", "-e")
+    epochs: int = _option(
+        24, "epochs of `repeat` passes over the training set", "-e", "--train-epochs"
+    )
     repeat: int = _option(5, "passes over the training set in an epoch")
     lr: float = _option(2e-3, "learning rate for 64 images")
     lr_decay_epochs: tuple[int, ...] = _option((16, 22), "epochs that start with a decay")

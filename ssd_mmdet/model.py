@@ -135,7 +135,7 @@ class Head(nn.Module):
 
 def _flat(raw: Tensor, outputs: int) -> Tensor:
     """(N, shapes * outputs, H, W) to (N, H * W * shapes, outputs)."""
-    return raw.permute(0, 2, 3, 1).reshape(len(raw), -1, outputs)
+    return raw.permute(0, 2, 3, 1).reshape(raw.shape[0], -1, outputs)
 
 
 class SSD(nn.Module):

@@ -50,17 +50,13 @@ def load_weights(
     source: str | Path | Mapping[str, Tensor],
     *,
     heads: bool = True,
-    name: str = "the state dict",
 ) -> LoadReport:
     """Load a file or state dict into the network, whatever of the known layouts it has.
 
     Tensors of another shape, and with `heads=False` all heads, stay as initialised. Raises
-    UserError for an unreadable file or one of which nothing fits; `name`: what to call a mapping.
+    UserError for an unreadable file or one of which nothing fits.
     """
-    if isinstance(source, Mapping):
-        state = source
-    else:
-        state, name = checkpoint.load(source), str(source)
+    state = source if isinstance(source, Mapping) else checkpoint.load(source)
     given = network_keys(state)
     own = model.state_dict()
     loaded, skipped, reinitialised = {}, [], []
@@ -72,6 +68,7 @@ def load_weights(
         else:
             loaded[key] = value
     if not any(key.endswith("weight") for key in loaded):
+        name = state.get("path", "the state dict")
         raise UserError(f"{name}: no tensor fits this network; is it a checkpoint of another one?")
     model.load_state_dict(loaded, strict=False)
     missing = tuple(key for key in own if key not in given)
@@ -106,22 +103,22 @@ def num_classes_of(state: Mapping) -> int:
     return len(head) // 4 - 1  # the first level has 4 shapes
 
 
-def class_names_of(state: Mapping) -> tuple[str, ...]:
-    """The class names in a checkpoint, ours or MMDetection's; without any COCO's, if there are 80.
+def named_classes(state: Mapping) -> tuple[str, ...] | None:
+    """The class names that a checkpoint holds: ours, MMDetection 2.x's (`meta.CLASSES`) or 3.x's
+    (`meta.dataset_meta.classes`)."""
+    meta = state.get("meta") or {}
+    found = (
+        state.get("classes") or meta.get("CLASSES") or meta.get("dataset_meta", {}).get("classes")
+    )
+    return tuple(found) if found else None
 
-    MMDetection writes them as CLASSES (2.x) or in `dataset_meta` (3.x).
-    """
-    meta = state.get("meta")
-    meta = meta if isinstance(meta, Mapping) else {}
-    dataset = meta.get("dataset_meta")
-    dataset = dataset if isinstance(dataset, Mapping) else {}
-    found = state.get("classes") or meta.get("CLASSES") or dataset.get("classes")
-    if isinstance(found, (tuple, list)):
-        return tuple(found)
-    count = num_classes_of(state)
-    if count == len(COCO_CLASSES):
-        return COCO_CLASSES
-    return tuple(f"class_{label}" for label in range(count))
+
+def class_names_of(state: Mapping) -> tuple[str, ...]:
+    """The class names in a checkpoint; of one that holds none COCO's where there are 80 classes."""
+    names, count = named_classes(state), num_classes_of(state)
+    if names is None and count == len(COCO_CLASSES):
+        names = COCO_CLASSES
+    return names or tuple(f"class_{label}" for label in range(count))
 
 
 def published_state_dict(model: nn.Module, since_2_14: bool = False) -> dict[str, Tensor]:

@@ -2,15 +2,15 @@
 
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from common.npu.precision import Precision, build_sgd
-from ssd_mmdet import augment, loss
+from common.npu.distributed import Ranks
+from common.npu.precision import Precision
+from ssd_mmdet import augment, loss, train
 from ssd_mmdet.data import build_loader, training_records
-from ssd_mmdet.loss import DetectionLoss
-from ssd_mmdet.model import build_model
 from tests.ssd_resnet34.test_no_sync import Watch
 
 CPU = torch.device("cpu")
@@ -26,24 +26,25 @@ def batches(recipe, tiny_train):
     return found
 
 
-def watched_steps(recipe, precision, batches, allowed=0):
-    """The operations of each step but the first, which makes the optimizer's state."""
+def training(recipe, tiny_train, precision, **fields):
+    recipe = replace(recipe, width=1 / 16, batch_size=2, **fields)
+    log = SimpleNamespace(info=lambda text: None)
+    records = training_records(tiny_train)
     torch.manual_seed(0)
-    recipe = replace(recipe, width=1 / 16)
-    model, criterion = build_model(recipe, 80), DetectionLoss(recipe, 80)
-    optimizer = build_sgd(list(model.parameters()), CPU, lr=1e-4, momentum=0.9, weight_decay=5e-4)
+    args = train.parse([])
+    return train.Training(args, recipe, CPU, Ranks(), precision, log, records, records)
+
+
+def watched_steps(run, batches, allowed=0):
+    """The operations of each step but the first, which makes the optimizer's state."""
+    run.step(batches[0])
     calls = []
-    for number, batch in enumerate(batches):
-        with Watch(allowed if number else 10**9) as watch:
-            optimizer.zero_grad(set_to_none=True)
-            images, boxes = augment.augment(batch.to(CPU), recipe)
-            with precision.autocast():
-                outputs = model(images)
-            losses = criterion(outputs, boxes, batch.labels, batch.valid)
-            precision.backward(losses["loss"], optimizer)
-            precision.step(optimizer, recipe.clip_norm)
+    for batch in batches[1:]:
+        with Watch(allowed) as watch:
+            run.step(batch)
         calls.append(watch.calls)
-    return calls[1:]
+    assert run.iteration == len(batches)
+    return calls
 
 
 def assert_equal_steps(calls):
@@ -55,8 +56,9 @@ def assert_equal_steps(calls):
 
 
 @pytest.mark.parametrize("level", ["O0", "O1"])
-def test_a_step_waits_for_nothing(recipe, batches, level):
-    calls = watched_steps(recipe, Precision(CPU, level), batches)
+def test_a_step_waits_for_nothing(recipe, tiny_train, batches, level):
+    run = training(recipe, tiny_train, Precision(CPU, level))
+    calls = watched_steps(run, batches)
     assert_equal_steps(calls)
     names = {name for name, *_ in calls[0]}
     assert {"aten::convolution_backward", "aten::_fused_sgd_"} <= names
@@ -64,10 +66,21 @@ def test_a_step_waits_for_nothing(recipe, batches, level):
     assert inputs == {torch.bfloat16 if level == "O1" else torch.float32}
 
 
-def test_a_step_with_static_scale_and_clipping_as_on_an_accelerator(recipe, batches, monkeypatch):
+def test_a_step_with_static_scale_and_clipping_as_on_an_accelerator(
+    recipe, tiny_train, batches, monkeypatch
+):
     # There the whole batch goes through at once, and gradients are scaled.
     for module in (augment, loss):
         monkeypatch.setattr(module, "images_at_once", len)
     precision = Precision(CPU, "O1")
     precision.static_scale = 128.0
-    assert_equal_steps(watched_steps(replace(recipe, clip_norm=10.0), precision, batches))
+    run = training(recipe, tiny_train, precision, clip_norm=10.0)
+    assert_equal_steps(watched_steps(run, batches))
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 10.0])
+def test_a_dynamic_scale_reads_one_flag_at_most(recipe, tiny_train, batches, clip_norm):
+    precision = Precision(CPU)
+    precision.scaler = torch.amp.GradScaler("cpu")
+    run = training(recipe, tiny_train, precision, clip_norm=clip_norm)
+    assert_equal_steps(watched_steps(run, batches, allowed=1))

@@ -1,0 +1,171 @@
+#!/usr/bin/env python3
+"""Evaluate SSD-VGG16 on a COCO-format val set.
+
+    python3 evaluate.py --data DIR --checkpoint FILE                  one device
+    python3 -m torch.distributed.launch --use_env --nproc_per_node=8 evaluate.py ...
+
+Each image counts once, whatever the number of ranks and the batch size. `--format_only` writes
+the results in COCO's submission format and computes nothing.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # noqa: F401 before torch
+
+# isort: split
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from common.coco import evaluation
+from common.coco.draw import draw_pairs
+from common.coco.evaluation import Evaluation
+from common.coco.images import read_image
+from common.coco.index import CocoIndex, find_coco, read_index
+from common.fps.summary import write_summary
+from common.npu import cli, distributed, entry
+from common.npu.device import memory_format, setup_device
+from common.npu.distributed import Ranks
+from common.npu.precision import Precision
+from ssd_mmdet.config import RECIPES, Recipe
+from ssd_mmdet.data import build_loader, normalise
+from ssd_mmdet.model import build_model
+from ssd_mmdet.postprocess import detect
+from ssd_mmdet.weights import load_weights, named_classes, network_keys
+
+RESULTS = "results.bbox.json"  # COCO's submission format
+# Fields of a recipe that a checkpoint's network decides.
+NETWORK = (
+    *("name", "image_size", "width"),
+    *("anchor_sizes", "anchor_maps", "anchor_strides", "anchor_ratios"),
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    ranks = Ranks.from_environment()
+    device, why = setup_device(args.device, ranks.card(args.device_id))
+    distributed.start(device, ranks, args.timeout)
+    say = print if ranks.main else (lambda *_: None)
+    say(why)
+
+    state = cli.checkpoint_to_use(args)
+    recipe = own_network(cli.chosen_recipe(args, RECIPES), state)
+    files = find_coco(args.data, "val", args.val_annotations, args.val_images)
+    records = read_index(*files, classes=named_classes(state))
+    cli.check_num_classes(args, len(records.class_names))
+    model = build_model(recipe, len(records.class_names))
+    say(f"{state['path']}: {load_weights(model, state)}")
+    model.to(device, memory_format=memory_format(device))
+
+    precision = Precision(device, getattr(args, "amp", "O0"), recipe.loss_scale, args.amp_dtype)
+    workers = cli.workers_for(args, ranks.local_world_size)
+    rows = detect_all(model, recipe, records, device, ranks, workers, precision)
+    if rows is None:
+        return
+    if args.format_only:
+        evaluation.save_results(args.output_dir / RESULTS, rows)
+        say(f"{len(rows)} detections in {len(records)} images: {args.output_dir / RESULTS}")
+        return
+    outcome = assess(rows, records, recipe, args, say)
+    case = (recipe.name, recipe.eval_batch_size, ranks.world_size, "eval")
+    seconds, accuracy = time.time() - args.started, outcome.stats["AP"]
+    say("\n".join(write_summary(args.output_dir, case, seconds, accuracy=accuracy)))
+
+
+def parse(argv: list[str] | None):
+    groups = ("data", "files", "evaluation", "device", "process")
+    parser = cli.parser(__doc__.split("\n")[0], *groups, recipes=RECIPES)
+    cli.add(parser, "--format-only", False, "write results, no metrics")
+    return parser.parse_args(argv)
+
+
+def own_network(recipe: Recipe, state: dict) -> Recipe:
+    """The recipe with the network of a checkpoint: ours say which, others show it by their keys."""
+    published = "ssd512" if "backbone.extra.9.weight" in network_keys(state) else "1p"
+    kept = state.get("recipe") or asdict(RECIPES[published])
+    return replace(recipe, **{name: kept[name] for name in NETWORK})
+
+
+@torch.no_grad()
+def detect_all(
+    model: nn.Module,
+    recipe: Recipe,
+    records: CocoIndex,
+    device: torch.device,
+    ranks: Ranks,
+    workers: int,
+    precision: Precision | None = None,
+) -> np.ndarray | None:
+    """Detect on every image once, shared among the ranks; result rows on rank 0, else None.
+
+    In fp32, unless another `precision` is given.
+    """
+    loader = build_loader(recipe, records, False, ranks=ranks, workers=workers)
+    precision = precision or Precision(device)
+    was_training = model.training
+    model.eval()
+    rows = []
+    silent = not (ranks.main and sys.stderr.isatty())
+    for images, sizes, image_ids in tqdm(loader, "evaluating", leave=False, disable=silent):
+        with precision.autocast():
+            outputs = model(normalise(images.to(device, non_blocking=True), recipe))
+        for image_id, found in zip(image_ids.tolist(), detect(outputs, sizes, recipe), strict=True):
+            parts = (part.numpy() for part in found)
+            rows.append(evaluation.to_rows(image_id, *parts, records.category_ids))
+    model.train(was_training)
+    return evaluation.gather_rows(rows, ranks)
+
+
+def assess(
+    rows: np.ndarray, records: CocoIndex, recipe: Recipe, args, say: Callable[[str], None]
+) -> Evaluation:
+    """COCO's figures of result rows, told; rows and pictures go to the output folder."""
+    folder = args.output_dir
+    evaluation.save_results(folder / RESULTS, rows)
+    outcome = evaluation.evaluate(records.annotation_file, rows, args.eval_backend == "faster")
+    say(f"{outcome.text}\n{len(rows)} detections in {len(records)} images: {folder / RESULTS}")
+    if args.per_class:
+        width = max(len(name) for name, _ in outcome.per_class)
+        say("\n".join(f"{name:<{width}}  AP {value:.3f}" for name, value in outcome.per_class))
+    evaluation.draw_pr_curves(folder / "pr_curves.png", outcome)
+    draw_examples(folder / "detections.png", records, rows)
+    return outcome
+
+
+def draw_examples(path: Path, records: CocoIndex, rows: np.ndarray, count: int = 8) -> None:
+    """Some images with ground truth beside detections, spread over the set."""
+    with_truth = np.flatnonzero(np.diff(records.offsets))
+    chosen = with_truth if len(with_truth) else np.arange(len(records))
+    label = {category: position for position, category in enumerate(records.category_ids)}
+    pictures = []
+    for i in chosen[np.linspace(0, len(chosen) - 1, count, dtype=int)]:
+        truth = records.annotations(i)
+        found = rows[rows[:, 0] == records.image_ids[i]]
+        pictures.append(
+            (
+                read_image(records.path(i)),
+                to_xyxy(truth.box_xywh),
+                truth.label,
+                to_xyxy(found[:, 1:5]),
+                np.array([label[category] for category in found[:, 6]], np.int64),
+                found[:, 5],
+            )
+        )
+    draw_pairs(path, pictures, records.class_names)
+
+
+def to_xyxy(boxes_xywh: np.ndarray) -> np.ndarray:
+    return np.concatenate([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], axis=1)
+
+
+if __name__ == "__main__":
+    entry.run(main)
