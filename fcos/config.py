@@ -19,6 +19,19 @@ def _option(default, help_text, *flags):
 DETECTRON_MEAN = (102.9801, 115.9465, 122.7717)
 DETECTRON2_MEAN = (103.53, 116.28, 123.675)
 
+# The fields that a network's weights belong to.
+NETWORK = (
+    "name",
+    "backbone",
+    "channels",
+    "tower_convs",
+    "head_norm",
+    "conv_bias",
+    "norm_on_bbox",
+    "centerness_on_reg",
+    "mean",
+)
+
 CHOICES = {
     "head_norm": ("gn", "none"),
     "box_loss": ("iou", "giou"),

@@ -143,6 +143,7 @@ def export(model: nn.Module, shape: list[int], outputs: list[str], opset: int, d
     options["dynamic_shapes"] = (free,)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
         program = torch.onnx.export(model, (example,), **names, **options)
     graph = program.model_proto
     written = next(used.version for used in graph.opset_import if not used.domain)

@@ -16,13 +16,13 @@ import common  # noqa: F401 before torch
 
 # isort: split
 
-import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
-from common.coco import check, evaluation
+from common.coco import check
 from common.coco.index import CocoIndex, find_coco, read_index
 from common.fps.curves import draw_curves
 from common.fps.meter import Meter
@@ -40,13 +40,14 @@ from common.npu.device import (
 from common.npu.distributed import Ranks
 from common.npu.errors import UserError, one_line
 from common.npu.precision import Precision, build_sgd, default_level
+from fcos import snapshot
 from fcos.augment import augment
 from fcos.config import RECIPES, Recipe
-from fcos.data import Batch, build_loader, evaluation_recipe, iterations_per_epoch, training_records
-from fcos.evaluate import NETWORK, detect_all, draw_examples, tell
+from fcos.data import Batch, build_loader, iterations_per_epoch, training_records
+from fcos.evaluate import assess, detect_all
 from fcos.loss import DetectionLoss
 from fcos.model import build_model, param_groups
-from fcos.weights import load_weights, mean_of, published_state_dict
+from fcos.weights import load_weights, mean_of
 
 LOSSES = ("loss_cls", "loss_bbox", "loss_centerness", "loss")
 
@@ -80,8 +81,12 @@ def main(argv: list[str] | None = None) -> int | None:
     ranks.barrier()
     workers = cli.workers_for(args, ranks.local_world_size)
     with RunLog(args.output_dir, ranks, args.device_id, workers) as log:
-        about = {"config": recipe.listing(), "seed": args.seed}
-        log.header(env_info=environment(), **about, exp_name=f"{args.tag}{recipe.name}")
+        log.header(
+            env_info=environment(),
+            config=recipe.listing(),
+            seed=args.seed,
+            exp_name=f"{args.tag}{recipe.name}",
+        )
         for line in filter(None, (moved, why, f"precision: {precision}")):
             log.info(line)
         classes = resumed["classes"] if resumed else None
@@ -147,7 +152,7 @@ class Training:
         weights: Sequence[dict] = (),
     ):
         for state in filter(None, (*weights, resumed)):
-            recipe = dataclasses.replace(recipe, mean=mean_of(state) or recipe.mean)
+            recipe = replace(recipe, mean=mean_of(state) or recipe.mean)
         self.args, self.recipe, self.device, self.ranks = args, recipe, device, ranks
         self.precision, self.log, self.val_set = precision, log, val_set
         self.classes, self.records = train_set.class_names, len(train_set)
@@ -161,7 +166,7 @@ class Training:
 
         self.model = build_model(recipe, len(self.classes))
         for state in weights:
-            log.info(f"{state['path']}: {load_weights(self.model, state, name=state['path'])}")
+            log.info(f"{state['path']}: {load_weights(self.model, state)}")
         self.frozen = resumed["run"]["backbone frozen"] if resumed else bool(weights)
         if self.frozen:
             self.model.backbone.freeze()
@@ -172,7 +177,8 @@ class Training:
         self.optimizer = build_sgd(param_groups(self.model, recipe), device, lr=0.0, **options)
         self.window = LossWindow(LOSSES, device)
         if resumed is not None:
-            self.restore(resumed)
+            snapshot.restore(self, resumed)
+            log.info(f"resumed from {resumed['path']} at iteration {self.iteration}")
         self.network, self.optimizer = precision.prepare(self.model, self.optimizer)
         if ranks.world_size > 1:
             self.network = distributed.parallel(self.network, precision.reduce_dtype)
@@ -222,7 +228,8 @@ class Training:
                     self.report()
             if self.iteration == self.end:
                 break
-            if done == self.per_epoch and self.evaluation_due() and self.evaluate():
+            due = self.iteration / self.per_epoch in self.recipe.evaluation
+            if due and self.args.kind == "acc" and self.evaluate():
                 break
             if self.iteration % (self.args.save_interval or self.per_epoch) == 0:
                 self.save()
@@ -276,27 +283,16 @@ class Training:
             "lower --lr, clip with --clip_norm=10, use --loss_scale=dynamic, or see --check_data"
         )
 
-    def evaluation_due(self) -> bool:
-        epoch = self.iteration // self.per_epoch
-        return self.args.kind == "acc" and epoch in self.recipe.evaluation
-
     def evaluate(self) -> bool:
         """COCO evaluation on all ranks, in fp32; whether the goal is reached."""
         self.report()
         self.evaluated = self.iteration
         with self.meter.paused():
             distributed.average_buffers(self.model, self.ranks)
-            what = (self.model, evaluation_recipe(self.recipe, self.device), self.val_set)
-            where = (self.device, self.ranks, self.log.num_workers, Precision(self.device))
-            rows = detect_all(*what, *where)
+            shared = (self.device, self.ranks, self.log.num_workers)
+            rows = detect_all(self.model, self.recipe, self.val_set, *shared)
             if rows is not None:
-                evaluation.save_results(self.args.output_dir / "results.bbox.json", rows)
-                outcome = evaluation.evaluate(
-                    self.val_set.annotation_file, rows, self.args.eval_backend == "faster"
-                )
-                tell(outcome, self.recipe, self.log.info, self.args.per_class)
-                evaluation.draw_pr_curves(self.args.output_dir / "pr_curves.png", outcome)
-                draw_examples(self.args.output_dir / "detections.png", self.val_set, rows)
+                outcome = assess(rows, self.val_set, self.recipe, self.args, self.log.info)
                 self.log.val(self.iteration, self.lr(self.iteration - 1), outcome.mmdet())
                 self.accuracy = outcome.stats["AP"]
             self.accuracy = self.ranks.all_gather_objects(self.accuracy)[0]
@@ -315,60 +311,13 @@ class Training:
         self.report()
         with self.meter.paused():
             self.demand_finite(self.window.fetch().bad())
-            buffers = distributed.gather_buffers(self.model, self.ranks)
-            windows = self.ranks.all_gather_objects(self.window.state_dict())
-            if self.ranks.main:
-                weights = published_state_dict(self.model) | distributed.mean_buffers(buffers)
-                if not all(torch.isfinite(value).all() for value in weights.values()):
-                    raise UserError("weights are not finite; use --loss_scale=dynamic, lower --lr")
+            state = snapshot.take(self)
+            if state is not None:
                 path = self.args.output_dir / (name or f"iter_{self.iteration}.pt")
-                checkpoint.save(path, self.state(weights, buffers, windows))
+                checkpoint.save(path, state)
                 checkpoint.tidy(path.parent, self.iteration, self.args.keep)
                 self.log.info(f"Saving checkpoint {path}")
             self.ranks.barrier()
-
-    def state(self, weights: dict, buffers: list, windows: list) -> dict:
-        return {
-            "model": weights,  # running statistics averaged over ranks, for whoever evaluates
-            "buffers": buffers,  # and each rank's own, for an exact resume
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.precision.scaler.state_dict(),
-            "windows": windows,
-            "iteration": self.iteration,
-            "best": self.best,
-            "recipe": dataclasses.asdict(self.recipe),
-            "classes": list(self.classes),
-            "category_ids": list(self.val_set.category_ids),
-            "run": self.identity(),
-        }
-
-    def identity(self) -> dict:
-        """What must be the same for a resumed run to go on where it was."""
-        return {
-            **{field: getattr(self.recipe, field) for field in NETWORK},
-            "backbone frozen": self.frozen,
-            "global batch": self.recipe.batch_size * self.ranks.world_size,
-            "training images": self.records,
-            "seed": self.args.seed,
-        }
-
-    def restore(self, state: dict) -> None:
-        """Go on from a state: in the middle of an epoch, with the same order and augmentation."""
-        for what, value in self.identity().items():
-            if state["run"][what] != value:
-                raise UserError(
-                    f"--resume {state['path']}: its {what} was {state['run'][what]}, now {value}; "
-                    "go on as it was, or start anew from its weights with --checkpoint_path"
-                )
-        load_weights(self.model, state)
-        if len(state["buffers"]) == self.ranks.world_size:
-            self.model.load_state_dict(state["buffers"][self.ranks.rank], strict=False)
-            self.window.load_state_dict(state["windows"][self.ranks.rank])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:
-            self.precision.scaler.load_state_dict(state["scaler"])
-        self.iteration, self.best = state["iteration"], state["best"]
-        self.log.info(f"resumed from {state['path']} at iteration {self.iteration}")
 
     def finish(self) -> None:
         """Evaluate and save the last state, draw the curves, write the summary."""

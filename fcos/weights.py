@@ -53,19 +53,14 @@ def load_weights(
     source: str | Path | Mapping[str, Tensor],
     *,
     heads: bool = True,
-    name: str = "the state dict",
 ) -> LoadReport:
     """Load a file or state dict into the network, whatever of the known layouts it has.
 
     Tensors of another shape, and with `heads=False` the three predictors, stay as initialised.
-    Raises UserError for an unreadable file or one whose backbone does not fit; `name`: what to
-    call a mapping.
+    Raises UserError for an unreadable file or one whose backbone does not fit.
     """
-    if isinstance(source, Mapping):
-        state = source
-    else:
-        state, name = checkpoint.load(source), str(source)
-    given = network_keys(state, name)
+    state = source if isinstance(source, Mapping) else checkpoint.load(source)
+    given = network_keys(state)
     own = model.state_dict()
     loaded, skipped, reinitialised = {}, [], []
     for key, value in given.items():
@@ -76,6 +71,7 @@ def load_weights(
         else:
             loaded[key] = value
     if not any(key.startswith("backbone.") and key.endswith("weight") for key in loaded):
+        name = state.get("path", "the state dict")
         raise UserError(
             f"{name}: nothing in it fits the backbone; give a checkpoint of this detector, or "
             "caffe's ResNet-50 (resnet50_caffe-788b5fa3.pth)"
@@ -94,11 +90,11 @@ def tensors_of(state: Mapping) -> dict[str, Tensor]:
     return {key.removeprefix("module."): value for key, value in tensors.items()}
 
 
-def network_keys(state: Mapping, name: str = "the state dict") -> dict[str, Tensor]:
+def network_keys(state: Mapping) -> dict[str, Tensor]:
     """The tensors of any known layout under the network's keys."""
     tensors = tensors_of(state)
     if is_backbone(tensors):
-        return _of_backbone(tensors, name)
+        return _of_backbone(tensors, state.get("path", "the state dict"))
     renamed = {}
     for key, value in tensors.items():
         parts = key.split(".")

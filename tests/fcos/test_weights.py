@@ -108,7 +108,7 @@ def test_torchvisions_resnet_is_refused(model):
     resnet50 = pytest.importorskip("torchvision.models").resnet50
     theirs = resnet50().state_dict()
     with pytest.raises(UserError, match=r"resnet\.pth: not caffe's ResNet-50"):
-        load_weights(model, theirs, name="resnet.pth")
+        load_weights(model, {**theirs, "path": "resnet.pth"})
     theirs["bn1.running_mean"] += 1
     del theirs["fc.weight"], theirs["fc.bias"]
     with pytest.raises(UserError, match="not caffe's ResNet-50"):
@@ -118,7 +118,7 @@ def test_torchvisions_resnet_is_refused(model):
 def test_a_file_whose_backbone_does_not_fit_is_refused(model, filled_state):
     heads = {k: v for k, v in filled_state("gn").items() if not k.startswith("backbone.")}
     with pytest.raises(UserError, match=r"other\.pth: nothing in it fits the backbone"):
-        load_weights(model, {"state_dict": heads}, name="other.pth")
+        load_weights(model, {"state_dict": heads, "path": "other.pth"})
 
 
 def test_heads_of_other_classes_start_anew(filled_state):

@@ -1,0 +1,98 @@
+"""The ONNX export: onnxruntime gives what torch gives, and the file says how to use it."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from common.coco.images import read_image
+from common.npu import checkpoint
+from common.npu.errors import UserError
+from fcos import pthtar2onx
+from fcos.anchors import map_sizes
+from fcos.config import RECIPES
+from fcos.model import build_model
+from fcos.postprocess import decode_outputs
+
+PHOTOS = sorted(Path(__file__).parents[1].glob("data/tiny_coco/val2017/*.jpg"))[:2]
+SMALL = {"backbone": "resnet14", "channels": 64, "tower_convs": 1}
+NAMES = ["cat", "dog"]
+
+
+def saved(folder, name):
+    torch.manual_seed(0)
+    recipe = dataclasses.replace(RECIPES[name], **SMALL)
+    model = build_model(recipe, len(NAMES)).eval()
+    kept = {"model": model.state_dict(), "classes": NAMES, "recipe": dataclasses.asdict(recipe)}
+    checkpoint.save(folder / "iter_3.pt", kept)
+    return recipe, model, folder / "iter_3.pt"
+
+
+def onnx_outputs(file, images):
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    values = session.run(names, {"input": images.numpy()})
+    return dict(zip(names, map(torch.from_numpy, values), strict=True))
+
+
+def inputs(shape, recipe):
+    images = [read_image(str(photo)) for photo in PHOTOS]
+    return torch.cat([pthtar2onx.fitted(image, shape, recipe) for image in images])
+
+
+def test_raw_outputs_at_a_fixed_size(tmp_path, capsys):
+    recipe, model, weights = saved(tmp_path, "gn")
+    file = tmp_path / "new" / "raw.onnx"
+    where = [str(weights), f"--output_file={file}", "--shape", "128", "160"]
+    pthtar2onx.main([*where, "--input-img", *map(str, PHOTOS)])
+    assert "(2, 3, 128, 160): logits differ by" in capsys.readouterr().out
+    images = inputs([128, 160], recipe)
+    found = onnx_outputs(file, images)
+    assert list(found) == ["logits", "distances", "centerness"]
+    with torch.no_grad():
+        expected = model(images).flat()
+    for ours, theirs in zip(expected, found.values(), strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+    graph = onnx.load(file)
+    notes = {entry.key: entry.value for entry in graph.metadata_props}
+    assert json.loads(notes["classes"]) == NAMES
+    assert json.loads(notes["input_size"]) == [128, 160]
+    assert json.loads(notes["mean"]) == list(recipe.mean)
+
+
+@pytest.mark.parametrize("name", ["gn", "tricks"])
+def test_decoded_outputs_at_any_size(tmp_path, name):
+    recipe, model, weights = saved(tmp_path, name)
+    file = tmp_path / "decoded.onnx"
+    where = [str(weights), f"--output_file={file}", "--shape", "128", "160", f"--recipe={name}"]
+    pthtar2onx.main([*where, "--decoded", "--dynamic"])
+    for shape in ([128, 160], [192, 128]):
+        images = inputs(shape, recipe)
+        found = onnx_outputs(file, images)
+        points = sum(rows * columns for rows, columns in map_sizes(recipe, *shape))
+        assert found["boxes"].shape == (2, points, 4)
+        assert found["scores"].shape == (2, points, len(NAMES))
+        with torch.no_grad():
+            boxes, logits, centerness = decode_outputs(model(images), recipe)
+        torch.testing.assert_close(found["boxes"], boxes, rtol=1e-4, atol=1e-3)
+        scores = logits.sigmoid() * centerness.sigmoid()
+        torch.testing.assert_close(found["scores"], scores, rtol=1e-4, atol=1e-5)
+
+
+def test_an_image_is_fitted_with_its_aspect_kept(recipe):
+    image = np.full((30, 40, 3), 255, np.uint8)
+    found = pthtar2onx.fitted(image, [64, 96], recipe)
+    assert found.shape == (1, 3, 64, 96)
+    inside = found[0].ne(0).all(dim=0)
+    assert inside[:64, :85].all()
+    assert not inside[:, 85:].any()
+
+
+def test_a_shape_that_does_not_fit_the_strides_is_refused():
+    with pytest.raises(UserError, match="--shape 800 1333"):
+        pthtar2onx.parse(["--shape", "800", "1333"])
