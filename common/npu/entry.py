@@ -11,8 +11,8 @@ import torch.distributed as dist
 from common.npu.distributed import Ranks
 from common.npu.errors import UserError, one_line
 
-# What gloo, HCCL and NCCL say of a rank that is gone or does not come.
-LOST = re.compile("gloo|HCCL|NCCL|[Tt]imed out|[Cc]onnection (closed|reset)")
+# What gloo and HCCL say of a rank that is gone or does not come.
+LOST = re.compile("[Cc]onnection (closed|reset)|[Tt]imed? ?out|Hccl")
 
 
 def run(main) -> None:

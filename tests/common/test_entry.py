@@ -8,6 +8,7 @@ import traceback
 from pathlib import Path
 
 import pytest
+import torch
 
 from common.npu.distributed import Ranks
 from common.npu.entry import StopRequest, run
@@ -63,6 +64,31 @@ entry.run(main)
     assert made.returncode == 1
     assert made.stdout == ""
     assert made.stderr == "error: a.json: no such file; give another\n"
+
+
+LOST = (
+    "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:10392.",
+    "[pair.cc:80] Timed out waiting 20000ms for recv operation to complete",
+    "OPS function error: HcclAllreduce, error code is 9\n[Error]: timeout",
+)
+
+
+@pytest.mark.parametrize("text", LOST)
+def test_a_lost_rank_is_told_in_one_line(monkeypatch, text):
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    status = status_of(lambda: (_ for _ in ()).throw(RuntimeError(text)))
+    assert status.startswith("error (rank 2): another rank has ended or does not answer")
+    assert status.endswith(f"--resume=auto ({text.splitlines()[0]})")
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    with pytest.raises(RuntimeError, match="tensor size"):
+        run(lambda: torch.ones(2) @ torch.ones(3))
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        run(lambda: (_ for _ in ()).throw(RuntimeError(LOST[0])))
 
 
 def test_a_workers_error_is_the_same_line():

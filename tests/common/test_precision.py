@@ -179,6 +179,22 @@ def test_sgd_is_the_plain_one():
     assert_close(*results)
 
 
+def test_sgd_after_a_first_step_that_overflowed():
+    weight = nn.Parameter(torch.ones(3))
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
+    try:
+        optimizer = build_sgd([weight], CPU, lr=0.1, momentum=0.9)
+        scaler = torch.amp.GradScaler("cpu")
+        for gradient in (float("inf"), 1.0):
+            optimizer.zero_grad()
+            scaler.scale(weight.sum() * gradient).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_close(weight.detach(), torch.full((3,), 0.9))
+
+
 @pytest.mark.parametrize(("device", "fused"), [(CPU, True), (NPU, False)])
 @pytest.mark.usefixtures("_no_bf16")
 def test_sgd_is_fused_where_the_device_can(device, fused):
