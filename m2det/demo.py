@@ -64,7 +64,9 @@ def main(argv: list[str] | None = None) -> int:
             inputs = [Path(scratch, "sample", "val2017")]
         files = find_images(inputs, args.show_dir)
         started = time.perf_counter()
-        for name, image, found in detect_files(model, files, recipe, device, recipe.eval_batch_size):
+        for name, image, found in detect_files(
+            model, files, recipe, device, recipe.eval_batch_size
+        ):
             boxes, scores, labels = shown(found, image, args.min_score)
             results[name] = {
                 "boxes": boxes.double().round(decimals=2).tolist(),  # xyxy, pixels

@@ -44,6 +44,7 @@ from m2det.weights import load_weights
 # What a checkpoint of ours decides about the network.
 NETWORK = ["name", "backbone", "image_size", "planes", "num_levels", "sfam", "smooth"]
 NETWORK += ["prior_maps", "prior_steps", "prior_sizes", "prior_ratios"]
+RESULTS = "results.bbox.json"  # COCO's submission format
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     records = read_records(files, state.get("classes"))
     cli.check_num_classes(args, len(records.class_names))
     model = build_model(recipe, len(records.class_names))
-    say(f"{state['path']}: {load_weights(model, state, name=state['path'])}")
+    say(f"{state['path']}: {load_weights(model, state)}")
     model.to(device, memory_format=memory_format(device))
 
     precision = Precision(device, getattr(args, "amp", "O0"), recipe.loss_scale, args.amp_dtype)
@@ -68,15 +69,11 @@ def main(argv: list[str] | None = None) -> None:
     rows = detect_all(model, recipe, records, device, ranks, workers, precision)
     if rows is None:
         return
-    results = args.output_dir / "results.bbox.json"
-    evaluation.save_results(results, rows)
-    say(f"{len(rows)} detections in {len(records)} images: {results}")
     if args.format_only:
+        evaluation.save_results(args.output_dir / RESULTS, rows)
+        say(f"{len(rows)} detections in {len(records)} images: {args.output_dir / RESULTS}")
         return
-    outcome = evaluation.evaluate(records.annotation_file, rows, args.eval_backend == "faster")
-    tell(outcome, recipe, say, args.per_class)
-    evaluation.draw_pr_curves(args.output_dir / "pr_curves.png", outcome)
-    draw_examples(args.output_dir / "detections.png", records, rows)
+    outcome = assess(rows, records, recipe, args, say)
     case = (recipe.name, recipe.eval_batch_size, ranks.world_size, "eval")
     seconds, accuracy = time.time() - args.started, outcome.stats["AP"]
     say("\n".join(write_summary(args.output_dir, case, seconds, accuracy=accuracy)))
@@ -103,10 +100,14 @@ def detect_all(
     device: torch.device,
     ranks: Ranks,
     workers: int,
-    precision: Precision,
+    precision: Precision | None = None,
 ) -> np.ndarray | None:
-    """Detect on every image once, shared among the ranks; result rows on rank 0, else None."""
+    """Detect on every image once, shared among the ranks; result rows on rank 0, else None.
+
+    In fp32, unless another `precision` is given.
+    """
     loader = build_loader(recipe, records, False, ranks=ranks, workers=workers)
+    precision = precision or Precision(device)
     was_training = model.training
     model.eval()
     rows = []
@@ -122,21 +123,30 @@ def detect_all(
     return evaluation.gather_rows(rows, ranks)
 
 
-def tell(outcome: Evaluation, recipe: Recipe, say: Callable, per_class: bool = False) -> None:
-    """The 12 COCO lines, the classes where asked, and AP beside its goal."""
-    say(outcome.text)
-    if per_class:
+def assess(
+    rows: np.ndarray, records: CocoIndex, recipe: Recipe, args, say: Callable[[str], None]
+) -> Evaluation:
+    """COCO's figures of result rows, told; rows and pictures go to the output folder."""
+    folder = args.output_dir
+    evaluation.save_results(folder / RESULTS, rows)
+    outcome = evaluation.evaluate(records.annotation_file, rows, args.eval_backend == "faster")
+    say(f"{outcome.text}\n{len(rows)} detections in {len(records)} images: {folder / RESULTS}")
+    if args.per_class:
         width = max(len(name) for name, _ in outcome.per_class)
         say("\n".join(f"{name:<{width}}  AP {value:.3f}" for name, value in outcome.per_class))
     say(f"Current AP: {outcome.stats['AP']:.5f} AP goal: {recipe.threshold:.5f}")
+    evaluation.draw_pr_curves(folder / "pr_curves.png", outcome)
+    draw_examples(folder / "detections.png", records, rows)
+    return outcome
 
 
 def draw_examples(path: Path, records: CocoIndex, rows: np.ndarray, count: int = 8) -> None:
     """Some images with ground truth beside detections, spread over the set."""
     with_truth = np.flatnonzero(np.diff(records.offsets))
+    chosen = with_truth if len(with_truth) else np.arange(len(records))
     label = {category: position for position, category in enumerate(records.category_ids)}
     pictures = []
-    for i in with_truth[np.linspace(0, len(with_truth) - 1, count, dtype=int)]:
+    for i in chosen[np.linspace(0, len(chosen) - 1, count, dtype=int)]:
         truth = records.annotations(i)
         found = rows[rows[:, 0] == records.image_ids[i]]
         pictures.append(

@@ -145,7 +145,7 @@ def describe(graph, recipe: Recipe, class_names: tuple[str, ...]) -> None:
         "antialias), minus mean",
         "boxes": "left, top, right, bottom, 0..1 of the image",
         "offsets": "centre shift / prior size / variance, log of size ratio / variance",
-        "logits": "background, then the classes; softmax over them gives scores, background first",
+        "logits": "background, then the classes; softmax over them gives scores",
     }
     numbers = "mean center_variance size_variance score_threshold nms soft_nms_iou hard_nms_iou"
     for name in (*numbers.split(), "soft_nms_min_score", "max_per_class", "max_detections"):

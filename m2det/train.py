@@ -16,13 +16,12 @@ import common  # noqa: F401 before torch
 
 # isort: split
 
-import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 
 import torch
 
-from common.coco import check, evaluation
+from common.coco import check
 from common.coco.index import CocoIndex
 from common.fps.curves import draw_curves
 from common.fps.meter import Meter
@@ -40,18 +39,16 @@ from common.npu.device import (
 from common.npu.distributed import Ranks
 from common.npu.errors import UserError, one_line
 from common.npu.precision import Precision, build_sgd, default_level
+from m2det import snapshot
 from m2det.augment import augment
 from m2det.config import RECIPES, Recipe
 from m2det.data import Batch, build_loader, find_files, iterations_per_epoch, read_records
-from m2det.evaluate import detect_all, draw_examples, own_network, tell
+from m2det.evaluate import assess, detect_all, own_network
 from m2det.loss import DetectionLoss
 from m2det.model import build_model
-from m2det.weights import load_weights, published_state_dict
+from m2det.weights import load_weights
 
 LOSSES = ("loss_cls", "loss_bbox", "loss")
-REMEDIES = (
-    "clip gradients with --clip_norm=10, or lower --lr (the port's 0.001, the original's 0.004)"
-)
 PRETRAINED = Path(__file__).resolve().parent / "weights" / "vgg16_reducedfc.pth"
 
 
@@ -75,15 +72,15 @@ def main(argv: list[str] | None = None) -> int | None:
 
     # Read before the output folder makes room: they may lie in it.
     resumed = checkpoint.to_resume(args.resume, args.output_dir)
+    args.checkpoint = args.checkpoint or args.pth_path
     if not args.pretrained and recipe.backbone == "vgg16" and PRETRAINED.is_file():
         args.pretrained = str(PRETRAINED)
-    args.checkpoint = args.checkpoint or args.pth_path
-    given = [path for path in (args.pretrained, args.checkpoint) if path and not resumed]
-    weights = [checkpoint.load(path) for path in given]
-    if args.recipe == "finetune" and not (weights or resumed):
+    weights = []
+    if args.recipe == "finetune" and not resumed:
         weights = [cli.checkpoint_to_use(args)]
-    if args.recipe == "finetune" and weights:
-        recipe = own_network(recipe, weights[-1])
+        recipe = own_network(recipe, weights[0])
+    elif not resumed:
+        weights = [checkpoint.load(path) for path in (args.pretrained, args.checkpoint) if path]
     ranks.barrier()
     moved = checkpoint.make_room(args.output_dir) if ranks.main and resumed is None else None
     ranks.barrier()
@@ -178,7 +175,7 @@ class Training:
             raise UserError("--batch_size=1: BN on the 1 x 1 map needs at least 2 images a process")
         self.model = build_model(recipe, len(self.classes))
         for state in weights:
-            log.info(f"{state['path']}: {load_weights(self.model, state, name=state['path'])}")
+            log.info(f"{state['path']}: {load_weights(self.model, state)}")
         if not (weights or resumed):
             log.info(
                 "weights: random; --pretrained takes vgg16_reducedfc.pth (or torchvision's ResNet)"
@@ -188,7 +185,8 @@ class Training:
         self.optimizer = build_sgd(list(self.model.parameters()), device, lr=0.0, **options)
         self.window = LossWindow(LOSSES, device)
         if resumed is not None:
-            self.restore(resumed)
+            snapshot.restore(self, resumed)
+            log.info(f"resumed from {resumed['path']} at iteration {self.iteration}")
         self.network, self.optimizer = precision.prepare(self.model, self.optimizer)
         if ranks.world_size > 1:
             self.network = distributed.parallel(self.network, precision.reduce_dtype)
@@ -238,7 +236,8 @@ class Training:
                     self.report()
             if self.iteration == self.end:
                 break
-            if done == self.per_epoch and self.evaluation_due() and self.evaluate():
+            due = self.iteration / self.per_epoch in self.recipe.evaluation
+            if due and self.args.kind == "acc" and self.evaluate():
                 break
             if self.iteration % (self.args.save_interval or self.per_epoch) == 0:
                 self.save()
@@ -289,12 +288,8 @@ class Training:
             f"{term} is not finite, first at iteration {step} (epoch "
             f"{step // self.per_epoch + 1}) on rank {rank}, learning rate {self.lr(step):g}, "
             f"images {image_ids}; last good checkpoint: {kept[0] if kept else 'none'}; "
-            f"{REMEDIES}; or --loss_scale=dynamic, or see --check_data"
-        )
-
-    def evaluation_due(self) -> bool:
-        return (
-            self.args.kind == "acc" and self.iteration // self.per_epoch in self.recipe.evaluation
+            "clip gradients with --clip_norm=10, lower --lr (the port's is 0.001, the original's "
+            "0.004), use --loss_scale=dynamic, or see --check_data"
         )
 
     def evaluate(self) -> bool:
@@ -303,23 +298,10 @@ class Training:
         self.evaluated = self.iteration
         with self.meter.paused():
             distributed.average_buffers(self.model, self.ranks)
-            rows = detect_all(
-                self.model,
-                self.recipe,
-                self.val_set,
-                self.device,
-                self.ranks,
-                self.log.num_workers,
-                Precision(self.device),
-            )
+            shared = (self.device, self.ranks, self.log.num_workers)
+            rows = detect_all(self.model, self.recipe, self.val_set, *shared)
             if rows is not None:
-                evaluation.save_results(self.args.output_dir / "results.bbox.json", rows)
-                outcome = evaluation.evaluate(
-                    self.val_set.annotation_file, rows, self.args.eval_backend == "faster"
-                )
-                tell(outcome, self.recipe, self.log.info, self.args.per_class)
-                evaluation.draw_pr_curves(self.args.output_dir / "pr_curves.png", outcome)
-                draw_examples(self.args.output_dir / "detections.png", self.val_set, rows)
+                outcome = assess(rows, self.val_set, self.recipe, self.args, self.log.info)
                 self.log.val(self.iteration, self.lr(self.iteration - 1), outcome.mmdet())
                 self.accuracy = outcome.stats["AP"]
             self.accuracy = self.ranks.all_gather_objects(self.accuracy)[0]
@@ -338,62 +320,13 @@ class Training:
         self.report()
         with self.meter.paused():
             self.demand_finite(self.window.fetch().bad())
-            buffers = distributed.gather_buffers(self.model, self.ranks)
-            windows = self.ranks.all_gather_objects(self.window.state_dict())
-            if self.ranks.main:
-                weights = published_state_dict(self.model, distributed.mean_buffers(buffers))
-                if not all(torch.isfinite(value).all() for value in weights.values()):
-                    raise UserError(
-                        "weights are not finite; use --loss_scale=dynamic or a lower --lr"
-                    )
+            state = snapshot.take(self)
+            if state is not None:
                 path = self.args.output_dir / (name or f"iter_{self.iteration}.pt")
-                checkpoint.save(path, self.state(weights, buffers, windows))
+                checkpoint.save(path, state)
                 checkpoint.tidy(path.parent, self.iteration, self.args.keep)
                 self.log.info(f"Saving checkpoint {path}")
             self.ranks.barrier()
-
-    def state(self, weights: dict, buffers: list, windows: list) -> dict:
-        return {
-            "model": weights,  # running statistics averaged over ranks, for whoever evaluates
-            "buffers": buffers,  # and each rank's own, for an exact resume
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.precision.scaler.state_dict(),
-            "windows": windows,
-            "iteration": self.iteration,
-            "best": self.best,
-            "recipe": dataclasses.asdict(self.recipe),
-            "classes": list(self.classes),
-            "category_ids": list(self.val_set.category_ids),
-            "run": self.identity(),
-        }
-
-    def identity(self) -> dict:
-        """What must be the same for a resumed run to go on where it was."""
-        return {
-            "backbone": self.recipe.backbone,
-            "image size": self.recipe.image_size,
-            "global batch": self.recipe.batch_size * self.ranks.world_size,
-            "training images": self.records,
-            "seed": self.args.seed,
-        }
-
-    def restore(self, state: dict) -> None:
-        """Go on from a state: in the middle of an epoch, with the same order and augmentation."""
-        for what, value in self.identity().items():
-            if state["run"][what] != value:
-                raise UserError(
-                    f"--resume {state['path']}: its {what} was {state['run'][what]}, now {value}; "
-                    "go on as it was, or start anew from its weights with --checkpoint_path"
-                )
-        load_weights(self.model, state)
-        if len(state["buffers"]) == self.ranks.world_size:
-            self.model.load_state_dict(state["buffers"][self.ranks.rank], strict=False)
-            self.window.load_state_dict(state["windows"][self.ranks.rank])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:
-            self.precision.scaler.load_state_dict(state["scaler"])
-        self.iteration, self.best = state["iteration"], state["best"]
-        self.log.info(f"resumed from {state['path']} at iteration {self.iteration}")
 
     def finish(self) -> None:
         """Evaluate and save the last state, draw the curves, write the summary."""

@@ -48,17 +48,13 @@ def load_weights(
     source: str | Path | Mapping[str, Tensor],
     *,
     heads: bool = True,
-    name: str = "the state dict",
 ) -> LoadReport:
     """Load a file or state dict into the network, whatever of the known layouts it has.
 
     Tensors of another shape, and with `heads=False` the class heads, stay as initialised. Raises
-    UserError for an unreadable file or one of which nothing fits; `name`: what to call a mapping.
+    UserError for an unreadable file or one of which nothing fits.
     """
-    if isinstance(source, Mapping):
-        state = source
-    else:
-        state, name = checkpoint.load(source), str(source)
+    state = source if isinstance(source, Mapping) else checkpoint.load(source)
     given = network_keys(state)
     own = model.state_dict()
     loaded, skipped, reinitialised = {}, [], []
@@ -70,6 +66,7 @@ def load_weights(
         else:
             loaded[key] = value
     if not any(key.endswith("weight") for key in loaded):
+        name = state.get("path", "the state dict")
         raise UserError(f"{name}: no tensor fits this network; is it a checkpoint of another one?")
     model.load_state_dict(loaded, strict=False)
     missing = tuple(key for key in own if key not in given)
