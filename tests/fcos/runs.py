@@ -3,7 +3,6 @@
 from tests.ssd_resnet34 import scripts
 from tests.ssd_resnet34.scripts import (
     ROOT,
-    TINY,
     assert_same_state,
     checkpoints,
     signal_all,
@@ -21,7 +20,6 @@ __all__ = [
     "wait_for_step",
 ]
 MODEL = ROOT / "fcos"
-TINY = TINY
 # A small network and small images: a step takes a fraction of a second.
 NETWORK = ("--backbone=resnet14", "--channels=64", "--tower_convs=1", "--img_scale=64,107")
 SHORT = (*NETWORK, "--device=cpu", "--amp=O0", "--num_workers=0")
