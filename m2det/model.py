@@ -133,10 +133,11 @@ class M2Det(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         sources = self.pyramid(self.base_feature(images))
         offsets, logits = [], []
+        count = images.shape[0]
         for source, loc, conf in zip(sources, self.loc, self.conf, strict=True):
             # Channels last, a level's priors run over row, column, shape.
-            offsets.append(loc(source).permute(0, 2, 3, 1).reshape(len(source), -1, 4))
-            logits.append(conf(source).permute(0, 2, 3, 1).reshape(len(source), -1, self.channels))
+            offsets.append(loc(source).permute(0, 2, 3, 1).reshape(count, -1, 4))
+            logits.append(conf(source).permute(0, 2, 3, 1).reshape(count, -1, self.channels))
         return torch.cat(offsets, dim=1), torch.cat(logits, dim=1)
 
     def base_feature(self, images: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def parse(argv: list[str] | None):
     parser = cli.parser(__doc__.split("\n")[0], "files", recipes=RECIPES)
     cli.add(parser, "--output-file", Path("m2det.onnx"), "to write")
     cli.add(parser, "--decoded", False, "boxes and scores, not raw outputs")
-    cli.add(parser, "--opset", 17, "version of ONNX's operator set")
+    cli.add(parser, "--opset", 18, "version of ONNX's operator set; its Resize needs 18")
     parser.add_argument("--images", nargs="+", help="to check with; default: sample images")
     return parser.parse_args(argv)
 
