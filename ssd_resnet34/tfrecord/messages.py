@@ -1,0 +1,17 @@
+"""Protocol buffer messages described in place: no generated code, no TensorFlow."""
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+
+
+def message_classes(description: str) -> dict[str, type]:
+    """The message classes by name of a FileDescriptorProto in text form, without a package.
+
+    They live in a pool of their own: a TensorFlow in the same process does not collide with them.
+    """
+    file = text_format.Parse(description, descriptor_pb2.FileDescriptorProto(syntax="proto3"))
+    pool = descriptor_pool.DescriptorPool()
+    pool.AddSerializedFile(file.SerializeToString())
+    return {
+        message.name: message_factory.GetMessageClass(pool.FindMessageTypeByName(message.name))
+        for message in file.message_type
+    }
