@@ -1,5 +1,7 @@
 """Raw outputs to detections: softmax, decoding, per class soft-NMS or hard NMS, clipping."""
 
+import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -21,11 +23,11 @@ class Detections(NamedTuple):
 
 @torch.no_grad()
 def decode_outputs(
-    outputs: tuple[Tensor, Tensor], anchors: Tensor, recipe: Recipe
+    outputs: Iterable[Tensor], anchors: Tensor, recipe: Recipe
 ) -> tuple[Tensor, Tensor]:
-    """Boxes (N, P, 4) normalised ltrb and probabilities (N, P, 1 + classes), background first."""
+    """Boxes (..., 4) normalised ltrb and probabilities (..., 1 + classes), background first."""
     offsets, logits = (output.float() for output in outputs)
-    return to_ltrb(decode(offsets, anchors, recipe)), logits.softmax(dim=2)
+    return to_ltrb(decode(offsets, anchors, recipe)), logits.softmax(dim=-1)
 
 
 @torch.no_grad()
@@ -37,15 +39,20 @@ def detect(outputs: tuple[Tensor, Tensor], sizes: Tensor, recipe: Recipe) -> lis
     `max_detections` best, if that is not 0. Boxes are clipped to the image last.
     """
     anchors = make_anchors(recipe).to(outputs[0].device)
-    boxes, scores = decode_outputs(outputs, anchors, recipe)
-    images, priors, channels = scores.shape
-    limits = sizes.to(boxes).flip(1).repeat(1, 2)  # width, height, width, height
-    boxes = boxes * limits.unsqueeze(1)
-    scores[..., 0] = 0  # background is no detection
-    passed = (scores > recipe.score_threshold).flatten().nonzero().squeeze(1)
-    prior = passed // channels
-    group = prior // priors * channels + passed % channels  # of an image and a class
-    found = boxes.flatten(0, 1)[prior], scores.flatten()[passed], group, limits
+    images, priors, channels = outputs[1].shape
+    limits = sizes.to(anchors).flip(1).repeat(1, 2)  # width, height, width, height
+    logits = outputs[1].float().flatten(0, 1)
+    # Where a probability passes, its logit exceeds background's by more than its logarithm: most
+    # priors have none such.
+    least = math.log(max(recipe.score_threshold, 1e-30))
+    likely = (logits[:, 1:].amax(dim=1) > logits[:, 0] + least).nonzero().squeeze(1)
+    rows = (output.flatten(0, 1)[likely] for output in outputs)
+    boxes, scores = decode_outputs(rows, anchors[likely % priors], recipe)
+    boxes *= limits[likely // priors]
+    scores[:, 0] = 0  # background is no detection
+    row, channel = (scores > recipe.score_threshold).nonzero().unbind(1)
+    group = likely[row] // priors * channels + channel  # of an image and a class
+    found = boxes[row], scores[row, channel], group, limits
     boxes, scores, group, limits = (part.cpu().numpy() for part in found)
 
     # Of 16 bits or less, which numpy sorts several times faster.
