@@ -1,0 +1,112 @@
+"""TensorFlow checkpoints: the golden one, damage, missing parts."""
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose
+
+from common.npu.errors import UserError
+from ssd_resnet34.tfrecord import bundle
+from ssd_resnet34.tfrecord.bundle import Bundle, find_prefix
+
+NAME = "model.ckpt-28152"
+PARTS = ("index", "data-00000-of-00001")
+
+
+@pytest.fixture
+def copied(golden_dir, tmp_path):
+    """A checkpoint to damage: its prefix."""
+    for part in PARTS:
+        (tmp_path / f"{NAME}.{part}").write_bytes(
+            (golden_dir / f"checkpoint/{NAME}.{part}").read_bytes()
+        )
+    return tmp_path / NAME
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0x10
+    path.write_bytes(content)
+
+
+def test_every_variable_is_tensorflows(golden, golden_dir):
+    found, expected = Bundle(golden_dir / "checkpoint" / NAME), golden("checkpoint/expected")
+    assert set(found.names) == set(expected)
+    for name, entry in expected.items():
+        value = found.read(name)
+        assert str(value.dtype) == f"torch.{entry['dtype']}"
+        assert list(value.shape) == list(found.shape(name)) == entry["tf_shape"]
+        if "l2" in entry:
+            assert value.flatten()[:4].tolist() == entry["first_values_tf_order"]
+            assert_allclose(value.double().norm().item(), entry["l2"], rtol=1e-6)
+        else:
+            assert value.item() == entry["value"]
+
+
+def test_a_folder_an_index_file_and_a_prefix_name_the_same(golden_dir):
+    folder = golden_dir / "checkpoint"
+    for given_path in (folder, folder / NAME, folder / f"{NAME}.index"):
+        assert find_prefix(given_path) == str(folder / NAME)
+
+
+def test_a_path_from_another_machine(copied):
+    (copied.parent / "checkpoint").write_text(f'model_checkpoint_path: "/elsewhere/{NAME}"\n')
+    assert find_prefix(copied.parent) == str(copied)
+
+
+def test_a_file_of_another_kind_is_none_of_its_business(tmp_path):
+    (tmp_path / "weights.pth").touch()
+    assert find_prefix(tmp_path / "weights.pth") is None
+
+
+@pytest.mark.parametrize("part", ["index", "data"])
+def test_a_missing_part_is_named(copied, part):
+    next(copied.parent.glob(f"*.{part}*")).unlink()
+    with pytest.raises(UserError, match=re.escape(f"there is no {copied}.{part}")):
+        find_prefix(copied)
+
+
+def test_a_folder_without_a_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="no file `checkpoint`"):
+        find_prefix(tmp_path)
+
+
+def test_a_damaged_value_is_named(copied):
+    data = copied.with_name(f"{NAME}.{PARTS[1]}")
+    found = Bundle(copied)
+    flip(data, 100)
+    with pytest.raises(UserError, match=r"wrong checksum of \S+, at byte \d+"):
+        list(map(found.read, found.names))
+    data.write_bytes(data.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"ends inside conv2d/kernel, at byte \d+"):
+        found.read("conv2d/kernel")
+
+
+def test_every_damage_of_the_index_is_refused(copied):
+    index = copied.with_name(f"{NAME}.index")
+    content = index.read_bytes()
+    start, size, _ = bundle._handle(content[-bundle.FOOTER_SIZE :], 0)
+    unread = range(start, start + size + 5)  # the meta index, empty
+    for place in range(len(content) - bundle.FOOTER_SIZE, 5):
+        if place not in unread:
+            flip(index, place)
+            with pytest.raises(UserError, match="not a table of variables"):
+                Bundle(copied)
+            flip(index, place)
+    for length in range(0, len(content), 7):
+        index.write_bytes(content[:length])
+        with pytest.raises(UserError, match="not a table of variables"):
+            Bundle(copied)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(min_size=20, max_size=20))
+def test_a_footer_of_anything_is_refused(golden_dir, tmp_path_factory, places):
+    content = (golden_dir / f"checkpoint/{NAME}.index").read_bytes()
+    prefix = tmp_path_factory.mktemp("index") / NAME
+    footer = places + bytes(20) + bundle.MAGIC
+    prefix.with_name(f"{NAME}.index").write_bytes(content[: -bundle.FOOTER_SIZE] + footer)
+    with pytest.raises(UserError, match="not a table of variables"):
+        Bundle(prefix)
