@@ -77,5 +77,6 @@ def test_sigterm_to_2_ranks_with_2_workers_leaves_a_checkpoint_of_that_step(
 def test_resuming_another_size_is_refused(data, tmp_path):
     output = tmp_path / "run"
     scripts.run("train.py", *flags(data, output, 0, 1), "--max_iters=1", "--save_interval=1")
+    thin = ("--recipe=512_vgg", "--backbone=vgg16_thin")
     with pytest.raises(train.UserError, match=r"its image size was 320, now 512; "):
-        train.main([*flags(data, output, 0, 1), "--resume=auto", "--recipe=512_vgg"])
+        train.main([*flags(data, output, 0, 1), "--resume=auto", *thin])
