@@ -59,6 +59,10 @@ class Ranks:
 def start(device: torch.device, ranks: Ranks, timeout_seconds: float = 1800) -> None:
     """Join the process group, if there is more than one rank."""
     if ranks.world_size > 1:
+        # Imported later, its default arguments keep the group for ever, and gloo's threads may then
+        # abort the process at its end.
+        from torch.distributed.nn import functional  # noqa: F401
+
         # HCCL gives up before torch's watchdog ends the process, so that the reason is logged.
         os.environ.setdefault("HCCL_EXEC_TIMEOUT", f"{0.9 * timeout_seconds:.0f}")
         card, timeout = None if device.type == "cpu" else device, timedelta(seconds=timeout_seconds)

@@ -1,5 +1,6 @@
 """What every entry script does around its work: errors in one line, a stop at the next step."""
 
+import gc
 import multiprocessing
 import os
 import re
@@ -20,6 +21,7 @@ def run(main) -> None:
     try:
         status = main()
         if dist.is_initialized():
+            gc.collect()  # nothing may keep the group: its threads would outlive it
             dist.destroy_process_group()
     except UserError as error:
         rank = os.environ.get("RANK")
