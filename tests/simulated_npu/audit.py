@@ -17,6 +17,11 @@ DATA_DEPENDENT = {
     "nonzero_numpy", "unique_consecutive", "unique_dim",
 }  # fmt: skip
 READS = {"_local_scalar_dense", "equal", "is_nonzero"}
+# Where an operator may have its kernel: its own, or one made of other operators.
+KERNELS = (
+    "PrivateUse1", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional",
+    "CompositeImplicitAutograd",
+)  # fmt: skip
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
 
@@ -82,8 +87,7 @@ class Audit(TorchDispatchMode):
         if kind in ("_to_copy", "copy_"):
             self._note_cast(args, kwargs)
         if not any(
-            torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key)
-            for key in ("PrivateUse1", "CompositeExplicitAutograd", "CompositeImplicitAutograd")
+            torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key) for key in KERNELS
         ):
             self.fallbacks[name] += 1
 

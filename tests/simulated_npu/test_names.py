@@ -128,6 +128,13 @@ def test_the_device_module_is_seen():
     assert {f"torch.npu.{name}" for name in ("set_device", "max_memory_allocated")} <= names
 
 
+def test_only_the_device_room_uses_torch_npu():
+    users = {path for path in SOURCES if used(path)}
+    assert {path.parent for path in users if "benchmarks" not in path.parts} == {
+        ROOT / "common" / "npu"
+    }
+
+
 @pytest.mark.npu_sim
 def test_names_are_in_the_package():
     import torch
