@@ -1,0 +1,41 @@
+"""It learns: a small network remembers four real images, trained by the real script."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from tests.fcos import runs
+from tests.ssd_resnet34.scripts import TINY
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_four_real_images_are_remembered(tmp_path):
+    content = json.loads((TINY / "annotations/instances_train2017.json").read_text())
+    crowded = {a["image_id"] for a in content["annotations"] if a["iscrowd"]}
+    boxes = Counter(a["image_id"] for a in content["annotations"])
+    # Lying ones, so that a batch holds all four.
+    lying = {image["id"] for image in content["images"] if image["width"] > image["height"]}
+    chosen = sorted(i for i in lying - crowded if 3 <= boxes[i] <= 8)[:4]
+    content["images"] = [image for image in content["images"] if image["id"] in chosen]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in chosen]
+    subset = tmp_path / "four.json"
+    subset.write_text(json.dumps(content))
+    files = [
+        f"--{split}_{what}={path}"
+        for split in ("train", "val")
+        for what, path in (("annotations", subset), ("images", TINY / "train2017"))
+    ]
+    recipe = "--recipe=quickstart --no-augment --img_scale=320,480 --batch_size=4 --epochs=170"
+    recipe += " --lr=0.08 --lr_decay_epochs 115 150 --warmup=30"
+    # One of the four fills half of its canvas: what training padded, evaluation must pad.
+    recipe += " --eval_shapes=two --num_workers=0 --no-save --device=cpu"
+    script = [sys.executable, runs.MODEL / "train.py", f"--output_dir={tmp_path}/out"]
+    subprocess.run([*script, *files, *recipe.split()], check=True)
+    (log,) = (tmp_path / "out").glob("*.log.json")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    (val,) = [line for line in lines if line.get("mode") == "val"]
+    assert val["bbox_mAP_50"] >= 0.9
