@@ -1,0 +1,141 @@
+"""Loading weights of every kind, and refusing what does not fit."""
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_array_equal
+
+from common.npu.errors import UserError
+from ssd_resnet34 import config as first_config
+from ssd_resnet34 import model as first_model
+from ssd_resnet34.tfrecord import weights
+from ssd_resnet34.tfrecord.bundle import Bundle
+from ssd_resnet34.tfrecord.model import build_model
+from ssd_resnet34.tfrecord.weights import (
+    load_weights,
+    published_state_dict,
+    tensorflow_names,
+)
+from tests.golden.fill import fill_value
+
+
+class FakeBundle:
+    """A TensorFlow checkpoint in memory."""
+
+    def __init__(self, variables):
+        self.variables = variables
+        self.names = tuple(variables)
+
+    def read(self, name):
+        return self.variables[name]
+
+
+@pytest.fixture
+def variables(golden):
+    """Every variable of the whole model under TensorFlow's name and in its layout."""
+
+    def value(entry):
+        array = fill_value(entry["fill_key"], tuple(entry["torch_shape"]))
+        return torch.from_numpy(array.transpose(2, 3, 1, 0) if array.ndim == 4 else array)
+
+    return {entry["tf_name"]: value(entry) for entry in golden("mapping")}
+
+
+@pytest.fixture
+def load_variables(monkeypatch, recipe):
+    """`load_variables(variables)`: a network with them loaded, and the report."""
+    model = build_model(recipe, 80)
+
+    def load(variables):
+        monkeypatch.setattr(weights, "find_prefix", str)
+        monkeypatch.setattr(weights, "Bundle", lambda prefix: FakeBundle(variables))
+        return model, load_weights(model, "model.ckpt-1")
+
+    return load
+
+
+def check_filled(golden, model, prefix):
+    names = {name: key for key, name in tensorflow_names(model).items()}
+    state, checked = model.state_dict(), 0
+    for entry in golden("mapping"):
+        if entry["tf_name"].startswith(prefix):
+            expected = fill_value(entry["fill_key"], tuple(entry["torch_shape"]))
+            assert_array_equal(state[names[entry["checkpoint_name"]]], expected)
+            checked += 1
+    return checked
+
+
+def test_golden_variables_under_our_keys_and_in_our_layout(golden, golden_dir, recipe):
+    model = build_model(recipe, 80)
+    bundle = Bundle(golden_dir / "checkpoint/model.ckpt-28152")
+    state = weights._tensorflow_state(model, bundle)
+    names, checked = tensorflow_names(model), 0
+    for key, value in state.items():
+        if value is not None:
+            entry = golden("checkpoint/expected")[names[key]]
+            expected = fill_value(entry["torchvision_key"], tuple(entry["torch_shape"]))
+            factor = np.float32(0.2 if entry["torchvision_key"].endswith("bn2.weight") else 1)
+            assert_array_equal(value, expected * factor)
+            checked += 1
+    foreign = [name for name, value in state.items() if value is None]
+    assert len(foreign) == 3
+    assert checked == len(bundle.names) - len(foreign)
+    with pytest.raises(UserError, match=r"lacks backbone weights: conv2d_3/kernel.* more"):
+        load_weights(model, golden_dir / "checkpoint")
+
+
+def test_a_whole_tensorflow_detector(golden, variables, load_variables):
+    variables["conv2d/kernel/Momentum"] = torch.zeros(1)
+    model, report = load_variables(variables)
+    assert check_filled(golden, model, "") == 189
+    assert report.skipped == ("conv2d/kernel/Momentum",)
+    assert report.missing == ()
+
+
+def test_a_tensorflow_backbone(golden, variables, load_variables):
+    backbone = {
+        name.removeprefix("resnet34/"): value
+        for name, value in variables.items()
+        if name.startswith("resnet34/")
+    }
+    foreign = {"global_step": torch.tensor(28152), "dense/bias": torch.zeros(1001)}
+    model, report = load_variables(backbone | foreign)
+    assert check_filled(golden, model, "resnet34/") == len(backbone)
+    assert report.skipped == ("dense/bias", "global_step")
+    assert all(key.startswith(("additional", "class_net", "box_net")) for key in report.missing)
+    assert len(report.missing) == 20 + 24
+
+
+def test_a_misshapen_variable_is_named(variables, load_variables):
+    variables["resnet34/conv2d_9/kernel"] = torch.zeros(3, 3, 64, 128)
+    with pytest.raises(UserError, match="another shape: conv2d_9/kernel"):
+        load_variables(variables)
+
+
+def test_torchvisions_file(tmp_path, recipe):
+    torchvision = pytest.importorskip("torchvision")
+    state = torchvision.models.resnet34().state_dict()
+    torch.save(state, tmp_path / "resnet34.pth")
+    model = build_model(recipe, 80)
+    report = load_weights(model, tmp_path / "resnet34.pth")
+    assert all(key.startswith(("layer4", "fc")) for key in report.skipped)
+    loaded = model.model[5][2].conv1.weight
+    assert torch.equal(loaded, state["layer3.2.conv1.weight"])
+
+
+def test_our_own_checkpoint(tmp_path, recipe):
+    source, model = build_model(recipe, 80), build_model(recipe, 80)
+    torch.save({"model": published_state_dict(source)}, tmp_path / "ours.pth")
+    report = load_weights(model, tmp_path / "ours.pth")
+    assert report.skipped == report.missing == ()
+    own = model.state_dict()
+    assert all(torch.equal(own[key], value) for key, value in source.state_dict().items())
+
+
+def test_the_other_recipes_detector_and_other_classes_are_refused(recipe):
+    model = build_model(recipe, 80)
+    other = first_model.build_model(first_config.RECIPES["1p"], 80)
+    with pytest.raises(UserError, match="other recipe"):
+        load_weights(model, other.state_dict())
+    with pytest.raises(UserError, match=r"another shape: class_net\.0\.weight"):
+        load_weights(model, build_model(recipe, 20).state_dict())
