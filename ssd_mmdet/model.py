@@ -42,7 +42,8 @@ class L2Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
-        length = wide.square().sum(dim=1, keepdim=True).sqrt().add(1e-10)
+        # As good as length + 1e-10, the original's; but that the ONNX exporter takes for + 0.
+        length = wide.square().sum(dim=1, keepdim=True).clamp(min=1e-20).sqrt()
         return (self.weight.view(1, -1, 1, 1) * wide / length).to(x.dtype)
 
 
