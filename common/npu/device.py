@@ -71,6 +71,15 @@ def has_bf16(device: torch.device) -> bool:
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
 
 
+def has_infinity(device: torch.device) -> bool:
+    """Whether what overflows becomes infinite; on an Ascend 910A it stays at the largest number."""
+    if device.type != "npu":
+        return True
+    import torch_npu
+
+    return torch_npu.npu.utils.is_support_inf_nan()
+
+
 def be_deterministic(device: torch.device) -> None:
     """Same bits in every run on the same machine, where the device's kernels can."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

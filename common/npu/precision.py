@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from common.npu.device import has_bf16
+from common.npu.device import has_bf16, has_infinity
 from common.npu.errors import UserError
 
 
@@ -33,6 +33,8 @@ class Precision:
         self.loss_scale = loss_scale if self.dtype is torch.float16 else "1"
         # Native: one of these two scales, the other does nothing.
         dynamic = self.loss_scale == "dynamic"
+        if dynamic and not self.apex and not has_infinity(device):
+            raise UserError("--loss_scale dynamic: this NPU hides overflows; give a number")
         self.scaler = torch.amp.GradScaler(device.type, enabled=dynamic and not self.apex)
         self.static_scale = 1.0 if dynamic or self.apex else float(self.loss_scale)
 

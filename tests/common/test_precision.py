@@ -21,6 +21,7 @@ def _bf16(monkeypatch):
 @pytest.fixture
 def _no_bf16(monkeypatch):
     monkeypatch.setattr(module, "has_bf16", lambda device: False)
+    monkeypatch.setattr(module, "has_infinity", lambda device: device is not NPU)
 
 
 @pytest.mark.usefixtures("_bf16")
@@ -71,6 +72,7 @@ def test_bf16_and_fp32_need_no_scale_however_it_was_asked():
         ),
         (CUDA, {"level": "O1", "dtype": "bf16"}, "--amp_dtype bf16: of no use on this cuda"),
         (NPU, {"level": "O2", "dtype": "bf16"}, "--amp_dtype bf16: of no use on this npu"),
+        (NPU, {"level": "O1"}, "--loss_scale dynamic: this NPU hides overflows; give a number"),
         *(
             (CUDA, {"level": "O1", "loss_scale": scale}, f"--loss_scale {scale}: not 'dynamic'")
             for scale in ("0", "-1", "inf", "nan", "auto", "")

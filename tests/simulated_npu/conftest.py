@@ -19,6 +19,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=f"no simulated NPU: {MISSING}"))
 
 
+def pytest_terminal_summary(terminalreporter):
+    """The tables that tests gave to `record_property("audit", ...)`."""
+    for report in terminalreporter.getreports("passed"):
+        for name, table in report.user_properties:
+            if name == "audit":
+                terminalreporter.write(f"\n{table}\n")
+
+
 @pytest.fixture(scope="session")
 def missing():
     """Why there is no simulated NPU, or None."""

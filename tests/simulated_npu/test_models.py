@@ -80,15 +80,15 @@ def test_steps_equal_the_cpus(npu, model, batches, tiny_train):  # noqa: F811
     assert all(map(torch.equal, weights, expected_weights))
 
 
-def test_a_steady_step_waits_for_nothing(npu, model, batches, tiny_train, capsys):  # noqa: F811
+def test_a_steady_step_waits_for_nothing(npu, model, batches, tiny_train, record_property):  # noqa: F811
     run, audits = start(model, npu, tiny_train, "O1", "128"), []
     for batch in batches:
         pinned = {name: getattr(batch, name).pin_memory() for name in batch._fields[:-1]}
         with Audit() as audit:
             run.step(batch._replace(**pinned))
         audits.append(audit)
-    with capsys.disabled():
-        print(f"\n--- {model.name}, a training step at O1, loss scale 128\n{audits[-1].table()}")
+    title = f"{model.name}, a training step at {run.precision}"
+    record_property("audit", f"{title}\n{audits[-1].table()}")
     for before, audit in pairwise(audits[1:]):
         assert audit.ops > 500
         assert audit.shapes <= before.shapes

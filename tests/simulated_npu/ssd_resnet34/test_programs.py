@@ -119,8 +119,12 @@ def test_kill_9_of_a_rank_ends_the_other_with_a_message(data, tmp_path):
 def test_910a(data, tmp_path, monkeypatch):
     monkeypatch.setenv("SIMULATED_NPU_SOC", "Ascend910A")
     flags = (*SMALL, f"--data={data}", f"--output_dir={tmp_path / 'run'}", "--device=npu")
-    done = scripts.run("train.py", *flags, "--amp=O1", "--amp_dtype=bf16", status=1)
-    assert re.fullmatch(r"error: --amp_dtype bf16: .*npu.*", done.stderr.strip().splitlines()[-1])
+    for refused, words in (
+        ("--amp_dtype=bf16", "--amp_dtype bf16: of no use on this npu"),
+        ("--loss_scale=dynamic", "--loss_scale dynamic: this NPU hides overflows"),
+    ):
+        done = scripts.run("train.py", *flags, "--amp=O1", refused, status=1)
+        assert done.stderr.strip().splitlines()[-1].startswith(f"error: {words}")
     run = ("--max_iters=2", "--log_interval=1", "--kind=perf")
     scripts.run("train.py", *flags, *run, "--amp=O1", "--loss_scale=128")
     assert list(losses(tmp_path / "run")) == [1, 2]

@@ -147,7 +147,7 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(npu, training, batches)
 
 
 @pytest.mark.parametrize(("level", "clip_norm"), [("O0", 10.0), ("O1", 0.0), ("O2", 10.0)])
-def test_audit_of_a_steady_step(npu, training, batches, level, clip_norm, capsys):
+def test_audit_of_a_steady_step(npu, training, batches, level, clip_norm, record_property):
     run = training(npu, level, "dynamic", clip_norm=clip_norm)
     pinned = [batch._replace(**{f: getattr(batch, f).pin_memory() for f in batch._fields[:-1]})
               for batch in batches]  # fmt: skip
@@ -157,8 +157,8 @@ def test_audit_of_a_steady_step(npu, training, batches, level, clip_norm, capsys
         with Audit() as audit:
             run.step(batch)
         audits.append(audit)
-    with capsys.disabled():
-        print(f"\n--- ssd_resnet34, a training step at {run.precision}\n{audits[-1].table()}")
+    title = f"ssd_resnet34, a training step at {run.precision}"
+    record_property("audit", f"{title}\n{audits[-1].table()}")
     for before, audit in pairwise(audits):
         assert audit.ops > 500
         assert audit.shapes <= before.shapes
