@@ -49,10 +49,10 @@ def training_records(index: CocoIndex) -> CocoIndex:
 
 def resize(image: np.ndarray, size: int) -> Tensor:
     """Image (H, W, 3) uint8 to (size, size, 3): bilinear with antialias, Pillow's to a level."""
-    chw = torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0)
-    chw = chw.contiguous(memory_format=torch.channels_last)
-    resized = F.interpolate(chw, (size, size), mode="bilinear", antialias=True)
-    return resized.squeeze(0).permute(1, 2, 0).contiguous()
+    # Permuted after the batch axis is there: torch then sees channels last and keeps it.
+    planes = torch.from_numpy(image).unsqueeze(0).permute(0, 3, 1, 2)
+    resized = F.interpolate(planes, (size, size), mode="bilinear", antialias=True)
+    return resized.permute(0, 2, 3, 1).squeeze(0).contiguous()
 
 
 @functools.cache

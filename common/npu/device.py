@@ -64,8 +64,10 @@ def setup_device(name: str = "auto", index: int = 0) -> tuple[torch.device, str]
 
 def has_bf16(device: torch.device) -> bool:
     """Whether bfloat16 is there; on a CPU: whether it is faster than fp32."""
-    if device.type != "cpu":
-        return getattr(torch, device.type).is_bf16_supported()
+    if device.type == "npu":
+        return torch.npu.is_bf16_supported()
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     flags = Path("/proc/cpuinfo")
     words = flags.read_text().split() if flags.exists() else ()
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
