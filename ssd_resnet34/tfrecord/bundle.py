@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError, Message
 from torch import Tensor
 
 from common.npu.errors import UserError
-from ssd_resnet34.tfrecord.messages import message_classes
+from ssd_resnet34.tfrecord.messages import message_classes, varint
 from ssd_resnet34.tfrecord.records import masked_crc
 
 _MESSAGES = message_classes("""
@@ -165,9 +165,9 @@ def _block(content: bytes, offset: int, size: int, path: str) -> Iterator[tuple[
     (restarts,) = struct.unpack_from("<I", block, size - 4)
     key, at, end = b"", 0, size - 4 * (restarts + 1)
     while at < end:
-        shared, at = _varint(block, at)
-        unshared, at = _varint(block, at)
-        length, at = _varint(block, at)
+        shared, at = varint(block, at)
+        unshared, at = varint(block, at)
+        length, at = varint(block, at)
         key = key[:shared] + block[at : at + unshared]
         yield key, block[at + unshared : at + unshared + length]
         at += unshared + length
@@ -175,17 +175,6 @@ def _block(content: bytes, offset: int, size: int, path: str) -> Iterator[tuple[
 
 def _handle(data: bytes, at: int) -> tuple[int, int, int]:
     """Offset and size of a block, and the place after them."""
-    offset, at = _varint(data, at)
-    size, at = _varint(data, at)
+    offset, at = varint(data, at)
+    size, at = varint(data, at)
     return offset, size, at
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """A protocol buffer's integer at a place, and the place after it."""
-    value, shift = 0, 0
-    while True:
-        byte = data[at]
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            return value, at

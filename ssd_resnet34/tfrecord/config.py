@@ -9,10 +9,16 @@ from dataclasses import asdict, dataclass
 
 from ssd_resnet34.config import Recipe as First
 
+# COCO's 80 of 90 category ids, in order: class k is the k-th.
+_UNUSED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
+COCO_CATEGORY_IDS = tuple(number for number in range(1, 91) if number not in _UNUSED)
+
 
 @dataclass(frozen=True)
 class Recipe:
     name: str = "SSD-ResNet34-TFRecord"  # in logs, file names and checkpoints
+
+    category_ids: tuple[int, ...] = COCO_CATEGORY_IDS  # of each class in the records
 
     # Network, default boxes and normalisation: the first recipe's
     backbone: str = First.backbone

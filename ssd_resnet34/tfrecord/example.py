@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError
 from common.npu.errors import UserError
 from ssd_resnet34.tfrecord.messages import message_classes
 
-Example = message_classes("""
+_MESSAGES = message_classes("""
     name: "example"
     message_type { name: "BytesList"
         field { name: "value" number: 1 type: TYPE_BYTES label: LABEL_REPEATED } }
@@ -34,7 +34,8 @@ Example = message_classes("""
     message_type { name: "Example"
         field { name: "features" number: 1 type: TYPE_MESSAGE type_name: ".Features"
             label: LABEL_OPTIONAL } }
-""")["Example"]
+""")
+Example, Features = _MESSAGES["Example"], _MESSAGES["Features"]
 
 KINDS = {bytes: "bytes_list", float: "float_list", int: "int64_list"}
 SIDES = ("xmin", "ymin", "xmax", "ymax")

@@ -1,0 +1,262 @@
+"""Records to uint8 crops and padded boxes: what the loader's workers do.
+
+A worker reads, decodes and crops; it draws every number of a sample's augmentation from
+(seed, epoch, position in the epoch), so that neither the number of workers nor that of ranks nor a
+resumed run changes a sample. Flip, colour and normalisation follow on the device (augment.py).
+"""
+
+import io
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import NamedTuple
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from common.coco.images import BROKEN
+from common.npu.distributed import Ranks
+from common.npu.errors import UserError
+from ssd_resnet34.data import _quiet_worker, epoch_order, normalise
+from ssd_resnet34.tfrecord.config import Recipe
+from ssd_resnet34.tfrecord.index import RecordIndex
+
+
+class Batch(NamedTuple):
+    """N samples; `boxes` are padded to M rows, `valid` marks the real ones."""
+
+    images: Tensor  # (N, H, W, 3) uint8 RGB
+    boxes: Tensor  # (N, M, 4) float32 normalised ltrb
+    labels: Tensor  # (N, M) int64 0-based classes
+    valid: Tensor  # (N, M) bool
+    flip: Tensor  # (N,) bool
+    jitter: Tensor  # (N, 4) float32: brightness added, contrast and saturation factor, hue turns
+
+    def to(self, device: torch.device) -> "Batch":
+        """On the device, asynchronously where pinned."""
+        return Batch(*(part.to(device, non_blocking=True) for part in self))
+
+
+def training_records(index: RecordIndex) -> RecordIndex:
+    """The records with at least one box, crowd included."""
+    return index.subset(index.boxes > 0)
+
+
+def decode_image(data: bytes, where: str) -> np.ndarray:
+    """JPEG or PNG to uint8 (H, W, 3) RGB; `where` begins the UserError for a broken one."""
+    try:
+        if data.startswith(b"\xff\xd8"):
+            with suppress(ValueError):  # also raised for a mere warning: Pillow decides
+                if simplejpeg.decode_jpeg_header(data)[2] not in ("CMYK", "YCCK"):
+                    return simplejpeg.decode_jpeg(data, "RGB")
+        return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+    except BROKEN:
+        remedy = "convert the data set again"
+        raise UserError(f"{where}: the image is truncated, or none; {remedy}") from None
+
+
+def sample(image: np.ndarray, rows: Tensor, columns: Tensor) -> Tensor:
+    """Bilinear values (h, w, 3) float32 of an image (H, W, 3) uint8 where h rows and w columns
+    cross, in pixels from the first one's centre; beyond the last one, its value."""
+    top, below, down = _neighbours(rows, image.shape[0])
+    left, right, across = _neighbours(columns, image.shape[1])
+    first = int(left[0])
+    pixels = torch.from_numpy(image)[:, first : int(right[-1]) + 1]
+    lines = torch.lerp(pixels[top].float(), pixels[below].float(), down.view(-1, 1, 1))
+    return torch.lerp(lines[:, left - first], lines[:, right - first], across.view(1, -1, 1))
+
+
+def _neighbours(places: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows (or columns) before and after each place, and how far it is towards the second."""
+    before = places.floor()
+    share = places - before
+    before = before.long().clamp(max=count - 1)
+    return before, (before + 1).clamp(max=count - 1), share
+
+
+def resize(image: np.ndarray, size: int) -> Tensor:
+    """Image (H, W, 3) uint8 to (size, size, 3) float32 in 0..255: bilinear without antialias,
+    sampled from the upper left corner of each cell, not its centre."""
+    steps = torch.arange(size, dtype=torch.float32)
+    rows, columns = (steps * (torch.tensor(float(side)) / size) for side in image.shape[:2])
+    return sample(image, rows, columns)
+
+
+def crop_and_resize(image: np.ndarray, window: np.ndarray, size: int) -> Tensor:
+    """A window (left, top, right, bottom), normalised, of an image as (size, size, 3) float32 in
+    0..255: the window's edges are the first and the last pixel's centre."""
+    steps = torch.arange(size, dtype=torch.float32)
+    left, top, right, bottom = torch.tensor(window, dtype=torch.float32)
+    height, width = (side - 1 for side in image.shape[:2])
+    rows = top * height + steps * ((bottom - top) * height / (size - 1))
+    columns = left * width + steps * ((right - left) * width / (size - 1))
+    return sample(image, rows, columns)
+
+
+def prepare_image(image: np.ndarray, recipe: Recipe) -> Tensor:
+    """The evaluation input (3, 300, 300) float32 of an image (H, W, 3) uint8 RGB."""
+    return normalise(resize(image, recipe.image_size).unsqueeze(0), recipe).squeeze(0)
+
+
+def crop_window(boxes_ltrb: np.ndarray, recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
+    """A random window (left, top, right, bottom) float32, normalised; the whole image at times.
+
+    Every box must overlap the window by more than the drawn IoU, and at least one centre lie in
+    it. Of `crop_windows` drawn at once the last such one is taken; without one all starts anew.
+    """
+    centers = (boxes_ltrb[:, :2] + boxes_ltrb[:, 2:]) / 2
+    areas = (boxes_ltrb[:, 2:] - boxes_ltrb[:, :2]).prod(axis=1)
+    narrowest, widest = recipe.crop_ratio
+    while rng.random() >= recipe.whole_probability:
+        limit = rng.choice(recipe.crop_ious)
+        size = rng.uniform(*recipe.crop_scale, (recipe.crop_windows, 2))
+        low = rng.uniform(0, 1 - size)
+        windows = np.concatenate([low, low + size], axis=1).astype(np.float32)[:, None]
+        ratio = size[:, 0] / size[:, 1]
+        inside = ((centers > windows[..., :2]) & (centers < windows[..., 2:])).all(axis=2)
+        shared = np.minimum(boxes_ltrb[:, 2:], windows[..., 2:])
+        shared = (shared - np.maximum(boxes_ltrb[:, :2], windows[..., :2])).clip(0)
+        overlap = shared.prod(axis=2)
+        iou = overlap / (areas + size.prod(axis=1)[:, None] - overlap)
+        valid = (ratio > narrowest) & (ratio < widest)
+        valid &= inside.any(axis=1) & (iou > limit).all(axis=1)
+        if valid.any():
+            return windows[np.flatnonzero(valid)[-1], 0]
+    return np.array([0, 0, 1, 1], np.float32)
+
+
+def crop_boxes(boxes_ltrb: np.ndarray, window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes (n, 4) float32 relative to a window, and which of all (m,) they are: those whose centre
+    lies inside, clipped."""
+    low, high = window[:2], window[2:]
+    centers = (boxes_ltrb[:, :2] + boxes_ltrb[:, 2:]) / 2
+    inside = ((centers > low) & (centers < high)).all(axis=1)
+    corners = boxes_ltrb[inside].reshape(-1, 2, 2).clip(low, high)
+    return ((corners - low) / (high - low)).reshape(-1, 4).astype(np.float32), inside
+
+
+class _Records(Dataset):
+    """What training and evaluation share: records, classes by category id."""
+
+    def __init__(self, records: RecordIndex, recipe: Recipe):
+        self.records, self.recipe = records, recipe
+        self.label_of = {category: k for k, category in enumerate(recipe.category_ids)}
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+class TrainingSet(_Records):
+    """`dataset[epoch, position, record]` is a sample, the fields of a Batch without N."""
+
+    def __init__(self, records: RecordIndex, recipe: Recipe, seed: int):
+        super().__init__(records, recipe)
+        self.seed, self.slots = seed, records.max_boxes()
+
+    def __getitem__(self, key: tuple[int, int, int]) -> Batch:
+        epoch, position, record = key
+        recipe, where = self.recipe, self.records.where(record)
+        found = self.records.read(record)
+        image, boxes = decode_image(found.encoded, where), found.boxes_ltrb
+        labels = self.labels(found.category_ids, where)
+        rng = np.random.default_rng((self.seed, epoch, position))
+        window, flip, jitter = np.array([0, 0, 1, 1], np.float32), False, np.array([0, 1, 1, 0])
+        if recipe.augment:
+            window = crop_window(boxes, recipe, rng)
+            flip = rng.random() < recipe.flip_probability
+            spans = (recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
+            jitter = jitter + rng.uniform(-1, 1, 4) * spans
+            if (window != (0, 0, 1, 1)).any():
+                boxes, inside = crop_boxes(boxes, window)
+                labels = labels[inside]
+        padded_boxes = np.zeros((self.slots, 4), np.float32)
+        padded_labels = np.zeros(self.slots, np.int64)
+        padded_boxes[: len(boxes)] = boxes
+        padded_labels[: len(labels)] = labels
+        return Batch(
+            # Whole grey levels travel in a quarter of the bytes.
+            crop_and_resize(image, window, recipe.image_size).round_().byte(),
+            torch.from_numpy(padded_boxes),
+            torch.from_numpy(padded_labels),
+            torch.arange(self.slots) < len(boxes),
+            torch.tensor(flip),
+            torch.tensor(jitter, dtype=torch.float32),
+        )
+
+    def labels(self, category_ids: np.ndarray, where: str) -> np.ndarray:
+        """0-based classes. Raises UserError for a category that the recipe does not know."""
+        ids = category_ids.tolist()
+        if strange := set(ids) - self.label_of.keys():
+            raise UserError(f"{where}: category {min(strange)} is none of the recipe's")
+        return np.array([self.label_of[category] for category in ids], np.int64)
+
+
+class EvaluationSet(_Records):
+    """Resized float32 images (H, W, 3) in 0..255, original (height, width) and image id."""
+
+    def __getitem__(self, record: int) -> tuple[Tensor, Tensor, Tensor]:
+        where, found = self.records.where(record), self.records.read(record)
+        if found.image_id is None:
+            raise UserError(f"{where}: no image/source_id, which the evaluation needs")
+        image = decode_image(found.encoded, where)
+        size = torch.tensor(image.shape[:2])
+        return resize(image, self.recipe.image_size), size, torch.tensor(found.image_id)
+
+
+class TrainingOrder(Sampler):
+    """This rank's batches of (epoch, position, record), from any iteration to the run's last.
+
+    The epochs' permutations follow one another without a gap: every record is seen once an epoch,
+    and a batch may end one epoch and begin the next. Rank r takes every world-size-th of them.
+    """
+
+    def __init__(self, length: int, batch_size: int, ranks: Ranks, seed: int, start: int, end: int):
+        if not length:
+            raise UserError("no record has a box; check --training_file_pattern")
+        self.length, self.batch_size, self.ranks, self.seed = length, batch_size, ranks, seed
+        self.start, self.end = start, end
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        step = self.batch_size * self.ranks.world_size
+        current, order = -1, []
+        for iteration in range(self.start, self.end):
+            batch = []
+            first = iteration * step + self.ranks.rank
+            for place in range(first, first + step, self.ranks.world_size):
+                epoch, position = divmod(place, self.length)
+                if epoch != current:
+                    current, order = epoch, epoch_order(self.length, self.seed, epoch, 1).tolist()
+                batch.append((epoch, position, order[position]))
+            yield batch
+
+
+def build_loader(
+    recipe: Recipe,
+    records: RecordIndex,
+    training: bool,
+    *,
+    ranks: Ranks | None = None,
+    workers: int = 0,
+    seed: int = 0,
+    start: int = 0,
+    end: int | None = None,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """The loader of this rank: training Batches of iterations `start` to `end` (default: of the
+    whole run), or every evaluation image of the rank once."""
+    ranks = ranks or Ranks()
+    options = {"num_workers": workers, "pin_memory": pin_memory, "worker_init_fn": _quiet_worker}
+    if workers:
+        options["prefetch_factor"] = 4
+    if not training:
+        mine = records.subset(np.arange(ranks.rank, len(records), ranks.world_size))
+        return DataLoader(EvaluationSet(mine, recipe), recipe.eval_batch_size, **options)
+    end = recipe.total_steps(ranks.world_size) if end is None else end
+    order = TrainingOrder(len(records), recipe.train_batch_size, ranks, seed, start, end)
+    return DataLoader(TrainingSet(records, recipe, seed), batch_sampler=order, **options)

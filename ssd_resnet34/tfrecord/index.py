@@ -1,0 +1,104 @@
+"""The place and the number of boxes of every record of a set of shards: read once, at the start.
+
+Headers are verified; images are skipped over, their pages stay unread. So an epoch can be shuffled
+as a whole, shared out evenly over any number of ranks whatever the number of files, and taken up at
+any record. Contents are verified when they are read.
+"""
+
+import mmap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from common.npu.errors import UserError
+from ssd_resnet34.tfrecord.example import AnnotatedImage, Features, annotated_image, decode, values
+from ssd_resnet34.tfrecord.messages import varint
+from ssd_resnet34.tfrecord.records import HEADER, Span, match_files, read_record, read_spans
+
+# How a protocol buffer begins a message's field 1, and the entry of a record's image in a map.
+FIELD_1 = 0x0A
+IMAGE_KEY = b"\x0a\x0dimage/encoded"
+CATEGORY = "image/object/class/label"
+
+
+@dataclass(frozen=True, eq=False)
+class RecordIndex:
+    """R records in the order of sorted files; flat arrays, which forked workers share."""
+
+    files: np.ndarray  # (F,) 'U'
+    file: np.ndarray  # (R,) int32 position in files
+    spans: np.ndarray  # (R, 2) int64 offset of the header, length of the payload
+    boxes: np.ndarray  # (R,) int64 number of boxes
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    def read(self, i: int) -> AnnotatedImage:
+        """Record `i`, verified. Raises UserError for a damaged one."""
+        return annotated_image(read_record(self.path(i), Span(*self.spans[i])), self.where(i))
+
+    def path(self, i: int) -> str:
+        return str(self.files[self.file[i]])
+
+    def where(self, i: int) -> str:
+        """File and place of a record, as error messages begin."""
+        return f"{self.path(i)}: record at byte {self.spans[i][0]}"
+
+    def subset(self, keep: np.ndarray) -> "RecordIndex":
+        """The records that `keep` (boolean mask or positions) names."""
+        by_record = {key: getattr(self, key)[keep] for key in ("file", "spans", "boxes")}
+        return replace(self, **by_record)
+
+    def max_boxes(self) -> int:
+        """The largest number of boxes of one record, rounded up to a positive 16."""
+        return max(16, -(-int(self.boxes.max(initial=0)) // 16) * 16)
+
+
+def read_index(pattern: str, flag: str) -> RecordIndex:
+    """The records of the files that a pattern matches. Raises UserError where there is none."""
+    files = match_files(pattern, flag)
+    found = [[(number, *entry) for entry in _entries(path)] for number, path in enumerate(files)]
+    table = np.array([row for rows in found for row in rows], np.int64).reshape(-1, 4)
+    if not len(table):
+        raise UserError(f"{flag}={pattern}: all {len(files)} files are empty; convert them again")
+    return RecordIndex(np.array(files), table[:, 0].astype(np.int32), table[:, 1:3], table[:, 3])
+
+
+def _entries(path: str) -> Iterator[tuple[int, int, int]]:
+    """Offset, length and number of boxes of every record of a file."""
+    spans = list(read_spans(path))
+    if not spans:
+        return
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for span in spans:
+            start = span.offset + HEADER.size
+            end = start + span.length
+            where = f"{path}: record at byte {span.offset}"
+            features = _without_image(content, start, end) or decode(content[start:end], where)
+            yield (*span, len(values(features, CATEGORY, int, where)))
+
+
+def _without_image(content: mmap.mmap, start: int, end: int) -> Mapping | None:
+    """The features of a tf.Example but its image; None where it is laid out unlike TensorFlow's."""
+    kept = []
+    try:
+        size, at = _field(content, start)
+        if at + size != end:
+            return None
+        while at < end:
+            size, inside = _field(content, at)
+            if content[inside : inside + len(IMAGE_KEY)] != IMAGE_KEY:
+                kept.append(content[at : inside + size])
+            at = inside + size
+        return Features.FromString(b"".join(kept)).feature if at == end else None
+    except (ValueError, IndexError, DecodeError):
+        return None
+
+
+def _field(content: mmap.mmap, at: int) -> tuple[int, int]:
+    """Size and start of the content of the field 1 at a place."""
+    if content[at] != FIELD_1:
+        raise ValueError("another field")
+    return varint(content, at + 1)
