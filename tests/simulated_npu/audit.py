@@ -17,12 +17,17 @@ DATA_DEPENDENT = {
     "nonzero_numpy", "unique_consecutive", "unique_dim",
 }  # fmt: skip
 READS = {"_local_scalar_dense", "equal", "is_nonzero"}
-# Where an operator may have its kernel: its own, or one made of other operators.
-KERNELS = (
-    "PrivateUse1", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional",
-    "CompositeImplicitAutograd",
-)  # fmt: skip
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
+
+
+def has_kernel(name: str) -> bool:
+    """Whether an operator has an NPU kernel: its own, its `out` form's, or one made of others."""
+    base, _, overload = name.partition(".")
+    names = (name, f"{base}.{overload}_out" if overload else f"{base}.out")
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key
+    return any(
+        registered(name, key) for key in ("CompositeExplicitAutograd", "CompositeImplicitAutograd")
+    ) or any(registered(n, "PrivateUse1") for n in names if torch._C._dispatch_has_kernel(n))
 
 
 class Audit(TorchDispatchMode):
@@ -86,9 +91,7 @@ class Audit(TorchDispatchMode):
             self.rearranged[tuple(args[0].shape)] += 1
         if kind in ("_to_copy", "copy_"):
             self._note_cast(args, kwargs)
-        if not any(
-            torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key) for key in KERNELS
-        ):
+        if not has_kernel(op.name()):
             self.fallbacks[name] += 1
 
     def _note_cast(self, args, kwargs) -> None:
