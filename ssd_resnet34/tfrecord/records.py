@@ -8,6 +8,7 @@ UserError that names the file, the byte offset of the record and what is wrong.
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -105,25 +106,40 @@ def _payload(path: str, span: Span, content: bytes) -> bytes:
 
 
 class RecordWriter:
-    """Writes a file of records under a temporary name; closed without an error, it is renamed."""
+    """Writes a file of records under a temporary name; closed without an error, it is renamed.
+
+    Raises UserError where the file cannot be written.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-        self._file = self._partial.open("wb")
+        with self._writing():
+            self._file = self._partial.open("wb")
 
     def write(self, payload: bytes) -> None:
         length = struct.pack("<Q", len(payload))
-        self._file.write(length + FOOTER.pack(masked_crc(length)))
-        self._file.write(payload)
-        self._file.write(FOOTER.pack(masked_crc(payload)))
+        with self._writing():
+            self._file.write(length + FOOTER.pack(masked_crc(length)))
+            self._file.write(payload)
+            self._file.write(FOOTER.pack(masked_crc(payload)))
 
     def __enter__(self) -> "RecordWriter":
         return self
 
     def __exit__(self, kind, *_) -> None:
-        self._file.close()
-        if kind is None:
-            os.replace(self._partial, self.path)
-        else:
-            self._partial.unlink()
+        try:
+            with self._writing():
+                self._file.close()
+                if kind is None:
+                    os.replace(self._partial, self.path)
+        finally:
+            self._partial.unlink(missing_ok=True)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = f"{self.path}: cannot be written ({error.strerror})"
+            raise UserError(f"{reason}; give another place") from None

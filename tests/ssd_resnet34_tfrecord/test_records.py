@@ -1,5 +1,6 @@
 """TFRecord files: golden content, damage, round trips."""
 
+import errno
 import functools
 import gzip
 import hashlib
@@ -116,6 +117,21 @@ def test_a_failed_writer_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError, match="no more"):
         write(tmp_path / "file", payloads())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_and_a_disk_that_cannot_be_written(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"cannot be written \(No such file"):
+        RecordWriter(tmp_path / "none" / "file")
+    with RecordWriter(tmp_path / "file") as writer:
+
+        class Full:
+            def write(self, data):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(writer, "_file", Full())
+            with pytest.raises(UserError, match=r"file: cannot be written .No space left"):
+                writer.write(b"record")
 
 
 @settings(max_examples=50, deadline=None)
