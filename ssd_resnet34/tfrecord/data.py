@@ -24,6 +24,9 @@ from ssd_resnet34.data import _quiet_worker, epoch_order, normalise
 from ssd_resnet34.tfrecord.config import Recipe
 from ssd_resnet34.tfrecord.index import RecordIndex
 
+WHOLE = np.array([0, 0, 1, 1], np.float32)  # the window of the whole image, which keeps every box
+CROP_TRIES = 16  # drawn at once
+
 
 class Batch(NamedTuple):
     """N samples; `boxes` are padded to M rows, `valid` marks the real ones."""
@@ -61,12 +64,19 @@ def decode_image(data: bytes, where: str) -> np.ndarray:
 def sample(image: np.ndarray, rows: Tensor, columns: Tensor) -> Tensor:
     """Bilinear values (h, w, 3) float32 of an image (H, W, 3) uint8 where h rows and w columns
     cross, in pixels from the first one's centre; beyond the last one, its value."""
-    top, below, down = _neighbours(rows, image.shape[0])
-    left, right, across = _neighbours(columns, image.shape[1])
-    first = int(left[0])
-    pixels = torch.from_numpy(image)[:, first : int(right[-1]) + 1]
-    lines = torch.lerp(pixels[top].float(), pixels[below].float(), down.view(-1, 1, 1))
-    return torch.lerp(lines[:, left - first], lines[:, right - first], across.view(1, -1, 1))
+    height, width = image.shape[:2]
+    top, below, down = _neighbours(rows, height)
+    left, right, across = _neighbours(columns, width)
+    first, last = int(left[0]), int(right[-1]) + 1
+    # Whole rows of plain numbers are quick to pick and to blend.
+    pixels = torch.from_numpy(image).view(height, -1)[:, 3 * first : 3 * last]
+    lines = pixels.index_select(0, top).float()
+    lines.lerp_(pixels.index_select(0, below).float(), down.view(-1, 1))
+    channel = torch.arange(3)
+    before, after = ((3 * (side - first).view(-1, 1) + channel).view(-1) for side in (left, right))
+    blended = lines.index_select(1, before)
+    blended.lerp_(lines.index_select(1, after), across.repeat_interleave(3))
+    return blended.view(len(rows), len(columns), 3)
 
 
 def _neighbours(places: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,27 +115,34 @@ def crop_window(boxes_ltrb: np.ndarray, recipe: Recipe, rng: np.random.Generator
     """A random window (left, top, right, bottom) float32, normalised; the whole image at times.
 
     Every box must overlap the window by more than the drawn IoU, and at least one centre lie in
-    it. Of `crop_windows` drawn at once the last such one is taken; without one all starts anew.
+    it. Of a try's `crop_windows` the last such one is taken; a try without one is followed by
+    another. Several tries are drawn at once, the first that succeeds counts.
     """
-    centers = (boxes_ltrb[:, :2] + boxes_ltrb[:, 2:]) / 2
-    areas = (boxes_ltrb[:, 2:] - boxes_ltrb[:, :2]).prod(axis=1)
+    left, top, right, bottom = boxes_ltrb.T
+    center_x, center_y = (left + right) / 2, (top + bottom) / 2
+    areas = (right - left) * (bottom - top)
     narrowest, widest = recipe.crop_ratio
-    while rng.random() >= recipe.whole_probability:
-        limit = rng.choice(recipe.crop_ious)
-        size = rng.uniform(*recipe.crop_scale, (recipe.crop_windows, 2))
+    while True:
+        whole = rng.random(CROP_TRIES) < recipe.whole_probability
+        limit = rng.choice(recipe.crop_ious, CROP_TRIES).reshape(-1, 1, 1)
+        size = rng.uniform(*recipe.crop_scale, (2, CROP_TRIES, recipe.crop_windows))
         low = rng.uniform(0, 1 - size)
-        windows = np.concatenate([low, low + size], axis=1).astype(np.float32)[:, None]
-        ratio = size[:, 0] / size[:, 1]
-        inside = ((centers > windows[..., :2]) & (centers < windows[..., 2:])).all(axis=2)
-        shared = np.minimum(boxes_ltrb[:, 2:], windows[..., 2:])
-        shared = (shared - np.maximum(boxes_ltrb[:, :2], windows[..., :2])).clip(0)
-        overlap = shared.prod(axis=2)
-        iou = overlap / (areas + size.prod(axis=1)[:, None] - overlap)
+        windows = np.concatenate([low, low + size]).astype(np.float32)  # (4, tries, windows)
+        x1, y1, x2, y2 = windows[..., None]
+        inside = (x1 < center_x) & (center_x < x2) & (y1 < center_y) & (center_y < y2)
+        shared_x = np.minimum(right, x2) - np.maximum(left, x1)
+        shared_y = np.minimum(bottom, y2) - np.maximum(top, y1)
+        overlap = np.maximum(shared_x, 0) * np.maximum(shared_y, 0)
+        iou = overlap / (areas + (x2 - x1) * (y2 - y1) - overlap)
+        ratio = size[0] / size[1]
         valid = (ratio > narrowest) & (ratio < widest)
-        valid &= inside.any(axis=1) & (iou > limit).all(axis=1)
-        if valid.any():
-            return windows[np.flatnonzero(valid)[-1], 0]
-    return np.array([0, 0, 1, 1], np.float32)
+        valid &= inside.any(axis=2) & (iou > limit).all(axis=2)  # (tries, windows)
+        success = whole | valid.any(axis=1)
+        if success.any():
+            first = success.argmax()
+            if whole[first]:
+                return WHOLE
+            return windows[:, first, np.flatnonzero(valid[first])[-1]]
 
 
 def crop_boxes(boxes_ltrb: np.ndarray, window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -163,13 +180,13 @@ class TrainingSet(_Records):
         image, boxes = decode_image(found.encoded, where), found.boxes_ltrb
         labels = self.labels(found.category_ids, where)
         rng = np.random.default_rng((self.seed, epoch, position))
-        window, flip, jitter = np.array([0, 0, 1, 1], np.float32), False, np.array([0, 1, 1, 0])
+        window, flip, jitter = WHOLE, False, np.array([0, 1, 1, 0])
         if recipe.augment:
             window = crop_window(boxes, recipe, rng)
             flip = rng.random() < recipe.flip_probability
             spans = (recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
             jitter = jitter + rng.uniform(-1, 1, 4) * spans
-            if (window != (0, 0, 1, 1)).any():
+            if window is not WHOLE:
                 boxes, inside = crop_boxes(boxes, window)
                 labels = labels[inside]
         padded_boxes = np.zeros((self.slots, 4), np.float32)
