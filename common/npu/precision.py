@@ -65,8 +65,11 @@ class Precision:
         if self.static_scale != 1:
             torch._foreach_mul_([p.grad for p in params], 1 / self.static_scale)
         if clip_norm:
-            self.scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(params, clip_norm)
+            # The norm is unscaled, the gradients only in the fused update: GradScaler.unscale_
+            # would invert the scale in float64, which NPUs are slow at.
+            norm = nn.utils.get_total_norm([p.grad for p in params])
+            scale = self.scaler.scale(torch.ones_like(norm))
+            nn.utils.clip_grads_with_norm_(params, clip_norm, norm / scale)
         self.scaler.step(optimizer)
         self.scaler.update()
 

@@ -162,12 +162,9 @@ def test_audit_of_a_steady_step(npu, training, batches, level, clip_norm, record
     for before, audit in pairwise(audits):
         assert audit.ops > 500
         assert audit.shapes <= before.shapes
-    # Before clipping, torch's GradScaler inverts the one number of its scale in float64.
-    unscale = {"_to_copy": 2, "reciprocal": 1} if level == "O2" else {}
     for audit in audits:
         assert audit.host_reads.total() <= (0 if level == "O0" else 1)
-        assert audit.float64 == unscale
-        for name in ("data_dependent", "blocking_copies", "fallbacks"):
+        for name in ("data_dependent", "blocking_copies", "fallbacks", "float64"):
             assert not getattr(audit, name), name
 
 
