@@ -2,7 +2,6 @@
 
 import functools
 import sys
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -36,45 +35,62 @@ def class_nms(
 
 def _suppress(boxes, labels, ranked: np.ndarray, iou_threshold: float) -> np.ndarray:
     """The survivors among the positions `ranked`, which stand best first."""
-    nms = _torchvision() or _greedy
     order = np.argsort(labels[ranked], kind="stable")
     by_class = ranked[order]
-    boxes, changes = boxes[by_class], np.flatnonzero(np.diff(labels[by_class])) + 1
+    bounds = [0, *np.flatnonzero(np.diff(labels[by_class])) + 1, len(ranked)]
+    nms = _torchvision() or _batched
     survives = np.zeros(len(ranked), bool)
-    for first, last in pairwise([0, *changes, len(ranked)]):
-        survives[order[first:last][nms(boxes[first:last], iou_threshold)]] = True
+    survives[order] = nms(boxes[by_class], np.array(bounds), iou_threshold)
     return ranked[survives]
 
 
 @functools.cache
 def _torchvision():
-    """`_greedy` by torchvision; None where it is absent, of another torch, or torch_npu is used."""
+    """`_batched` by torchvision; None where that is absent or built for another torch."""
     if "torch_npu" in sys.modules:
         return None
     try:
-        from torchvision.ops import nms
+        import torchvision  # noqa: F401 registers the operator
     except (ImportError, RuntimeError):
         return None
 
-    def torchvision_nms(boxes: np.ndarray, iou_threshold: float) -> np.ndarray:
+    def torchvision_nms(boxes: np.ndarray, bounds: np.ndarray, iou_threshold: float) -> np.ndarray:
         falling = torch.arange(0.0, -len(boxes), -1.0)  # stands for the sorted scores
-        return nms(torch.from_numpy(boxes), falling, iou_threshold).numpy()
+        survives, sizes = np.zeros(len(boxes), bool), np.diff(bounds).tolist()
+        parts = zip(
+            bounds[:-1], torch.from_numpy(boxes).split(sizes), falling.split(sizes), strict=True
+        )
+        for first, part, scores in parts:
+            survives[first + torch.ops.torchvision.nms(part, scores, iou_threshold).numpy()] = True
+        return survives
 
     return torchvision_nms
 
 
 @np.errstate(all="ignore")  # 0 / 0, of boxes without area, suppresses nothing
-def _greedy(boxes: np.ndarray, iou_threshold: float) -> list[int]:
-    """Positions of the survivors among `boxes` (n, 4) of one class, which stand best first."""
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-    kept, left = [], np.arange(len(boxes))
-    while left.size > 1:
-        best, left = left[0], left[1:]
-        kept.append(best)
-        rest = boxes[left]
-        sides = np.minimum(boxes[best, 2:], rest[:, 2:]) - np.maximum(boxes[best, :2], rest[:, :2])
-        overlap = np.maximum(sides, 0).prod(axis=1)
-        iou = overlap / (areas[best] + areas[left] - overlap)
-        # Compared in float64, as torchvision does: the fp32 nearest to 0.3 is above 0.3.
-        left = left[~(iou.astype(np.float64) > iou_threshold)]
-    return [*kept, *left]
+def _batched(boxes: np.ndarray, bounds: np.ndarray, iou_threshold: float) -> np.ndarray:
+    """Mask (n,) of the survivors; class c is boxes[bounds[c]:bounds[c + 1]], best first.
+
+    All classes at once: one step a rank within a class.
+    """
+    by_size = np.argsort(-np.diff(bounds), kind="stable")  # the classes still at work come first
+    starts, sizes = bounds[:-1][by_size], np.diff(bounds)[by_size]
+    ranks = np.arange(sizes[0])
+    alive = ranks < sizes[:, None]  # (C, L), L boxes in the largest class
+    rows = np.where(alive, starts[:, None] + ranks, 0)
+    corners = boxes[rows] if len(boxes) else np.zeros((*rows.shape, 4), np.float32)
+    low, high = np.moveaxis(corners, -1, 0).reshape(2, 2, *rows.shape)  # (xy, C, L)
+    areas = (high - low).prod(axis=0)
+    for rank in ranks:
+        best = np.flatnonzero(alive[:, rank])[:, None]
+        if best.size:
+            rest = ranks[None, rank + 1 : sizes[best[0, 0]]]
+            sides = np.minimum(high[:, best, rank], high[:, best, rest])
+            sides -= np.maximum(low[:, best, rank], low[:, best, rest])
+            overlap = np.maximum(sides, 0).prod(axis=0)
+            iou = overlap / (areas[best, rank] + areas[best, rest] - overlap)
+            # Compared in float64, as torchvision does: the fp32 nearest to 0.3 is above 0.3.
+            alive[best, rest] &= ~(iou.astype(np.float64) > iou_threshold)
+    survives = np.zeros(len(boxes), bool)
+    survives[rows[alive]] = True
+    return survives
