@@ -23,7 +23,7 @@ launch() {
             --node_rank=* | --node-rank=*) node=$value ;;
             --master_addr=* | --master-addr=*) master=$value ;;
             --master_port=* | --master-port=*) port=$value ;;
-            --local_addr=* | --local-addr=*) export HCCL_IF_IP=$value ;;
+            --local_addr=* | --local-addr=*) _address "$value" ;;
             --output_dir=* | --output-dir=*) output=$value ;;
             --help | -h)
                 sed -n '2s/^# \{0,1\}//p' "${BASH_SOURCE[1]}"
@@ -67,4 +67,13 @@ launch() {
         "--output_dir=${output:-$model/test/output/$id}" "${flags[@]}")
     echo "${command[*]}"
     exec "${command[@]}"
+}
+
+# HCCL takes this node's address, gloo the name of its interface: else it takes what the host name
+# resolves to, often 127.0.1.1, which no other node reaches.
+_address() {
+    export HCCL_IF_IP=$1
+    local name
+    name=$(ip -o addr 2>/dev/null | awk -v own="$1" '{ split($4, at, "/") } at[1] == own { print $2 }' || true)
+    [ -z "$name" ] || export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$name}
 }

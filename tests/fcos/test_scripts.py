@@ -155,7 +155,7 @@ def two_hosts():
 
 def test_two_nodes_are_two_processes_of_one(two_hosts, data, tmp_path):
     flags = (f"--data_path={data}", *runs.SHORT, "--max_iters=3", "--log_interval=1")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with ExitStack() as stack:
         nodes = []
         for node, host in enumerate(two_hosts):
