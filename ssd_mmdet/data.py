@@ -270,7 +270,7 @@ def build_loader(
     """The loader of this rank: training Batches of iterations `start` to `end` (default: of the
     whole run), or every evaluation image of the rank once."""
     ranks = ranks or Ranks()
-    options = {"num_workers": workers, "pin_memory": pin_memory, "worker_init_fn": _quiet_worker}
+    options = {"num_workers": workers, "pin_memory": pin_memory, "worker_init_fn": quiet_worker}
     if workers:
         options["prefetch_factor"] = 4
     if not training:
@@ -282,7 +282,7 @@ def build_loader(
     return DataLoader(TrainingSet(records, recipe, seed), batch_sampler=order, **options)
 
 
-def _quiet_worker(worker: int) -> None:
+def quiet_worker(worker: int) -> None:
     """Ctrl-C and a SIGTERM to the whole process group are the main process's to handle: while it
     finishes its step and saves, a worker must not die; it does a minute later at the latest."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

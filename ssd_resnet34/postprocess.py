@@ -38,7 +38,7 @@ def detect(outputs: tuple[Tensor, Tensor], sizes: Tensor, recipe: Recipe) -> lis
     """
     anchors = make_anchors(recipe).to(outputs[0].device)
     boxes, scores = decode_outputs(outputs, anchors, recipe)
-    candidates = _sparse if scores.device.type == "cpu" else _dense
+    candidates = sparse_candidates if scores.device.type == "cpu" else dense_candidates
     found = []
     for size, image in zip(sizes.tolist(), candidates(boxes, scores, recipe), strict=True):
         image_boxes, image_scores, image_labels = image
@@ -57,7 +57,7 @@ def detect(outputs: tuple[Tensor, Tensor], sizes: Tensor, recipe: Recipe) -> lis
     return found
 
 
-def _sparse(boxes: Tensor, scores: Tensor, recipe: Recipe):
+def sparse_candidates(boxes: Tensor, scores: Tensor, recipe: Recipe):
     """Candidates on the host: few scores pass the threshold, so look at those only."""
     for image_boxes, image_scores in zip(boxes.numpy(), scores.numpy(), strict=True):
         # Flat: numpy's nonzero of two axes takes several times as long.
@@ -73,7 +73,7 @@ def _sparse(boxes: Tensor, scores: Tensor, recipe: Recipe):
         yield image_boxes[priors], passed, labels
 
 
-def _dense(boxes: Tensor, scores: Tensor, recipe: Recipe):
+def dense_candidates(boxes: Tensor, scores: Tensor, recipe: Recipe):
     """The same candidates by fixed-shape steps on the device, brought over in one copy."""
     count = min(recipe.max_per_class, scores.shape[2])
     best, priors = scores.topk(count, dim=2)  # (N, classes, K)

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from common.coco.images import BROKEN
 from common.npu.distributed import Ranks
 from common.npu.errors import UserError
-from ssd_resnet34.data import _quiet_worker, epoch_order, normalise
+from ssd_resnet34.data import epoch_order, normalise, quiet_worker
 from ssd_resnet34.tfrecord.config import Recipe
 from ssd_resnet34.tfrecord.index import RecordIndex
 
@@ -268,7 +268,7 @@ def build_loader(
     """The loader of this rank: training Batches of iterations `start` to `end` (default: of the
     whole run), or every evaluation image of the rank once."""
     ranks = ranks or Ranks()
-    options = {"num_workers": workers, "pin_memory": pin_memory, "worker_init_fn": _quiet_worker}
+    options = {"num_workers": workers, "pin_memory": pin_memory, "worker_init_fn": quiet_worker}
     if workers:
         options["prefetch_factor"] = 4
     if not training:

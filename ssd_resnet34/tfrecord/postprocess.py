@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from common.coco.nms import class_nms
-from ssd_resnet34.postprocess import Detections, _dense, _sparse
+from ssd_resnet34.postprocess import Detections, dense_candidates, sparse_candidates
 from ssd_resnet34.tfrecord.anchors import decode, make_anchors
 from ssd_resnet34.tfrecord.config import Recipe
 
@@ -35,7 +35,7 @@ def detect(outputs: tuple[Tensor, Tensor], sizes: Tensor, recipe: Recipe) -> lis
     boxes, scores = decode_outputs(outputs, anchors, recipe)
     if recipe.clamp_boxes:
         boxes = _clamped(boxes)
-    candidates = _sparse if scores.device.type == "cpu" else _dense
+    candidates = sparse_candidates if scores.device.type == "cpu" else dense_candidates
     # The shared NMS drops what overlaps by more: here by as much already.
     nms_iou = math.nextafter(recipe.nms_iou, 0)
     found = []

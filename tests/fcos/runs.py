@@ -1,7 +1,7 @@
 """Small runs of the real scripts, for the end-to-end tests."""
 
-from tests.ssd_resnet34 import scripts
-from tests.ssd_resnet34.scripts import (
+from tests import scripts
+from tests.scripts import (
     ROOT,
     assert_same_state,
     checkpoints,

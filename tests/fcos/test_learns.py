@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from tests.fcos import runs
-from tests.ssd_resnet34.scripts import TINY
+from tests.scripts import TINY
 
 
 @pytest.mark.slow

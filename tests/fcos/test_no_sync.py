@@ -12,7 +12,7 @@ from common.npu.precision import Precision
 from fcos import loss, train
 from fcos.config import RECIPES
 from fcos.data import build_loader, orientation, training_records
-from tests.ssd_resnet34.test_no_sync import Watch
+from tests.watch import Watch
 
 CPU = torch.device("cpu")
 SMALL = {"backbone": "resnet14", "channels": 64, "tower_convs": 1, "img_scale": ("64,107",)}

@@ -12,7 +12,7 @@ from m2det.config import RECIPES
 from m2det.data import build_loader
 from m2det.loss import DetectionLoss
 from m2det.model import build_model
-from tests.ssd_resnet34.test_no_sync import Watch
+from tests.watch import Watch
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from m2det import train
-from tests.ssd_resnet34 import scripts
+from tests import scripts
 
 pytestmark = pytest.mark.slow
 FLAGS = (

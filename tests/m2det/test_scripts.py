@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.ssd_resnet34 import scripts
+from tests import scripts
 
 pytestmark = pytest.mark.slow
 SMALL = ("--recipe=quickstart", "--device=cpu", "--amp=O0", "--num_workers=0", "--augment")

@@ -1,6 +1,6 @@
 """Small runs of the real scripts, for the end-to-end tests."""
 
-from tests.ssd_resnet34 import scripts
+from tests import scripts
 
 MODEL = scripts.ROOT / "ssd_mmdet"
 # A thin network and few images: a step takes a fraction of a second.

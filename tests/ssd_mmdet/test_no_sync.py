@@ -11,7 +11,7 @@ from common.npu.distributed import Ranks
 from common.npu.precision import Precision
 from ssd_mmdet import augment, loss, train
 from ssd_mmdet.data import build_loader, training_records
-from tests.ssd_resnet34.test_no_sync import Watch
+from tests.watch import Watch
 
 CPU = torch.device("cpu")
 

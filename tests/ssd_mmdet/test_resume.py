@@ -6,8 +6,8 @@ import signal
 import pytest
 
 from ssd_mmdet import train
+from tests import scripts
 from tests.ssd_mmdet import runs
-from tests.ssd_resnet34 import scripts
 
 pytestmark = pytest.mark.slow
 FLAGS = ("--epochs=3", "--max_iters=8", "--log_interval=1", "--kind=perf", "--save_interval=2")

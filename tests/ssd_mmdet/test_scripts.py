@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from common.fps import calc_fps
+from tests import scripts
 from tests.ssd_mmdet import runs
-from tests.ssd_resnet34 import scripts
 
 pytestmark = pytest.mark.slow
 SHORT = (*runs.THIN, "--num_workers=0")

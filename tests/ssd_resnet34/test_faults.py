@@ -13,7 +13,7 @@ from ssd_resnet34 import train
 from ssd_resnet34.config import RECIPES
 from ssd_resnet34.data import epoch_order
 from ssd_resnet34.model import build_model
-from tests.ssd_resnet34 import scripts
+from tests import scripts
 
 RUN = (*scripts.SMALL, "--max_iters=1", "--num_workers=0", "--kind=perf", "--log_interval=1")
 

@@ -168,10 +168,12 @@ def test_decoded_boxes_and_probabilities(golden, recipe, case):
     check_probe(golden("detect"), f"{case}.probability", probability, atol=1e-6)
 
 
-@pytest.mark.parametrize("path", ["_sparse", "_dense"])  # of a CPU, of an accelerator
+@pytest.mark.parametrize(
+    "path", ["sparse_candidates", "dense_candidates"]
+)  # of a CPU, of an accelerator
 @pytest.mark.parametrize("case", ["random", "clustered"])
 def test_detections(golden, recipe, monkeypatch, case, path):
-    monkeypatch.setattr(postprocess, "_sparse", getattr(postprocess, path))
+    monkeypatch.setattr(postprocess, "sparse_candidates", getattr(postprocess, path))
     found = detect(detection_outputs(case), torch.ones(2, 2, dtype=torch.int64), recipe)
     for i, detections in enumerate(found):
         boxes, labels, scores = (

@@ -19,7 +19,7 @@ from ssd_resnet34.config import RECIPES
 from ssd_resnet34.data import build_loader, epoch_order, training_records
 from ssd_resnet34.loss import DetectionLoss
 from ssd_resnet34.model import build_model
-from tests.ssd_resnet34 import scripts
+from tests import scripts
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ import signal
 import pytest
 
 from ssd_resnet34 import train
-from tests.ssd_resnet34 import scripts
+from tests import scripts
 
 pytestmark = pytest.mark.slow
 FLAGS = ("--epochs=3", "--max_iters=9", "--log_interval=1", "--kind=perf", "--save_interval=2")

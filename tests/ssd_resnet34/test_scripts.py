@@ -10,7 +10,7 @@ from contextlib import ExitStack
 import pytest
 
 from common.fps import calc_fps
-from tests.ssd_resnet34 import scripts
+from tests import scripts
 
 pytestmark = pytest.mark.slow
 SHORT = ("--backbone=resnet10", "--device=cpu", "--amp=O0", "--num_workers=0", "--threshold=0")

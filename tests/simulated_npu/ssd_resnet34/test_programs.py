@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.ssd_resnet34 import scripts
-from tests.ssd_resnet34.scripts import assert_same_state, losses, subset
+from tests import scripts
+from tests.scripts import assert_same_state, losses, subset
 
 pytestmark = pytest.mark.npu_sim
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "ssd_resnet34"
 TINY = ROOT / "tests" / "data" / "tiny_coco"
 # A small network and few images: a step takes a fraction of a second.

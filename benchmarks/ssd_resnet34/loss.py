@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: F401 before torch
 
 # isort: split
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.ssd_resnet34_reference import Encoder, ReferenceLoss
+from benchmarks.ssd_resnet34.reference import Encoder, ReferenceLoss
 from benchmarks.timing import print_table, race, ratio
 from ssd_resnet34.config import RECIPES
 from ssd_resnet34.loss import DetectionLoss

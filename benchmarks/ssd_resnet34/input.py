@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Input pipeline of ssd_resnet34 on real images: images a second on one core.
 
-Ours against its own parts and against the original's way (see ssd_resnet34_reference.py). The
+Ours against its own parts and against the original's way (see ssd_resnet34/reference.py). The
 original changes colours and encodes targets in the worker, ours on the device: the row that adds
 our device's part to the worker's shows what both together cost a CPU.
 """
@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: F401 before torch
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
-from benchmarks.ssd_resnet34_reference import ReferenceSet
+from benchmarks.ssd_resnet34.reference import ReferenceSet
 from benchmarks.timing import print_table, race, ratio
 from common.coco.images import read_image
 from common.coco.index import find_coco, read_index
