@@ -5,6 +5,8 @@ import pickle
 import re
 import sys
 import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections import OrderedDict
 from datetime import datetime
 from pathlib import Path
 
@@ -25,10 +27,65 @@ def save(path: Path, state: dict) -> None:
     write_atomically(path, buffer.getbuffer())
 
 
+class Placeholder:
+    """Stands for an object of a class that torch does not know, and does nothing. Instead of one
+    that its pickle fills with items there is a `plain` list or OrderedDict."""
+
+    plain = None
+
+    def __new__(cls, *args):
+        return cls.plain() if cls.plain else super().__new__(cls)
+
+    def __init__(self, *args):
+        """Whatever the pickle gives."""
+
+    def __setstate__(self, state):
+        """The same."""
+
+    def __setitem__(self, key, value):
+        type(self).plain = OrderedDict
+
+    def extend(self, items):
+        type(self).plain = list
+
+    append = extend
+
+
+class _DryRun(pickle.Unpickler):
+    """Unpickles without looking up a name: each becomes a Placeholder class of that name."""
+
+    found: dict[tuple[str, str], type]
+
+    def find_class(self, module: str, name: str) -> type:
+        full = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+        own = type(full[1], (Placeholder,), {"__module__": full[0]})
+        return self.found.setdefault(full, own)
+
+    def persistent_load(self, pid) -> None:
+        """Tensors are left out."""
+
+
+def _placeholders(path: str | Path) -> list[type]:
+    """One for each name in a checkpoint's pickle. Where torch knows the name, it takes its own."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            pickles = [io.BytesIO(archive.read(name)) for name in names]
+    else:  # of torch before 1.6: four pickles in a row, the last one is what was saved
+        pickles = [io.BytesIO(Path(path).read_bytes())] * 4
+    found = {}
+    for file in pickles:
+        run = _DryRun(file)
+        run.found = found
+        run.load()
+    return [*found.values()]
+
+
 def load(path: str | Path) -> dict:
     """Read a checkpoint, ours or published, to the CPU, with `weights_only=True`; add its "path".
 
-    Raises UserError naming the file when it is missing, damaged or no checkpoint.
+    What foreign classes left in the metadata of other projects becomes a Placeholder. Raises
+    UserError naming the file when it is missing, damaged or no checkpoint.
     """
     try:
         if zipfile.is_zipfile(path):
@@ -37,7 +94,11 @@ def load(path: str | Path) -> dict:
                 bad = [entry for entry in archive.infolist() if entry.external_attr & 0x10]
                 if bad or archive.testzip():  # every byte is compared with its CRC
                     raise zipfile.BadZipFile("its bytes are not those that were written")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            with torch.serialization.safe_globals(_placeholders(path)):
+                state = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(state, dict):
             return {**state, "path": str(path)}
         reason = f"holds a {type(state).__name__}, not a dictionary"

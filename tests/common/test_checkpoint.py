@@ -1,9 +1,13 @@
 import os
 import pickle
 import resource
+import sys
+import types
 import zipfile
+from collections import OrderedDict, defaultdict, deque
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -209,6 +213,102 @@ def test_load_refuses_with_one_line_what_is_no_checkpoint(tmp_path):
             checkpoint.load(path)
         assert str(path) in str(error.value)
         assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def foreign(monkeypatch):
+    """Classes as in mmcv and mmengine, in a module that is there only while a file is written."""
+
+    class ConfigDict(dict):
+        def __getstate__(self):
+            return self
+
+        def __setstate__(self, state):
+            self.update(state)
+
+    class Config:
+        def __getstate__(self):
+            return ConfigDict(model=ConfigDict(type="SSD"), scales=[(300, 300)]), "a.py", "text"
+
+    class HistoryBuffer:
+        def __init__(self):
+            self.history, self.methods = np.arange(3.0), {"mean": HistoryBuffer.mean}
+
+        def mean(self):
+            return self.history.mean()
+
+    module = types.ModuleType("mmlike")
+    monkeypatch.setitem(sys.modules, "mmlike", module)
+    for one in (ConfigDict, Config, HistoryBuffer):
+        one.__qualname__ = one.__name__
+        setattr(module, one.__name__, one)
+    HistoryBuffer.mean.__qualname__ = "HistoryBuffer.mean"  # pickled as a call of getattr
+    for one in (ConfigDict, Config, HistoryBuffer, HistoryBuffer.mean):
+        one.__module__ = "mmlike"
+    return module
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_foreign_classes_become_placeholders(tmp_path, monkeypatch, foreign, as_zip):
+    """Of a file that plain `weights_only` refuses, in the format of today and before torch 1.6."""
+    meta = {
+        "CLASSES": ("cat", "hat"),
+        "config": foreign.Config(),
+        "dataset_meta": foreign.ConfigDict(classes=("cat", "hat")),
+        "best_score": np.float64(0.25),
+        "hooks": defaultdict(list, {"a": deque([1, 2], 3)}),
+    }
+    weights = OrderedDict(state()["model"])
+    given = {
+        "meta": meta,
+        "state_dict": weights,
+        "message_hub": {"scalars": OrderedDict(loss=foreign.HistoryBuffer())},
+        "optimizer": {"lr": 0.1, "step": torch.tensor(7)},
+    }
+    path = tmp_path / "epoch_1.pth"
+    torch.save(given, path, _use_new_zipfile_serialization=as_zip)
+    assert zipfile.is_zipfile(path) == as_zip
+    monkeypatch.delitem(sys.modules, "mmlike")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+    loaded = checkpoint.load(path)
+    assert same(loaded["state_dict"], weights)
+    assert loaded["optimizer"] == given["optimizer"]
+    assert loaded["meta"]["CLASSES"] == ("cat", "hat")
+    assert loaded["meta"]["dataset_meta"] == {"classes": ("cat", "hat")}
+    assert loaded["meta"]["hooks"] == {"a": [1, 2]}
+    buffer = loaded["message_hub"]["scalars"]["loss"]
+    for held in (loaded["meta"]["config"], loaded["meta"]["best_score"], buffer):
+        assert isinstance(held, checkpoint.Placeholder)
+        assert not vars(held)
+    with pytest.raises(pickle.UnpicklingError):  # they are safe there and then only
+        torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+@pytest.mark.parametrize("call", [os.system, eval, exec, print])
+def test_no_code_of_a_file_runs(tmp_path, capfd, as_zip, call):
+    """It is refused, or read without its objects; run, each call would leave a mark."""
+    mark = tmp_path / "mark"
+    text = f"touch {mark}" if call is os.system else f"print(open({str(mark)!r}, 'w'))"
+
+    class Evil:
+        def __reduce__(self):
+            return call, (text,)
+
+    path = tmp_path / "evil.pth"
+    torch.save({**state(), "evil": Evil()}, path, _use_new_zipfile_serialization=as_zip)
+    if call is os.system:  # torch blocks the whole module
+        with pytest.raises(UserError, match="holds more than tensors"):
+            checkpoint.load(path)
+    else:
+        loaded = checkpoint.load(path)
+        assert same(loaded["model"], state()["model"])
+        assert type(loaded["evil"]).__mro__[1] is checkpoint.Placeholder
+    assert not mark.exists()
+    assert capfd.readouterr().out == ""
+    call(text)
+    assert mark.exists() or capfd.readouterr().out
 
 
 def test_tidy_keeps_the_newest_and_the_best(tmp_path):
