@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from m2det.config import RECIPES
-from m2det.postprocess import detect, soft_nms, submission_boxes
+from m2det.postprocess import FEW, _candidates, detect, soft_nms, submission_boxes
 
 RECIPE = RECIPES["320_vgg"]
 PRIORS, CLASSES = 12810, 3
@@ -150,6 +150,23 @@ def test_values_that_are_not_finite_find_nothing_there(nms):
     offsets[0, 6000:9000] = torch.inf
     (found,) = detect((offsets, logits), SIZES[:1], replace(RECIPE, nms=nms))
     assert found.scores.isfinite().all()
+
+
+@pytest.mark.parametrize("crowded", [False, True])
+def test_what_an_accelerator_hands_over_misses_nothing(crowded):
+    together = outputs(6, images=2)
+    if crowded:
+        together[1][1] = 3 * torch.randn(PRIORS, 1 + CLASSES)
+    found = []
+    for on_host in (True, False):
+        boxes, scores = _candidates(together, RECIPE, on_host)
+        passed = scores[..., 1:] > RECIPE.score_threshold
+        rows = passed.any(axis=2)
+        found.append((boxes[rows], scores[rows][:, 1:], rows.sum(axis=1)))
+    assert scores.shape[1] == (PRIORS if crowded else FEW)
+    for host, accelerator in zip(*found, strict=True):
+        assert_array_equal(host, accelerator)
+    assert (found[0][2] > 20).all()
 
 
 def test_coco_rows_are_a_pixel_wider():
