@@ -10,6 +10,8 @@ from common.coco.nms import class_nms
 from ssd_mmdet.anchors import decode, make_anchors
 from ssd_mmdet.config import Recipe
 
+BEST = 4096  # candidates of an image that an accelerator sends to the host at first
+
 
 class Detections(NamedTuple):
     """Detections of one image on the host, best first."""
@@ -39,18 +41,53 @@ def detect(outputs: tuple[Tensor, Tensor], sizes: Tensor, recipe: Recipe) -> lis
     returned.
     """
     anchors = make_anchors(recipe).to(outputs[0].device)
-    boxes, scores = (part.cpu().numpy() for part in decode_outputs(outputs, anchors, recipe))
+    boxes, scores = decode_outputs(outputs, anchors, recipe)
     found = []
-    for image_boxes, image_scores, (height, width) in zip(
-        boxes, scores, sizes.tolist(), strict=True
-    ):
+    for n, image in enumerate(candidates(boxes, scores, recipe)):
+        detections = _survivors(*image, sizes[n].tolist(), recipe)
+        # Only better ones decide about a candidate: the best are enough if they fill the list.
+        if len(image[1]) == BEST and len(detections.scores) < recipe.max_detections:
+            (image,) = sparse_candidates(boxes[n : n + 1].cpu(), scores[n : n + 1].cpu(), recipe)
+            detections = _survivors(*image, sizes[n].tolist(), recipe)
+        found.append(detections)
+    return found
+
+
+def candidates(boxes: Tensor, scores: Tensor, recipe: Recipe):
+    """Boxes (n, 4), scores and labels (n,) above `score_threshold` of each image, on the host; of
+    an accelerator's the `BEST` best."""
+    way = sparse_candidates if scores.device.type == "cpu" else dense_candidates
+    return way(boxes, scores, recipe)
+
+
+def _survivors(
+    boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, size: list[int], recipe: Recipe
+) -> Detections:
+    """NMS of the candidates of an image of `size` (height, width)."""
+    height, width = size
+    boxes = boxes / (recipe.image_size / np.array([width, height, width, height], np.float32))
+    keep = class_nms(boxes, scores, labels, recipe.nms_iou, recipe.max_detections)
+    return Detections(*(torch.from_numpy(part[keep]) for part in (boxes, scores, labels)))
+
+
+def sparse_candidates(boxes: Tensor, scores: Tensor, recipe: Recipe):
+    """All candidates, on the host: few scores pass the threshold, so look at those only."""
+    for image_boxes, image_scores in zip(boxes.numpy(), scores.numpy(), strict=True):
         # Flat: numpy's nonzero of two axes takes several times as long.
         passed = np.flatnonzero(image_scores > recipe.score_threshold)
         rows, labels = np.divmod(passed, image_scores.shape[1])
-        passed = image_scores.reshape(-1)[passed]
-        scale = recipe.image_size / np.array([width, height, width, height], np.float32)
-        pixels = image_boxes[rows] / scale
-        keep = class_nms(pixels, passed, labels, recipe.nms_iou, recipe.max_detections)
-        parts = pixels[keep], passed[keep], labels[keep]
-        found.append(Detections(*map(torch.from_numpy, parts)))
-    return found
+        yield image_boxes[rows], image_scores.reshape(-1)[passed], labels
+
+
+def dense_candidates(boxes: Tensor, scores: Tensor, recipe: Recipe):
+    """The best candidates, by fixed-shape steps on the device, brought over in one copy."""
+    classes = scores.shape[2]
+    passed = torch.where(scores > recipe.score_threshold, scores, 0.0).flatten(1)
+    best, place = passed.topk(min(BEST, passed.shape[1]), dim=1)
+    rows = torch.div(place, classes, rounding_mode="floor")
+    labels = (place - rows * classes).float()
+    index = rows.unsqueeze(-1).expand(-1, -1, 4)
+    packed = torch.cat([boxes.gather(1, index), torch.stack([best, labels], dim=-1)], dim=2)
+    for image in packed.cpu().numpy():
+        image = image[image[:, 4] > 0]
+        yield image[:, :4], image[:, 4], image[:, 5].astype(np.int64)

@@ -8,6 +8,7 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
 from common.npu.precision import build_sgd
+from ssd_mmdet import postprocess
 from ssd_mmdet.anchors import decode, make_anchors
 from ssd_mmdet.config import RECIPES
 from ssd_mmdet.loss import DetectionLoss
@@ -195,6 +196,12 @@ def test_detections(golden, recipe, case):
     (found,) = detect(outputs, SIZE, recipe)
     boxes, scores, labels = (expected[f"{case}_{part}"] for part in ("boxes", "scores", "labels"))
     assert_same_detections(found, boxes, scores, labels, box_atol=1e-2)
+
+
+@pytest.mark.parametrize("case", ["sparse", "dense"])
+def test_detections_the_way_of_an_accelerator(golden, recipe, monkeypatch, case):
+    monkeypatch.setattr(postprocess, "candidates", postprocess.dense_candidates)
+    test_detections(golden, recipe, case)
 
 
 @pytest.mark.parametrize("case", ["1p", "8p"])

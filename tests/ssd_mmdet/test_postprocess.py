@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from common.coco.nms import class_nms
+from ssd_mmdet import postprocess
 from ssd_mmdet.anchors import encode, make_anchors
 from ssd_mmdet.config import RECIPES
 from ssd_mmdet.postprocess import decode_outputs, detect
@@ -24,6 +25,12 @@ def nothing(images=1):
     offsets, logits = torch.zeros(images, 8732, 4), torch.zeros(images, 8732, 7)
     logits[..., -1] = 20
     return offsets, logits
+
+
+@pytest.fixture(params=["sparse_candidates", "dense_candidates"], autouse=True)
+def _way(request, monkeypatch):
+    """That of a CPU, and that of an accelerator."""
+    monkeypatch.setattr(postprocess, "candidates", getattr(postprocess, request.param))
 
 
 def assert_same(a, b):
@@ -111,3 +118,24 @@ def test_half_precision_outputs_are_decoded_in_fp32():
     found = detect(halves, SIZES[:1], RECIPE)[0]
     assert_same(found, detect([x.float() for x in halves], SIZES[:1], RECIPE)[0])
     assert found.boxes.dtype == found.scores.dtype == torch.float32
+
+
+def in_order(found):
+    """The detections with equal scores in order of class and place: theirs is nobody's business."""
+    order = np.lexsort((found.boxes[:, 0], found.labels, -found.scores))
+    return [part[order] for part in found]
+
+
+@pytest.mark.parametrize("best", [10, 300, 4096])
+@pytest.mark.parametrize("background", [0.0, 4.0, 8.0])
+def test_the_best_candidates_are_enough_or_all_are_taken(monkeypatch, best, background):
+    """Where they do not fill the list, an accelerator's detections are those of all candidates."""
+    raw = outputs(5, images=2, background=background)
+    found = []
+    for way, count in ((postprocess.sparse_candidates, 0), (postprocess.dense_candidates, best)):
+        monkeypatch.setattr(postprocess, "candidates", way)
+        monkeypatch.setattr(postprocess, "BEST", count)
+        found.append(detect(raw, SIZES[:2], RECIPE))
+    for own, expected in zip(*found, strict=True):
+        assert len(own.scores) > 100
+        assert_same(in_order(own), in_order(expected))
