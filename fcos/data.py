@@ -1,12 +1,13 @@
 """COCO records to uint8 images and padded boxes: what the loader's workers do.
 
-A worker decodes, flips and resizes an image and lays it on its batch's canvas; it draws every
+A worker decodes an image, flips and resizes it onto its batch's canvas; it draws every
 number of a sample's augmentation from (seed, epoch, position in the epoch), so that neither the
 number of workers nor a resumed run changes a sample. Normalisation and padding follow on the
 device (augment.py).
 """
 
 import functools
+import math
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,11 +17,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from common.coco.images import read_image
 from common.coco.index import CocoIndex
-from common.npu.device import memory_format
+from common.npu.device import compiles_each_shape, memory_format
 from common.npu.distributed import Ranks
 from common.npu.errors import UserError
 from fcos.config import Recipe
@@ -43,6 +44,18 @@ class Batch(NamedTuple):
         """On the device, asynchronously where pinned; the ids stay on the host."""
         moved = (part.to(device, non_blocking=True) for part in self[:-1])
         return Batch(*moved, self.image_ids)
+
+
+class Sample(NamedTuple):
+    """What `TrainingSet.collate` lays out: the image is still to be flipped and resized, so that
+    it is written only once at that size, right onto the canvas."""
+
+    image: np.ndarray  # (H, W, 3) uint8 RGB, as decoded
+    size: tuple[int, int]  # height, width on the canvas
+    flip: bool
+    boxes: np.ndarray  # (n, 4) float32 xyxy, pixels of the canvas
+    labels: np.ndarray  # (n,)
+    image_id: int
 
 
 def training_records(index: CocoIndex) -> CocoIndex:
@@ -112,10 +125,10 @@ def normalise(images: Tensor, sizes: Tensor, recipe: Recipe) -> Tensor:
 
 
 def evaluation_recipe(recipe: Recipe, device: torch.device) -> Recipe:
-    """The recipe with `eval_shapes` decided: exact, but for the NPU, which compiles every shape."""
+    """The recipe with `eval_shapes` decided: exact, but where every shape is compiled."""
     if recipe.eval_shapes != "auto":
         return recipe
-    return replace(recipe, eval_shapes="two" if device.type == "npu" else "exact")
+    return replace(recipe, eval_shapes="two" if compiles_each_shape(device) else "exact")
 
 
 def evaluation_canvas(size: tuple[int, int], recipe: Recipe) -> tuple[int, int]:
@@ -152,8 +165,7 @@ def read_sized(records: CocoIndex, record: int) -> np.ndarray:
 
 
 class TrainingSet(Dataset):
-    """`dataset[epoch, position, record]` is a sample: resized image (h, w, 3), boxes (n, 4),
-    labels (n,) and image id, to be laid out by `collate`."""
+    """`dataset[epoch, position, record]` is a Sample, `collate` makes a Batch of several."""
 
     def __init__(self, records: CocoIndex, recipe: Recipe, seed: int):
         self.records, self.recipe, self.seed = records, recipe, seed
@@ -178,7 +190,7 @@ class TrainingSet(Dataset):
         boxes = np.stack([x, y, x + w, y + h], axis=1).astype(np.float32)
         return boxes[real], rows.label[real]
 
-    def __getitem__(self, key: tuple[int, int, int]) -> tuple:
+    def __getitem__(self, key: tuple[int, int, int]) -> Sample:
         epoch, position, record = key
         recipe = self.recipe
         image = read_sized(self.records, record)
@@ -194,31 +206,39 @@ class TrainingSet(Dataset):
             boxes = np.stack(
                 [size[1] - boxes[:, 2], boxes[:, 1], size[1] - boxes[:, 0], boxes[:, 3]], axis=1
             )
-        return resize(image, size, flip), boxes, labels, self.records.image_ids[record]
+        return Sample(image, size, flip, boxes, labels, self.records.image_ids[record])
 
-    def collate(self, samples: list[tuple]) -> Batch:
+    def collate(self, samples: list[Sample]) -> Batch:
         """Samples of one orientation on a common canvas."""
-        images, boxes, labels, image_ids = zip(*samples, strict=True)
-        sizes = [tuple(image.shape[:2]) for image in images]
+        sizes = [sample.size for sample in samples]
         canvas = canvas_size(sizes, self.recipe.shapes, self.recipe.scales)
         count = len(samples)
         batch = Batch(
-            torch.empty((count, *canvas, 3), dtype=torch.uint8),
+            _uint8((count, *canvas, 3)),
             torch.tensor(sizes),
             torch.zeros((count, self.slots, 4)),
             torch.zeros((count, self.slots), dtype=torch.int64),
             torch.zeros((count, self.slots), dtype=torch.bool),
-            torch.tensor(image_ids),
+            torch.tensor([sample.image_id for sample in samples]),
         )
-        for i, (height, width) in enumerate(sizes):
-            batch.images[i, :height, :width] = images[i]
+        for i, sample in enumerate(samples):
+            height, width = sample.size
+            batch.images[i, :height, :width] = resize(sample.image, sample.size, sample.flip)
             batch.images[i, height:] = 0
             batch.images[i, :height, width:] = 0
-            n = len(labels[i])
-            batch.boxes[i, :n] = torch.from_numpy(boxes[i])
-            batch.labels[i, :n] = torch.from_numpy(labels[i])
+            n = len(sample.labels)
+            batch.boxes[i, :n] = torch.from_numpy(sample.boxes)
+            batch.labels[i, :n] = torch.from_numpy(sample.labels)
             batch.valid[i, :n] = True
         return batch
+
+
+def _uint8(shape: tuple[int, ...]) -> Tensor:
+    """A tensor to be filled; in a worker at once in the memory that the main process reads."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's default_collate
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 def scale_boxes(boxes_xyxy: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:

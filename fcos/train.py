@@ -163,6 +163,7 @@ class Training:
         self.best, self.accuracy = -1.0, -1.0
         self.pending = None  # what a log line needs, on its way from the device
         self.logged_losses: list[float] = []
+        self.terms = (*LOSSES, "grad_norm") if recipe.clip_norm else LOSSES
 
         self.model = build_model(recipe, len(self.classes))
         for state in weights:
@@ -175,7 +176,7 @@ class Training:
         self.model.to(device, memory_format=memory_format(device))
         options = {"momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
         self.optimizer = build_sgd(param_groups(self.model, recipe), device, lr=0.0, **options)
-        self.window = LossWindow(LOSSES, device)
+        self.window = LossWindow(self.terms, device)
         if resumed is not None:
             snapshot.restore(self, resumed)
             log.info(f"resumed from {resumed['path']} at iteration {self.iteration}")
@@ -223,7 +224,7 @@ class Training:
             done = (self.iteration - 1) % self.per_epoch + 1  # steps of this epoch
             if done % self.log_interval == 0:
                 self.pending = (self.iteration, self.window.fetch())
-                self.window = LossWindow(LOSSES, self.device)
+                self.window = LossWindow(self.terms, self.device)
                 if self.device.type == "cpu":
                     self.report()
             if self.iteration == self.end:
@@ -246,7 +247,10 @@ class Training:
             outputs = self.network(images)
         losses = self.criterion(outputs, boxes, batch.labels, batch.valid)
         self.precision.backward(losses["loss"], self.optimizer)
-        self.precision.step(self.optimizer, self.recipe.clip_norm)
+        norm = self.precision.step(self.optimizer, self.recipe.clip_norm)
+        if norm is not None:
+            # A dynamic scale that overflowed skips its step: no reason to stop, no number to log.
+            losses["grad_norm"] = torch.where(norm.isfinite(), norm, 0.0)
         self.window.add(self.iteration, losses, batch.image_ids)
         self.iteration += 1
 
@@ -262,7 +266,7 @@ class Training:
         self.pending = None
         self.demand_finite(window.bad())
         gathered = self.ranks.all_gather_objects(window.means())
-        losses = {name: sum(m[name] for m in gathered) / len(gathered) for name in LOSSES}
+        losses = {name: sum(m[name] for m in gathered) / len(gathered) for name in self.terms}
         self.logged_losses.append(losses["loss"])
         lr, memory = self.lr(iteration - 1), memory_mib(self.device)
         self.log.train(iteration, lr, losses, self.meter.window(), memory)

@@ -109,6 +109,11 @@ def memory_format(device: torch.device) -> torch.memory_format:
     return torch.contiguous_format if device.type == "npu" else torch.channels_last
 
 
+def compiles_each_shape(device: torch.device) -> bool:
+    """Whether a shape met for the first time costs seconds to minutes."""
+    return device.type == "npu"
+
+
 def images_at_once(tensor: torch.Tensor) -> int:
     """How much of a batch to take at a time: a CPU is fastest on what fits its cache, one image."""
     return 1 if tensor.device.type == "cpu" else len(tensor)

@@ -58,9 +58,10 @@ class Precision:
         else:
             self.scaler.scale(loss * self.static_scale).backward()
 
-    def step(self, optimizer: Optimizer, clip_norm: float = 0.0) -> None:
+    def step(self, optimizer: Optimizer, clip_norm: float = 0.0) -> Tensor | None:
         """Unscale, clip the global norm if asked, update. Nothing is read back to the host,
-        but for the one flag of a dynamic scale."""
+        but for the one flag of a dynamic scale. Returns the norm before clipping, if asked."""
+        norm = None
         params = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         if self.static_scale != 1:
             torch._foreach_mul_([p.grad for p in params], 1 / self.static_scale)
@@ -68,10 +69,11 @@ class Precision:
             # The norm is unscaled, the gradients only in the fused update: GradScaler.unscale_
             # would invert the scale in float64, which NPUs are slow at.
             norm = nn.utils.get_total_norm([p.grad for p in params])
-            scale = self.scaler.scale(torch.ones_like(norm))
-            nn.utils.clip_grads_with_norm_(params, clip_norm, norm / scale)
+            norm = norm / self.scaler.scale(torch.ones_like(norm))
+            nn.utils.clip_grads_with_norm_(params, clip_norm, norm)
         self.scaler.step(optimizer)
         self.scaler.update()
+        return norm
 
     def __str__(self) -> str:
         kind, dtype = "apex " if self.apex else "", str(self.dtype).removeprefix("torch.")

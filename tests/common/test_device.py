@@ -10,6 +10,7 @@ import torch
 from common.npu import device as module
 from common.npu.device import (
     be_deterministic,
+    compiles_each_shape,
     environment,
     has_bf16,
     images_at_once,
@@ -179,3 +180,9 @@ def test_importing_common_keeps_torch_from_loading_torch_npu_by_itself():
     command = [sys.executable, "-c", f"{code}; print('torch' in sys.modules)"]
     made = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert made.stdout.split() == ["0", "False"], made.stderr
+
+
+def test_only_an_npu_compiles_each_shape():
+    kinds = ("cpu", "cuda", "npu")
+    devices = (SimpleNamespace(type=kind) for kind in kinds)
+    assert [compiles_each_shape(device) for device in devices] == [False, False, True]

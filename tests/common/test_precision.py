@@ -134,7 +134,8 @@ def test_clipping_bounds_the_global_norm(scale):
     # The third has no gradient: an unused parameter must not be an error.
     loss = (parameters[0] * 300).sum() + (parameters[1] * 400).sum()
     precision.backward(loss, optimizer)
-    precision.step(optimizer, clip_norm=10.0)
+    norm = precision.step(optimizer, clip_norm=10.0)
+    assert_close(norm, torch.tensor(590000.0).sqrt())
     moved = torch.cat([p.detach() for p in parameters[:2]])
     assert_close(moved.norm(), torch.tensor(10.0))
     assert_close(moved[3] / moved[0], torch.tensor(400 / 300))

@@ -208,19 +208,18 @@ def test_flips_are_drawn_evenly_and_move_image_and_boxes(tiny_train):
         TrainingSet(records, replace(RECIPE, flip_probability=p), 0) for p in (1.0, 0.0)
     )
     for record in (0, 1):
-        (flipped, boxes, labels, _), (image, plain, same, _) = (
-            dataset[0, 0, record] for dataset in (always, never)
-        )
-        difference = flipped.flip(1).int() - image.int()
-        assert difference.abs().max() <= 1
-        width = image.shape[1]
-        np.testing.assert_allclose(width - boxes[:, [2, 0]], plain[:, [0, 2]], atol=1e-4)
-        np.testing.assert_array_equal(boxes[:, [1, 3]], plain[:, [1, 3]])
-        assert labels.tolist() == same.tolist()
+        flipped, plain = (dataset[0, 0, record] for dataset in (always, never))
+        images = [dataset.collate([dataset[0, 0, record]]).images[0] for dataset in (always, never)]
+        height, width = plain.size
+        assert flipped.size == plain.size
+        mirrored, image = (image[:height, :width].int() for image in images)
+        assert (mirrored.flip(1) - image).abs().max() <= 1
+        boxes = flipped.boxes
+        np.testing.assert_allclose(width - boxes[:, [2, 0]], plain.boxes[:, [0, 2]], atol=1e-4)
+        np.testing.assert_array_equal(boxes[:, [1, 3]], plain.boxes[:, [1, 3]])
+        assert flipped.labels.tolist() == plain.labels.tolist()
     dataset = TrainingSet(records, RECIPE, 0)
-    flips = []
-    for position in range(60):
-        flips.append(not torch.equal(dataset[0, position, 0][0], never[0, 0, 0][0]))
+    flips = [dataset[0, position, 0].flip for position in range(60)]
     assert 0.3 < np.mean(flips) < 0.7
 
 
@@ -228,8 +227,11 @@ def test_without_augmentation_every_epoch_is_the_same_at_the_largest_scale(tiny_
     recipe = replace(RECIPE, augment=False, img_scale=("32,54", "64,107"))
     dataset = TrainingSet(tiny_train, recipe, 0)
     one, other = dataset[0, 0, 1], dataset[3, 17, 1]
-    assert torch.equal(one[0], other[0])
-    assert max(one[0].shape) == 107 or min(one[0].shape[:2]) == 64
+    assert np.array_equal(one.image, other.image)
+    assert not one.flip
+    assert not other.flip
+    assert one.size == other.size
+    assert max(one.size) == 107 or min(one.size) == 64
 
 
 def edited(index, record, **columns):
@@ -262,10 +264,10 @@ def test_truth_leaves_out_what_the_original_does(tiny_train):
     boxes, _ = TrainingSet(changed, RECIPE, 0).truth(record)
     assert_close(boxes[0], np.float32([-4, 5, 5, 14]))
     assert_close(boxes[1], np.float32([width - 3, height - 3, width + 7, height + 7]))
-    image, scaled, labels, _ = TrainingSet(changed, replace(RECIPE, augment=False), 0)[0, 0, record]
-    assert scaled[0, 0] == 0
-    assert scaled[1, 2:].tolist() == [image.shape[1], image.shape[0]]
-    assert len(labels) == len(boxes)
+    sample = TrainingSet(changed, replace(RECIPE, augment=False), 0)[0, 0, record]
+    assert sample.boxes[0, 0] == 0
+    assert sample.boxes[1, 2:].tolist() == [sample.size[1], sample.size[0]]
+    assert len(sample.labels) == len(boxes)
 
 
 def test_training_records_have_annotations_and_are_not_tiny(tiny_train):
@@ -279,7 +281,7 @@ def test_training_records_have_annotations_and_are_not_tiny(tiny_train):
 def test_an_image_of_only_crowds_stays_without_boxes(tiny_train):
     crowded = edited(tiny_train, 0, crowd=[1] * len(tiny_train.annotations(0)))
     assert crowded.image_ids[0] in training_records(crowded).image_ids
-    assert len(TrainingSet(crowded, RECIPE, 0)[0, 0, 0][1]) == 0
+    assert len(TrainingSet(crowded, RECIPE, 0)[0, 0, 0].boxes) == 0
 
 
 def test_an_image_of_another_size_than_annotated_is_named(tiny_train):

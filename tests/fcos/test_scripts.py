@@ -45,6 +45,7 @@ def test_full_training_leaves_every_file(trained):
         "base learning rate 0.0025",
         "weights: random: nothing is frozen, batch norm trains",
         "loss_centerness: ",
+        ", grad_norm: ",
         "Epoch(val) [1][",
     ):
         assert words in log, words
@@ -86,6 +87,7 @@ def test_performance_on_one_device_with_another_recipe(data, tmp_path):
     header = json.loads(next(output.glob("*.log.json")).read_text().splitlines()[0])
     assert "box_loss = 'giou'" in header["config"]
     assert "img_scale = ('64,107',)" in header["config"]
+    assert "grad_norm" not in (output / "train_0.log").read_text()  # tricks does not clip
 
 
 def test_8_processes(data, tmp_path):

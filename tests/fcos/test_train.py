@@ -75,3 +75,26 @@ def test_a_step_has_the_rate_of_the_batch_and_twice_as_much_for_biases(start, ti
     rates = [group["lr"] for group in run.optimizer.param_groups]
     assert rates == pytest.approx([0.00125 / 3, 0.0025 / 3])
     assert "base learning rate 0.00125" in run.plan()
+
+
+def test_the_gradients_norm_before_clipping_is_logged(start, tiny_train):
+    recipe = replace(RECIPE, img_scale=("64,107",), clip_norm=0.01)
+    run, _ = start(recipe)
+    (batch,) = build_loader(recipe, training_records(tiny_train), True, end=1)
+    run.step(batch)
+    grads = torch.cat([p.grad.flatten() for g in run.optimizer.param_groups for p in g["params"]])
+    logged = run.window.fetch().means()["grad_norm"]
+    assert grads.norm().item() == pytest.approx(0.01, rel=1e-3)  # clipped
+    assert logged > 1
+
+
+def test_a_skipped_overflow_is_no_reason_to_stop(start, tiny_train):
+    recipe = replace(RECIPE, img_scale=("64,107",))
+    run, _ = start(recipe)
+    run.precision.scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
+    (batch,) = build_loader(recipe, training_records(tiny_train), True, end=1)
+    run.step(batch)
+    window = run.window.fetch()
+    assert window.bad() is None
+    assert window.means()["grad_norm"] == 0
+    assert run.precision.scaler.get_scale() < 1e38
