@@ -5,12 +5,13 @@ Residual learning paper, section 4; post-activation, stride in the 3x3 convoluti
 
 from torch import Tensor, nn
 
-# name: (blocks of stages 1 to 3, bottleneck?); resnet10 is for quick tries, it has no weights.
+# name: (blocks of stages 1 to 3, bottleneck?, width of stage 1). resnet10 is for quick tries: of
+# half width, and nobody has weights for it.
 STAGES = {
-    "resnet10": ((1, 1, 1), False),
-    "resnet18": ((2, 2, 2), False),
-    "resnet34": ((3, 4, 6), False),
-    "resnet50": ((3, 4, 6), True),
+    "resnet10": ((1, 1, 1), False, 32),
+    "resnet18": ((2, 2, 2), False, 64),
+    "resnet34": ((3, 4, 6), False, 64),
+    "resnet50": ((3, 4, 6), True, 64),
 }
 
 
@@ -70,12 +71,13 @@ def make_backbone(name: str) -> tuple[nn.Sequential, int]:
     """
     if name not in STAGES:
         raise ValueError(f"backbone {name!r} is not one of {', '.join(STAGES)}")
-    depths, bottleneck = STAGES[name]
+    depths, bottleneck, channels = STAGES[name]
+    widths = channels, 2 * channels, 4 * channels
     block = Bottleneck if bottleneck else BasicBlock
-    stem = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+    stem = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
     pool = nn.Sequential(nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1))
-    layers, channels = [stem, nn.BatchNorm2d(64), pool], 64
-    for depth, width, stride in zip(depths, (64, 128, 256), (1, 2, 1), strict=True):
+    layers = [stem, nn.BatchNorm2d(channels), pool]
+    for depth, width, stride in zip(depths, widths, (1, 2, 1), strict=True):
         blocks = []
         for position in range(depth):
             blocks.append(block(channels, width, stride if position == 0 else 1))

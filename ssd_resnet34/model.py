@@ -19,8 +19,9 @@ EXTRAS = (
     (128, 256, {}),
     (128, 256, {}),
 )
-# The ResNet-18 of NVIDIA's SSD example ends narrower.
+# The ResNet-18 of NVIDIA's SSD example ends narrower; behind half a trunk half a width will do.
 LAST_OUTPUTS = {"resnet18": 128}
+WIDTH = {"resnet10": 0.5}
 
 
 class SSD(nn.Module):
@@ -34,9 +35,11 @@ class SSD(nn.Module):
         self.channels = 1 + num_classes
         self.model, inputs = make_backbone(recipe.backbone)
         sources, blocks = [inputs], []
+        width = WIDTH.get(recipe.backbone, 1)
         for position, (middle, outputs, conv) in enumerate(EXTRAS):
             if position == len(EXTRAS) - 1:
                 outputs = LAST_OUTPUTS.get(recipe.backbone, outputs)
+            middle, outputs = int(middle * width), int(outputs * width)
             blocks.append(
                 nn.Sequential(
                     nn.Conv2d(sources[-1], middle, 1),
