@@ -53,7 +53,12 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv=None, namespace=None):
         words = sys.argv[1:] if argv is None else argv
         dashed = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), w) for w in words]
-        return super().parse_args(dashed, namespace)
+        args = super().parse_args(dashed, namespace)
+        for name, value in vars(args).items():
+            least = -1 if name in ("num_workers", "local_rank") else 0
+            if isinstance(value, int | float) and not value >= least:
+                self.error(f"--{name} {value}: must be at least {least}")
+        return args
 
     def error(self, message: str):
         self.exit(2, f"error: {message} (--help lists the flags)\n")
