@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 
 MISSING = os.environ.get("SIMULATED_NPU_MISSING")
 if MISSING is None and "SIMULATED_NPU" not in os.environ:
@@ -39,3 +40,17 @@ def npu():
     from common.npu.device import setup_device
 
     return setup_device("npu")[0]
+
+
+@pytest.fixture
+def on_npu(npu, monkeypatch):
+    """Makes a test that was written for the CPU compute on the NPU.
+
+    What comes from numpy goes to the NPU, what goes to numpy comes to the host, and tensors are
+    made on the NPU where no device is named.
+    """
+    from_numpy, numpy = torch.from_numpy, torch.Tensor.numpy
+    monkeypatch.setattr(torch, "from_numpy", lambda array: from_numpy(array).to(npu))
+    monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: numpy(tensor.cpu()))
+    with npu:
+        yield

@@ -109,7 +109,10 @@ class Call {
             }
             bool written = is_written(schema_.arguments()[i]);
             value = replaced(value, [&](const at::Tensor &tensor) {
-                if (!on_npu(tensor)) return tensor;
+                if (!on_npu(tensor)) {
+                    check_host_tensor(tensor);
+                    return tensor;
+                }
                 if (!device_) device_ = tensor.device();
                 pairs_.push_back({tensor, host_view(tensor), written});
                 return pairs_.back().host;
@@ -170,6 +173,12 @@ class Call {
     }
 
   private:
+    // An operator reads a number from the host, no array; a copy is what crosses over.
+    void check_host_tensor(const at::Tensor &tensor) const {
+        TORCH_CHECK(!tensor.defined() || tensor.dim() == 0 || schema_.name() == "aten::copy_",
+                    schema_.name(), ": expected all tensors on the NPU, but one is on the CPU");
+    }
+
     struct Pair {
         at::Tensor npu, host;
         bool written;

@@ -1,4 +1,5 @@
-"""A training step of every model on the simulated NPU: the CPU's numbers, and nothing to wait for.
+"""A training step and an evaluation of every model on the simulated NPU: the CPU's numbers, and
+nothing to wait for.
 
 The CPU computes in the NPU path's way here: a whole batch at a time, contiguous tensors. What else
 is particular to a model is in its own folder here.
@@ -9,13 +10,14 @@ from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from common.npu.distributed import Ranks
 from common.npu.precision import Precision
 from tests.simulated_npu.audit import Audit
-from tests.ssd_resnet34.conftest import tiny_train  # noqa: F401
+from tests.ssd_resnet34.conftest import tiny_train, tiny_val  # noqa: F401
 
 pytestmark = pytest.mark.npu_sim
 # Fields that make the network small.
@@ -25,6 +27,12 @@ SMALL = {
     "ssd_mmdet": {"width": 1 / 16},
     "ssd_resnet34": {"backbone": "resnet10"},
 }
+# Scores that some hundred boxes of a network without training have.
+EVALUATION = {
+    "fcos": {"score_threshold": 0.011, "eval_shapes": "two"},
+    "ssd_mmdet": {"score_threshold": 0.2},
+    "ssd_resnet34": {"score_threshold": 0.03},
+}
 LIMITS = {"host_reads": 0, "data_dependent": 0, "blocking_copies": 0, "fallbacks": 0, "float64": 0}
 
 
@@ -33,7 +41,7 @@ def model(request, monkeypatch):
     """The modules of a model, those that ask for the device's ways made to take the NPU's."""
     modules = {
         name: importlib.import_module(f"{request.param}.{name}")
-        for name in ("augment", "config", "data", "loss", "train")
+        for name in ("augment", "config", "data", "evaluate", "loss", "train")
     }
     for module in modules.values():
         if hasattr(module, "images_at_once"):
@@ -93,3 +101,31 @@ def test_a_steady_step_waits_for_nothing(npu, model, batches, tiny_train, record
         assert audit.ops > 500
         assert audit.shapes <= before.shapes
         assert {name: getattr(audit, name).total() for name in LIMITS} == LIMITS
+
+
+def test_an_evaluation_reads_once_a_batch(npu, model, tiny_val, record_property):  # noqa: F811
+    landscape = np.flatnonzero(tiny_val.sizes[:, 0] < tiny_val.sizes[:, 1])  # of one shape
+    recipe = replace(model.recipe, eval_batch_size=2, **EVALUATION.get(model.name, {}))
+    torch.manual_seed(0)
+    network, audits, found = model.train.build_model(recipe, 80), [], []
+    if model.name == "m2det":  # untrained, it finds something everywhere: make that rare
+        for layer in (*network.loc, *network.conf):
+            layer.weight.data *= 0.01
+        for layer in network.conf:
+            layer.bias.data.view(-1, 81)[:, 0] += 18  # background
+    for device in (torch.device("cpu"), npu):
+        network.to(device)
+        for images in (landscape[:4], landscape[4:8]):
+            with Audit() as audit:
+                args = recipe, tiny_val.subset(images), device, Ranks(), 0
+                found.append(model.evaluate.detect_all(network, *args))
+            audits.append(audit)
+    for one, other in zip(found[:2], found[2:], strict=True):
+        assert len(one)
+        assert np.array_equal(one, other)
+    before, audit = audits[2:]
+    record_property("audit", f"{model.name}, an evaluation of two batches\n{audit.table()}")
+    assert audit.shapes <= before.shapes
+    assert audit.host_reads.total() == 2, audit.table()
+    for name in ("data_dependent", "fallbacks", "float64"):
+        assert not getattr(audit, name), audit.table()

@@ -50,12 +50,22 @@ def test_operations(npu, name):
     assert torch.equal(found.cpu(), expected)
 
 
+def test_arrays_of_the_host_are_refused(npu):
+    x = X.to(npu)
+    assert torch.equal((x * torch.tensor(2.0)).cpu(), 2 * X)
+    for act in (torch.add, torch.matmul, lambda x, y: torch.cat([x, y])):
+        for pair in ((x, X.mT), (X, x.mT)):
+            with pytest.raises(RuntimeError, match=r"same device|all tensors on the NPU"):
+                act(*pair)
+
+
 def test_device(npu):
     assert (torch.npu.is_available(), torch.npu.device_count()) == (True, 8)
     assert torch.npu.get_device_name(0) == "Ascend910B3"
     assert torch.npu.is_jit_compile_false()
     assert torch.npu.is_bf16_supported()
     assert torch.accelerator.current_accelerator().type == "npu"
+    torch.npu.empty_cache()  # what earlier tests left may be a little larger than needed
     torch.npu.reset_peak_memory_stats()
     before = torch.npu.max_memory_allocated()
     x = torch.zeros(1 << 20, device=npu)

@@ -1,0 +1,10 @@
+"""The fixtures of the ordinary tests of fcos."""
+
+from tests.fcos.conftest import (  # noqa: F401
+    filled_model,
+    filled_state,
+    golden,
+    real_truth,
+    recipe,
+    tiny_train,
+)
