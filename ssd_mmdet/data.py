@@ -29,6 +29,7 @@ from ssd_mmdet.geometry import (
     resize_as_opencv,
 )
 
+NEUTRAL = (0.0, 1.0, 1.0, 0.0)  # the `jitter` that changes nothing
 SMALLEST_IMAGE = 32  # pixels; the original does not train on an image with a shorter side
 
 
@@ -79,7 +80,7 @@ def prepare_image(image: np.ndarray, recipe: Recipe) -> Tensor:
     return normalise(torch.from_numpy(made).unsqueeze(0), recipe).squeeze(0)
 
 
-def colour_draws(recipe: Recipe, rng: np.random.Generator) -> tuple[list[float], np.ndarray]:
+def colour_draws(recipe: Recipe, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Random numbers of the colour step: `jitter` and `order` of a Batch.
 
     Each of the five changes happens with probability 1/2. The original multiplies by the contrast
@@ -95,7 +96,7 @@ def colour_draws(recipe: Recipe, rng: np.random.Generator) -> tuple[list[float],
         half_of_the_time(*recipe.saturation, 1.0),
         half_of_the_time(-recipe.hue, recipe.hue, 0.0),
     ]
-    return jitter, rng.permutation(3) if rng.integers(2) else np.arange(3)
+    return np.float32(jitter), rng.permutation(3) if rng.integers(2) else np.arange(3)
 
 
 class TrainingSet(Dataset):
@@ -104,6 +105,7 @@ class TrainingSet(Dataset):
     def __init__(self, records: CocoIndex, recipe: Recipe, seed: int):
         self.records, self.recipe, self.seed = records, recipe, seed
         self.slots = records.max_boxes()
+        self.slot_numbers = np.arange(self.slots)
         table = records.table
         start, sides = table.box_xywh[:, :2], table.box_xywh[:, 2:]
         self.boxes = np.concatenate([start, start + sides], axis=1, dtype=np.float32)
@@ -130,7 +132,7 @@ class TrainingSet(Dataset):
         boxes, labels, crowds = self.truth(record)
         height, width = image.shape[:2]
         rng = np.random.default_rng((self.seed, epoch, position))
-        left, top, flip, jitter, order = 0, 0, False, [0, 1, 1, 0], np.arange(3)
+        left, top, flip, jitter, order = 0, 0, False, np.float32(NEUTRAL), np.arange(3)
         if recipe.augment:
             jitter, order = colour_draws(recipe, rng)
             width, height, left, top = canvas_around(width, height, recipe, rng)
@@ -155,9 +157,9 @@ class TrainingSet(Dataset):
             torch.from_numpy(cover),
             torch.from_numpy(padded_boxes),
             torch.from_numpy(padded_labels),
-            torch.arange(self.slots) < len(boxes),
+            torch.from_numpy(self.slot_numbers < len(boxes)),
             torch.tensor(flip),
-            torch.tensor(jitter, dtype=torch.float32),
+            torch.from_numpy(jitter),
             torch.from_numpy(order),
             torch.tensor(self.records.image_ids[record]),
         )

@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     device, why = setup_device(args.device, args.device_id)
     print(why)
+    if args.config:
+        print(f"--config {args.config}: not needed, the checkpoint says which network it is")
     state = cli.checkpoint_to_use(args)
     recipe, class_names = own_network(RECIPES["1p"], state), class_names_of(state)
     model = build_model(recipe, num_classes_of(state)).eval()
@@ -89,6 +91,8 @@ def parse(argv: list[str] | None):
     cli.add(parser, "--show-dir", Path("show_dir"), "for the pictures")
     cli.add(parser, "--min-score --score-thr", 0.3, "to be drawn")
     cli.add(parser, "-b --batch-size", 8, "images at a time")
+    cli.add(parser, "--config", "", "of old commands; the checkpoint says which network it is")
+    cli.add(parser, "--show", False, "of old commands; no window opens beside --show_dir")
     return parser.parse_args(argv)
 
 

@@ -31,10 +31,16 @@ def crop_window(
     centre must lie inside; after `crop_trials` windows that fail the limit is drawn anew.
     """
     size, trials = np.array([width, height]), recipe.crop_trials
+    # A box has at most its own area in common with a window, and no window is smaller than this.
+    least = (recipe.crop_scale * size - 1).clip(0).prod()
+    areas = (boxes_xyxy[:, 2] - boxes_xyxy[:, 0]) * (boxes_xyxy[:, 3] - boxes_xyxy[:, 1])
+    smallest = areas.min(initial=np.inf)
     while True:
         limit = recipe.crop_ious[rng.integers(len(recipe.crop_ious))]
         if limit == 1:
             return None
+        if smallest < limit * least:
+            continue
         sides = size * rng.uniform(recipe.crop_scale, 1, (trials, 2))
         # From 1 to what is left, as the original calls numpy: a crop hardly begins at 0.
         start = 1 + (size - sides - 1) * rng.random((trials, 2))
@@ -86,6 +92,8 @@ def cut(
     if columns.start >= columns.stop or rows.start >= rows.stop:
         return np.zeros((size, size, 3), np.uint8), 0 * cover
     shown = image[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+    if shown.shape[:2] == (height, width):
+        return resize(shown, size, size), cover
     wide = _padded(shown, columns, width, axis=1)
     tall = _padded(resize(wide, len(wide), size), rows, height, axis=0)
     return resize(tall, size, size), cover
@@ -106,6 +114,8 @@ def _padded(image: np.ndarray, place: slice, length: int, axis: int) -> np.ndarr
 
 def _cover(place: slice, length: int, size: int) -> np.ndarray:
     """Part of image in each of `size` columns (or rows), by the weights of bilinear resizing."""
+    if place == slice(0, length):
+        return np.ones(size, np.float32)
     center = ((np.arange(size) + 0.5) * (length / size) - 0.5).clip(0, length - 1)
     part = np.minimum(center - place.start + 1, place.stop - center)
     return part.clip(0, 1).astype(np.float32)

@@ -85,12 +85,17 @@ def main(argv: list[str] | None = None) -> None:
     needed = ("onnx", "onnxruntime", "onnxscript")
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise UserError(f"the export needs more packages: pip install {' '.join(missing)}")
+    if args.config:
+        print(f"--config {args.config}: not needed, the checkpoint says which network it is")
     state = cli.checkpoint_to_use(args)
     recipe = own_network(RECIPES["1p"], state)
     model = build_model(recipe, num_classes_of(state)).eval()
     print(f"{state['path']}: {load_weights(model, state)}")
     if {*args.shape} - {recipe.image_size}:
         raise UserError(f"--shape {args.shape}: this network takes {recipe.image_size} pixels")
+    if (*args.mean, *args.std) != (*recipe.mean, 1, 1, 1):
+        mean = " ".join(map(str, recipe.mean))
+        raise UserError(f"--mean, --std: this network takes --mean {mean} --std 1 1 1; omit both")
 
     decoded = Decoded(model, recipe).eval()
     names = ["decoded_boxes", "decoded_scores"] if args.nms else ["boxes", "scores"]
@@ -114,6 +119,11 @@ def parse(argv: list[str] | None):
     cli.add(parser, "--nms", True, "detections, not all boxes and scores")
     cli.add(parser, "--opset --opset-version", 17, "version of ONNX's operator set")
     cli.add(parser, "--shape", (), "side, or height and width; checked only")
+    cli.add(parser, "--mean", RECIPES["1p"].mean, "checked only: `image` has it subtracted")
+    cli.add(parser, "--std", (1.0, 1.0, 1.0), "checked only: `image` is not divided")
+    cli.add(parser, "--config", "", "of old commands; the checkpoint says which network it is")
+    cli.add(parser, "--show", False, "of old commands; no window opens")
+    cli.add(parser, "--verify", True, "of old commands; every export is verified")
     parser.add_argument(
         "--images", "--input-img", nargs="+", help="to check with; default: sample images"
     )

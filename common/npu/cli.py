@@ -48,12 +48,16 @@ FLAGS = (
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors; `--batch_size` and `--batch-size` are the same flag."""
+    """argparse with one-line errors; `--batch_size` and `--batch-size` are the same flag, and
+    `--device npu:1` is `--device npu --device_id 1`."""
 
     def parse_args(self, argv=None, namespace=None):
-        words = sys.argv[1:] if argv is None else argv
-        dashed = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), w) for w in words]
-        args = super().parse_args(dashed, namespace)
+        words = []
+        for word in sys.argv[1:] if argv is None else argv:
+            word = re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), word)
+            indexed = re.fullmatch(r"((?:--device=)?(?:npu|cuda)):(\d+)", word)
+            words += [indexed[1], "--device-id", indexed[2]] if indexed else [word]
+        args = super().parse_args(words, namespace)
         for name, value in vars(args).items():
             least = -1 if name in ("num_workers", "local_rank") else 0
             if isinstance(value, int | float) and not value >= least:

@@ -55,6 +55,12 @@ def test_dash_and_underscore_are_the_same_in_names_only(words):
     assert (args.data, args.max_iters, args.weight_decay) == ("/a_b/c_d", 3, 0.25)
 
 
+@pytest.mark.parametrize("words", [["--device=npu:3"], ["--device", "npu:3", "--data=/a:3"]])
+def test_a_device_may_have_its_index(words):
+    args = parser().parse_args(words)
+    assert (args.device, args.device_id) == ("npu", 3)
+
+
 def test_the_command_line_is_the_default(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", "--save_interval", "5"])
     assert parser().parse_args().save_interval == 5

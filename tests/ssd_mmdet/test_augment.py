@@ -11,14 +11,13 @@ from ssd_mmdet import augment as module
 from ssd_mmdet import data
 from ssd_mmdet.augment import augment
 from ssd_mmdet.config import RECIPES
-from ssd_mmdet.data import Batch, TrainingSet, training_records
+from ssd_mmdet.data import NEUTRAL, Batch, TrainingSet, colour_draws, training_records
 from ssd_mmdet.geometry import cut, resize
 from tests.ssd_mmdet import reference
 
 SIZE = 60
 RECIPE = replace(RECIPES["1p"], image_size=SIZE)
 MEAN = torch.tensor(RECIPE.mean).view(3, 1, 1)
-NEUTRAL = (0.0, 1.0, 1.0, 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +273,25 @@ def test_the_distributions_are_wide_enough_to_be_told_apart(both):
         assert np.abs(steps[0] - steps[1]).max() > 1.95 * (2 / SAMPLES) ** 0.5
 
 
+def test_colour_draws_have_the_originals_ranges():
+    """Half of the time nothing, else uniform: brightness, contrast, saturation, hue, channels."""
+    rng = np.random.default_rng(0)
+    jitter, order = map(
+        np.array, zip(*(colour_draws(RECIPE, rng) for _ in range(4000)), strict=True)
+    )
+    ranges = ((-32, 32, 0), (0.5, 1.5, 1), (0.5, 1.5, 1), (-18, 18, 0))
+    for column, (low, high, neutral) in zip(jitter.T, ranges, strict=True):
+        drawn = np.sort(column[column != neutral])
+        assert len(drawn) / 4000 == pytest.approx(0.5, abs=0.04)
+        level = np.linspace(0, 1, len(drawn))
+        np.testing.assert_allclose((drawn - low) / (high - low), level, atol=0.045)
+    changed = jitter != NEUTRAL
+    assert np.abs(np.corrcoef(changed.T) - np.eye(4)).max() < 0.06  # each by itself
+    _, counts = np.unique(order, axis=0, return_counts=True)
+    # The order that stays is a sixth of the permutations, too.
+    np.testing.assert_allclose(np.sort(counts) / 4000, [1 / 12] * 5 + [7 / 12], atol=0.03)
+
+
 @pytest.mark.slow
 def test_crop_and_expand_ratios_are_the_originals(small_set):
     """Over thousands of draws: how often no crop, and the crop's and the canvas' size."""
@@ -301,6 +319,8 @@ def test_crop_and_expand_ratios_are_the_originals(small_set):
     count = 40 * len(records)
     assert whole[0] / count == pytest.approx(whole[1] / count, abs=0.04)
     for own, original in (*zip(*(np.array(x).T for x in sides), strict=True), ratios):
+        for extreme in (np.min, np.max):  # a range that differs shows here first
+            assert extreme(own) == pytest.approx(extreme(original), abs=0.03)
         error = (np.var(own) / len(own) + np.var(original) / len(original)) ** 0.5
         assert np.mean(own) == pytest.approx(np.mean(original), abs=3.3 * error)
         assert np.std(own) == pytest.approx(np.std(original), rel=0.08)

@@ -119,7 +119,8 @@ def test_augmentation_changes_by_seed_epoch_and_position(tiny_train):
         TrainingSet(tiny_train, RECIPE, seed)[epoch, position, 0]
         for seed, epoch, position in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 3, 2))
     ]
-    assert len({sample.images.sum().item() for sample in samples}) == 5
+    made = {(sample.images.sum().item(), *sample.jitter.tolist()) for sample in samples}
+    assert len(made) == 5
     assert_same(samples[0], TrainingSet(tiny_train, RECIPE, 0)[0, 0, 0])
 
 

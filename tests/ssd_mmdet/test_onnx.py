@@ -55,8 +55,12 @@ def run(file: Path, images: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_detections_of_one_image(weights, model, images, tmp_path, capsys):
     file = tmp_path / "new" / "ssd300.onnx"
     given = [f"--checkpoint={weights}", f"--output_file={file}", "--shape", "300", "300"]
-    pthtar2onnx.main([*given, "--input-img", *map(str, PHOTOS)])
+    old = (
+        "--config configs/a.py --verify --opset-version 17 --mean 123.675 116.28 103.53 --std 1 1 1"
+    )
+    pthtar2onnx.main([*given, *old.split(), "--input-img", *map(str, PHOTOS)])
     said = capsys.readouterr().out
+    assert "--config configs/a.py: not needed" in said
     assert "batch 3: decoded_boxes differ by" in said
     assert f"Successfully exported ONNX model: {file}" in said
     for image in images:
@@ -83,6 +87,12 @@ def test_boxes_and_scores_of_any_batch(weights, model, images, tmp_path):
     torch.testing.assert_close(found["boxes"], boxes, rtol=0, atol=0.01)
     torch.testing.assert_close(found["scores"], scores, rtol=0, atol=1e-4)
     assert run(file, images[:1])["scores"].shape == (1, 8732, 2)
+
+
+def test_another_normalisation_is_refused(weights):
+    std = ("--std", "58.395", "57.12", "57.375")  # the old program's default, of another detector
+    with pytest.raises(UserError, match=r"--mean 123\.675 116\.28 103\.53 --std 1 1 1; omit both"):
+        pthtar2onnx.main([f"--checkpoint={weights}", *std])
 
 
 def test_another_shape_is_refused(weights, tmp_path):

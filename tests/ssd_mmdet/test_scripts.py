@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,8 +70,11 @@ def json_lines(output):
 
 def analyze_logs_of_2x(lines):
     """MMDetection 2.x's reading: line 1 and lines without `epoch` are skipped, values gathered by
-    epoch; losses over `iter`, with the second-to-last `iter` of the first epoch as its length."""
-    epochs = {}
+    epoch; losses over `iter`, with the second-to-last `iter` of the first epoch as its length.
+
+    Returns the epochs' values by key, and the curve's points.
+    """
+    epochs, xs, ys = {}, [], []
     for text in lines[1:]:
         log = json.loads(text)
         if "epoch" not in log:
@@ -78,21 +82,25 @@ def analyze_logs_of_2x(lines):
         own = epochs.setdefault(log.pop("epoch"), {})
         for key, value in log.items():
             own.setdefault(key, []).append(value)
-    first = epochs[min(epochs)]
-    length = first["iter"][-2] if first["mode"][-1] == "val" else first["iter"][-1]
-    xs, ys = [], []
+    length = next(iter(epochs.values()))["iter"][-2]
     for epoch, log in epochs.items():
         iters = log["iter"][:-1] if log["mode"][-1] == "val" else log["iter"]
         xs += [iter + (epoch - 1) * length for iter in iters]
         ys += log["loss"][: len(iters)]
-    times = [log["time"] for log in epochs.values()]
-    return epochs, xs, ys, times
+    return epochs, xs, ys
 
 
 def analyze_logs_of_3x(lines):
-    """MMDetection 3.x's: every line is read; one without `step` is no train line."""
-    train = [log for log in map(json.loads, lines) if "loss" in log and "step" in log]
-    return [log["step"] for log in train], [log["loss"] for log in train]
+    """MMDetection 3.x's: every line counts, for the epoch that the line before it named; losses
+    over `step`."""
+    epochs, epoch = {}, 1
+    for log in map(json.loads, lines):
+        own = epochs.setdefault(epoch, {})
+        for key, value in log.items():
+            own.setdefault(key, []).append(value)
+        epoch = log.get("epoch", epoch)
+    xs = [step for log in epochs.values() for step in log["step"]]
+    return xs, [loss for log in epochs.values() for loss in log["loss"][: len(log["step"])]]
 
 
 def test_the_json_log_is_what_mmdetections_tools_read(trained):
@@ -103,12 +111,14 @@ def test_the_json_log_is_what_mmdetections_tools_read(trained):
     assert not {"mode", "epoch"} & head.keys()
     train = [log for log in map(json.loads, lines) if log.get("mode") == "train"]
     steps = len(train) // 2
-    epochs, xs, ys, times = analyze_logs_of_2x(lines)
+    epochs, xs, ys = analyze_logs_of_2x(lines)
     assert sorted(epochs) == [1, 2]
     assert all(log["mode"] == ["train"] * steps + ["val"] for log in epochs.values())
     assert xs == list(range(1, 2 * steps + 1))
     assert ys == [log["loss"] for log in train]
-    assert [len(part) for part in times] == [steps, steps]  # one array of all epochs
+    times = np.array([log["time"] for log in epochs.values()])  # as many in each epoch
+    assert times.shape == (2, steps)
+    assert times.mean() == pytest.approx(np.mean([log["time"] for log in train]))
     assert (xs, ys) == analyze_logs_of_3x(lines)
     for log in epochs.values():
         (score,) = log["bbox_mAP"]
@@ -215,7 +225,8 @@ def test_demo_draws_and_lists(trained, data, tmp_path):
     checkpoint = f"--checkpoint={trained[0] / 'best.pt'}"
     image = next((data / "val2017").iterdir())
     flags = (checkpoint, f"--img={image}", f"--show-dir={tmp_path}", "--score-thr=0.013")
-    runs.run("demo.py", *flags, "--device=cpu")
+    done = runs.run("demo.py", *flags, "--device=cpu", "--config=configs/a.py", "--show")
+    assert "--config configs/a.py: not needed" in done.stdout
     assert (tmp_path / image.name).stat().st_size > 0
     (found,) = json.loads((tmp_path / "results.json").read_text()).values()
     assert {"boxes", "scores", "classes"} == found.keys()
