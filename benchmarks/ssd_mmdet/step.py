@@ -2,7 +2,8 @@
 """The training step of ssd_mmdet against torchvision's ssd300_vgg16, on the same images.
 
 Both have VGG16, six feature maps, 8732 anchors and hard negatives. Ours is the step of train.py,
-colour and flip on the device included; torchvision's begins with float images of the right size.
+colour and flip on the device included; torchvision's begins with float images of the right size,
+once as it comes and once in our memory layout.
 """
 
 import sys
@@ -12,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: F401 before torch
 
 # isort: split
+
+from functools import partial
 
 import torch
 from torch.utils.data import default_collate
@@ -39,7 +42,11 @@ def main() -> None:
     records = training_records(read_index(*find_coco(args.data, "train")))
     samples = TrainingSet(records, recipe, seed=0)
     batch = default_collate([samples[0, k, k % len(samples)] for k in range(args.batch_size)])
-    makers = {"ours": ours, "torchvision ssd300_vgg16": torchvisions}
+    makers = {
+        "ours": ours,
+        "torchvision, channels last": partial(torchvisions, fast=True),
+        "torchvision ssd300_vgg16": torchvisions,
+    }
     peers = {
         (who, name): make(recipe, batch, precision)
         for who, make in makers.items()
@@ -60,11 +67,11 @@ def ours(recipe: Recipe, batch: Batch, precision: Precision):
     return our_step(train, recipe, model, optimizer, batch, precision)
 
 
-def torchvisions(recipe: Recipe, batch: Batch, precision: Precision):
+def torchvisions(recipe: Recipe, batch: Batch, precision: Precision, fast: bool = False):
     device = precision.device
     torch.manual_seed(0)
     model = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=81)
-    model = placed(model, device)
+    model = placed(model, device, fast)
     images = list(batch.images.permute(0, 3, 1, 2).float().div(255).to(device))
     # torchvision refuses boxes without area.
     real = batch.valid & (batch.boxes[..., 2:] > batch.boxes[..., :2]).all(dim=-1)

@@ -1,0 +1,83 @@
+#!/usr/bin/env python3
+"""Input pipeline of m2det on real images: images a second on one core.
+
+Ours against its own parts and against the original's way (see m2det/reference.py). The
+original changes colours and normalises in the worker, ours on the device: the row that adds our
+device's part to the worker's shows what both together cost a CPU.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import common  # noqa: F401 before torch
+
+# isort: split
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import default_collate
+
+from benchmarks.m2det.reference import ReferenceSet
+from benchmarks.timing import print_table, race, ratio
+from common.coco.images import read_image
+from m2det.augment import augment
+from m2det.config import RECIPES
+from m2det.data import TrainingSet, find_files, read_records
+
+AIM = 400
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", default=str(ROOT / "tests/data/tiny_coco"))
+    parser.add_argument("--recipe", default="512_vgg", choices=RECIPES)
+    parser.add_argument("--rounds", type=int, default=10)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+
+    recipe = RECIPES[args.recipe]
+    records = read_records(find_files(args.data, "train"))
+    ours, images = TrainingSet(records, recipe, seed=0), range(len(records))
+    reference = ReferenceSet(records, ours.truth, recipe)
+    epoch = iter(range(10**9))  # a round draws anew
+
+    def samples() -> list:
+        number = next(epoch)
+        return [ours[number, k, k] for k in images]
+
+    def with_device() -> None:
+        augment(default_collate(samples()), recipe)
+
+    def decode() -> None:
+        for k in images:
+            read_image(records.path(k))
+
+    def original() -> None:
+        for k in images:
+            reference[k]
+
+    peers = {
+        "ours: a sample": samples,
+        "ours: a sample, collated into its batch": lambda: default_collate(samples()),
+        "part of ours: read and decode": decode,
+        "ours and the device's part (colour, normalise)": with_device,
+        "original, re-implemented: all of it in the worker": original,
+    }
+    times = race(peers, args.rounds)
+    own = times["ours: a sample"].cpu
+    rows = []
+    for name, timing in times.items():
+        seconds = np.median(timing.cpu) / len(images)
+        against = ratio(timing.cpu, own)
+        rows.append((name, f"{1e3 * seconds:.2f}", f"{1 / seconds:.0f}", f"{against:.2f}"))
+    header = ("", "CPU ms an image", "images/s a core", "time, ours: a sample = 1")
+    print_table(f"Input pipeline, {len(images)} images, aim {AIM} images/s a core", header, rows)
+
+
+if __name__ == "__main__":
+    main()
