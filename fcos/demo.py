@@ -92,7 +92,14 @@ def parse(argv: list[str] | None):
     parser.add_argument("--img", nargs="+", default=[], metavar="IMAGE|FOLDER", help="the same")
     cli.add(parser, "--show-dir", Path("demo_output"), "for the pictures")
     cli.add(parser, "--min-score --score-thr", 0.3, "to be drawn")
-    return parser.parse_args(argv)
+    parser.add_argument("--config", help="no effect: the checkpoint shows its network")
+    cli.add(parser, "--show", False, "no effect: pictures are written, see --show-dir")
+    args = parser.parse_args(argv)
+    if args.config:
+        print("--config has no effect: the checkpoint shows its network, else name the --recipe")
+    if args.show:
+        print(f"--show has no effect: the pictures will be in {args.show_dir}")
+    return args
 
 
 def find_images(inputs: Sequence[str | Path], show_dir: Path) -> dict[str, Path]:

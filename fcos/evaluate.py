@@ -39,9 +39,11 @@ from fcos.config import NETWORK, RECIPES, Recipe
 from fcos.data import build_loader, evaluation_recipe, normalise
 from fcos.model import build_model
 from fcos.postprocess import detect
-from fcos.weights import load_weights
+from fcos.weights import load_weights, preset_of
 
 RESULTS = "results.bbox.json"  # COCO's submission format
+# What the published presets differ in, once they are trained.
+PUBLISHED = ("head_norm", "conv_bias", "norm_on_bbox", "centerness_on_reg", "mean", "nms_iou")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     say(why)
 
     state = cli.checkpoint_to_use(args)
-    recipe = own_network(cli.chosen_recipe(args, RECIPES), state)
+    recipe = own_network(cli.chosen_recipe(args, RECIPES), state, say)
     files = find_coco(args.data, "val", args.val_annotations, args.val_images)
     records = read_index(*files, classes=state.get("classes"))
     cli.check_num_classes(args, len(records.class_names))
@@ -83,10 +85,22 @@ def parse(argv: list[str] | None):
     return parser.parse_args(argv)
 
 
-def own_network(recipe: Recipe, state: dict) -> Recipe:
-    """The recipe with the network that a checkpoint of ours was trained with."""
-    kept = state.get("recipe", {})
-    return replace(recipe, **{key: kept[key] for key in NETWORK if key in kept})
+def own_network(recipe: Recipe, state: dict, say: Callable[[str], None] = print) -> Recipe:
+    """The recipe with the network of a checkpoint: ours says it, the head of a published one shows
+    which preset it belongs to, and that is told."""
+    if kept := state.get("recipe"):
+        return replace(recipe, **{key: kept[key] for key in NETWORK if key in kept})
+    name = preset_of(state)
+    if name is None or heads_like(recipe, RECIPES[name]):
+        return recipe
+    say(f"{state['path']}: has the head of --recipe={name}, which is taken")
+    return replace(recipe, **{key: getattr(RECIPES[name], key) for key in PUBLISHED})
+
+
+def heads_like(one: Recipe, other: Recipe) -> bool:
+    """Whether two recipes' heads have the same keys: without a norm there always is a bias."""
+    keys = ((r.head_norm, r.conv_bias or r.head_norm == "none") for r in (one, other))
+    return len(set(keys)) == 1
 
 
 @torch.no_grad()

@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     needed = ("onnx", "onnxruntime", "onnxscript")
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise UserError(f"the export needs more packages: pip install {' '.join(missing)}")
-    args.checkpoint = args.file or args.checkpoint
+    args.checkpoint = args.files[-1] if args.files else args.checkpoint
     state = cli.checkpoint_to_use(args)
     recipe = own_network(cli.chosen_recipe(args, RECIPES), state)
     model = build_model(recipe, num_classes_of(state)).eval()
@@ -93,14 +93,19 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse(argv: list[str] | None):
     parser = cli.parser(__doc__.split("\n")[0], "files", recipes=RECIPES)
-    parser.add_argument("file", nargs="?", metavar="FILE.pth", help="the same as --checkpoint")
+    text = "the same as --checkpoint; the port's CONFIG may stand before it, without effect"
+    parser.add_argument("files", nargs="*", metavar="FILE.pth", help=text)
     cli.add(parser, "--output-file", Path("fcos_r50.onnx"), "to write")
     cli.add(parser, "--decoded", False, "boxes and scores, not raw outputs")
     cli.add(parser, "--dynamic", False, "height and width free, multiples of 32")
     parser.add_argument("--shape", nargs=2, type=int, default=[800, 1344], metavar=("H", "W"))
     cli.add(parser, "--opset --opset-version", 17, "version of ONNX's operator set")
-    parser.add_argument("--images", "--input-img", nargs="+", help="to check with; default: sample")
+    text = "to check with; default: sample"
+    parser.add_argument("--images", "--input-img", "--test-img", nargs="+", help=text)
+    cli.add(parser, "--verify", True, "no effect: what is written has always been verified")
     args = parser.parse_args(argv)
+    if len(args.files) > 1 and not (len(args.files) == 2 and args.files[0].endswith(".py")):
+        raise UserError(f"{' '.join(args.files)}: give one checkpoint")
     if any(side < 32 or side % 32 for side in args.shape):
         raise UserError(f"--shape {args.shape[0]} {args.shape[1]}: give multiples of 32")
     return args

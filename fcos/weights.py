@@ -154,6 +154,13 @@ def num_classes_of(state: Mapping) -> int:
     return len(head)
 
 
+def preset_of(state: Mapping) -> str | None:
+    """The name of the published network whose head has the keys of a checkpoint, if one has."""
+    keys = network_keys(state)
+    norm, bias = (f"bbox_head.cls_convs.0.{part}" in keys for part in ("gn.weight", "conv.bias"))
+    return {(True, False): "gn", (False, True): "nogn", (True, True): "tricks"}.get((norm, bias))
+
+
 def class_names_of(state: Mapping) -> tuple[str, ...]:
     """The class names in a checkpoint, ours or MMDetection's; else COCO's for 80 classes."""
     meta = state.get("meta")

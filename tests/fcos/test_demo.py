@@ -43,9 +43,13 @@ def test_draws_what_detect_finds_and_goes_on_after_a_broken_file(weights, model,
     broken.write_bytes(PHOTOS[0].read_bytes()[:2000])
     show = ["--show_dir", str(tmp_path / "out"), "--device=cpu", "--img_scale=96,160"]
     found = [*map(str, PHOTOS), str(broken)]
-    status = demo.main([str(weights), *found, *show, "--min_score=0.06"])
+    ports = ["--config=fcos_r50_caffe_fpn_4x4_1x_coco.py", "--show"]
+    status = demo.main([str(weights), *found, *show, *ports, "--min_score=0.06"])
     assert status == 1
-    assert "2 of 3 images" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 of 3 images" in said
+    assert "--config has no effect" in said
+    assert "--show has no effect" in said
     results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     assert len(results) == 2
     for photo in PHOTOS:

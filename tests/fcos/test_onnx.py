@@ -49,7 +49,8 @@ def test_raw_outputs_at_a_fixed_size(tmp_path, capsys):
     recipe, model, weights = saved(tmp_path, "gn")
     file = tmp_path / "new" / "raw.onnx"
     where = [str(weights), f"--output_file={file}", "--shape", "128", "160"]
-    pthtar2onx.main([*where, "--input-img", *map(str, PHOTOS)])
+    # The port's command has its configuration first.
+    pthtar2onx.main(["fcos_r50.py", *where, "--verify", "--input-img", *map(str, PHOTOS)])
     assert "(2, 3, 128, 160): logits differ by" in capsys.readouterr().out
     images = inputs([128, 160], recipe)
     found = onnx_outputs(file, images)
@@ -96,3 +97,5 @@ def test_an_image_is_fitted_with_its_aspect_kept(recipe):
 def test_a_shape_that_does_not_fit_the_strides_is_refused():
     with pytest.raises(UserError, match="--shape 800 1333"):
         pthtar2onx.parse(["--shape", "800", "1333"])
+    with pytest.raises(UserError, match=r"^a\.pth b\.pth: give one checkpoint"):
+        pthtar2onx.parse(["a.pth", "b.pth"])

@@ -69,9 +69,10 @@ def test_the_evaluation_script_of_the_port_with_mmdetections_checkpoint(data, tm
     state = {"meta": {"epoch": 24, "CLASSES": ("person",) * 80}, "state_dict": model.state_dict()}
     torch.save(state, tmp_path / "epoch_24.pth")
     script = runs.MODEL / "scripts" / "eval.sh"
-    flags = (f"--data_path={data}", f"--output_dir={tmp_path}", "--device=cpu", "--recipe=tricks")
+    flags = (f"--data_path={data}", f"--output_dir={tmp_path}", "--device=cpu")
     more = (f"--checkpoint_path={tmp_path}/epoch_24.pth", "--img_scale=64,107", "--num_workers=0")
     done = runs.run(str(script), *flags, *more)
+    assert "has the head of --recipe=tricks, which is taken" in done.stdout
     assert "377 tensors loaded\n" in done.stdout
     assert "Average Precision" in done.stdout
 

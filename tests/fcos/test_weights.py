@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from common.npu.errors import UserError
 from fcos.config import RECIPES
+from fcos.evaluate import own_network
 from fcos.model import build_model
 from fcos.weights import class_names_of, load_weights, mean_of, num_classes_of, published_state_dict
 
@@ -140,3 +143,16 @@ def test_classes_of_a_checkpoint(filled_state):
     assert class_names_of({"state_dict": state})[0] == "person"
     with pytest.raises(UserError, match="no detection head"):
         num_classes_of({"conv1.weight": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("name", ["gn", "nogn", "tricks"])
+def test_a_published_checkpoint_shows_its_network(filled_state, name):
+    state, said = {**runner_file(filled_state(name)), "path": "epoch_12.pth"}, []
+    for given in ("gn", "nogn", "tricks"):
+        assert own_network(RECIPES[given], state, said.append).head_norm == RECIPES[name].head_norm
+    found = own_network(replace(RECIPES["gn_2x"], max_detections=7), state, said.append)
+    assert found.max_detections == 7
+    for field in ("head_norm", "conv_bias", "norm_on_bbox", "centerness_on_reg", "mean", "nms_iou"):
+        assert getattr(found, field) == getattr(RECIPES[name], field), field
+    assert set(said) == {f"epoch_12.pth: has the head of --recipe={name}, which is taken"}
+    assert own_network(RECIPES["center"], {"path": "x", "state_dict": {}}) == RECIPES["center"]
