@@ -8,17 +8,17 @@ from bisect import bisect_right
 from dataclasses import asdict, dataclass, field, replace
 
 
-def _option(default, help_text, *flags):
+def option(default, help_text, *flags):
     return field(default=default, metadata={"help": help_text, "flags": flags})
 
 
 @dataclass(frozen=True)
 class Recipe:
-    name: str = _option("SSD-ResNet34", "network name in logs and file names")
+    name: str = option("SSD-ResNet34", "network name in logs and file names")
 
     # Network
-    backbone: str = _option("resnet34", "resnet18, resnet34, resnet50, or resnet10 for quick tries")
-    image_size: int = _option(300, "side of the square network input, pixels; priors fit 300 only")
+    backbone: str = option("resnet34", "resnet18, resnet34, resnet50, or resnet10 for quick tries")
+    image_size: int = option(300, "side of the square network input, pixels; priors fit 300 only")
 
     # Default boxes ("priors"), SSD paper section 2.2, sizes of the SSD300 COCO model
     prior_sizes: tuple[float, ...] = (21, 45, 99, 153, 207, 261, 315)  # pixels, one more than maps
@@ -33,7 +33,7 @@ class Recipe:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     # Augmentation
-    augment: bool = _option(True, "random crop, flip and colour while training")
+    augment: bool = option(True, "random crop, flip and colour while training")
     crop_ious: tuple[float | None, ...] = (None, 0.1, 0.3, 0.5, 0.7, 0.9, float("-inf"))
     crop_scale: tuple[float, float] = (0.3, 1.0)  # side of the crop, part of the image's
     crop_ratio: tuple[float, float] = (0.5, 2.0)  # width / height, both in parts of the image
@@ -48,30 +48,30 @@ class Recipe:
     negative_ratio: int = 3  # hard negatives a positive
 
     # Optimisation
-    batch_size: int = _option(32, "images per process", "-b")
-    epochs: int = _option(90, "passes over the training set", "-e")
-    lr: float = _option(2.68e-3, "learning rate for 32 images, before rounding to lr_step")
-    lr_step: float = _option(2.5e-3, "the scaled rate is rounded to a multiple of this; 0: not")
-    lr_decay_epochs: tuple[int, ...] = _option((45, 58, 84), "epochs that start with a decay")
-    lr_decay_factor: float = _option(0.1, "factor of a decay")
-    warmup: int = _option(0, "warm-up iterations; 0: none")
-    warmup_factor: int = _option(1, "warm-up starts at 1 - 2**-factor of the rate")
-    momentum: float = _option(0.9, "momentum of SGD")
-    weight_decay: float = _option(5e-4, "decay of every parameter, BN and biases too", "--wd")
-    clip_norm: float = _option(0.0, "clip the gradient's global norm; 0: not")
-    amp: str = _option("O2", "precision on npu and cuda: O0, O1, O2")
-    loss_scale: str = _option("32", "'dynamic' or a number; used with fp16 only")
+    batch_size: int = option(32, "images per process", "-b")
+    epochs: int = option(90, "passes over the training set", "-e")
+    lr: float = option(2.68e-3, "learning rate for 32 images, before rounding to lr_step")
+    lr_step: float = option(2.5e-3, "the scaled rate is rounded to a multiple of this; 0: not")
+    lr_decay_epochs: tuple[int, ...] = option((45, 58, 84), "epochs that start with a decay")
+    lr_decay_factor: float = option(0.1, "factor of a decay")
+    warmup: int = option(0, "warm-up iterations; 0: none")
+    warmup_factor: int = option(1, "warm-up starts at 1 - 2**-factor of the rate")
+    momentum: float = option(0.9, "momentum of SGD")
+    weight_decay: float = option(5e-4, "decay of every parameter, BN and biases too", "--wd")
+    clip_norm: float = option(0.0, "clip the gradient's global norm; 0: not")
+    amp: str = option("O2", "precision on npu and cuda: O0, O1, O2")
+    loss_scale: str = option("32", "'dynamic' or a number; used with fp16 only")
 
     # Evaluation
-    evaluation: tuple[int, ...] = _option(
+    evaluation: tuple[int, ...] = option(
         (60, 65, 70, 75, 80, 85), "evaluate after these epochs; the last one always"
     )
-    threshold: float = _option(0.23, "stop when AP reaches this; 0: never", "-t")
-    eval_batch_size: int = _option(32, "images per process in evaluation")
-    score_threshold: float = _option(0.05, "a detection scores more than this")
-    nms_iou: float = _option(0.5, "a box overlapping a better one by more is dropped")
-    max_per_class: int = _option(200, "candidates per class before NMS")
-    max_detections: int = _option(200, "detections per image")
+    threshold: float = option(0.23, "stop when AP reaches this; 0: never", "-t")
+    eval_batch_size: int = option(32, "images per process in evaluation")
+    score_threshold: float = option(0.05, "a detection scores more than this")
+    nms_iou: float = option(0.5, "a box overlapping a better one by more is dropped")
+    max_per_class: int = option(200, "candidates per class before NMS")
+    max_detections: int = option(200, "detections per image")
 
     def listing(self) -> str:
         """One line a field, for the log."""

@@ -17,7 +17,7 @@ import common  # noqa: F401 before torch
 # isort: split
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -89,7 +89,6 @@ def own_network(recipe: Recipe, state: dict) -> Recipe:
     return replace(recipe, **{key: kept[key] for key in ("name", "backbone") if key in kept})
 
 
-@torch.no_grad()
 def detect_all(
     model: nn.Module,
     recipe: Recipe,
@@ -104,6 +103,23 @@ def detect_all(
     In fp32, unless another `precision` is given.
     """
     loader = build_loader(recipe, records, False, ranks=ranks, workers=workers)
+    doors = (detect, records.category_ids)
+    return detect_loaded(model, recipe, loader, *doors, device, ranks, precision)
+
+
+@torch.no_grad()
+def detect_loaded(
+    model: nn.Module,
+    recipe: Recipe,
+    loader: Iterable,
+    detect: Callable,
+    category_ids: Sequence[int],
+    device: torch.device,
+    ranks: Ranks,
+    precision: Precision | None = None,
+) -> np.ndarray | None:
+    """What `detect` finds in a loader's (images, sizes, ids): result rows of all ranks on rank 0,
+    else None."""
     precision = precision or Precision(device)
     was_training = model.training
     model.eval()
@@ -114,7 +130,7 @@ def detect_all(
             outputs = model(normalise(images.to(device, non_blocking=True), recipe))
         for image_id, found in zip(image_ids.tolist(), detect(outputs, sizes, recipe), strict=True):
             parts = (part.numpy() for part in found)
-            rows.append(evaluation.to_rows(image_id, *parts, records.category_ids))
+            rows.append(evaluation.to_rows(image_id, *parts, category_ids))
     model.train(was_training)
     return evaluation.gather_rows(rows, ranks)
 
@@ -124,16 +140,24 @@ def assess(
 ) -> Evaluation:
     """COCO's figures of result rows, told; rows and pictures go to the output folder."""
     folder = args.output_dir
+    outcome = told(rows, records.annotation_file, len(records), folder, args, say)
+    # The line that the port's users look for.
+    say(f"Current AP: {outcome.stats['AP']:.5f} AP goal: {recipe.threshold:.5f}")
+    draw_examples(folder / "detections.png", records, rows)
+    return outcome
+
+
+def told(
+    rows: np.ndarray, annotation_file: str, images: int, folder: Path, args, say: Callable
+) -> Evaluation:
+    """COCO's figures of result rows in `images` images, told; rows and curves go to a folder."""
     evaluation.save_results(folder / RESULTS, rows)
-    outcome = evaluation.evaluate(records.annotation_file, rows, args.eval_backend == "faster")
-    say(f"{outcome.text}\n{len(rows)} detections in {len(records)} images: {folder / RESULTS}")
+    outcome = evaluation.evaluate(annotation_file, rows, args.eval_backend == "faster")
+    say(f"{outcome.text}\n{len(rows)} detections in {images} images: {folder / RESULTS}")
     if args.per_class:
         width = max(len(name) for name, _ in outcome.per_class)
         say("\n".join(f"{name:<{width}}  AP {value:.3f}" for name, value in outcome.per_class))
-    # The line that the port's users look for.
-    say(f"Current AP: {outcome.stats['AP']:.5f} AP goal: {recipe.threshold:.5f}")
     evaluation.draw_pr_curves(folder / "pr_curves.png", outcome)
-    draw_examples(folder / "detections.png", records, rows)
     return outcome
 
 

@@ -39,6 +39,7 @@ def take(run) -> dict | None:
 def identity(run) -> dict:
     """What must be the same for a resumed run to go on where it was."""
     return {
+        "network": run.recipe.name,
         "backbone": run.recipe.backbone,
         "global batch": run.recipe.batch_size * run.ranks.world_size,
         "training images": run.records,
@@ -55,7 +56,7 @@ def restore(run, state: dict) -> None:
         if state["run"][what] != value:
             raise UserError(
                 f"--resume {state['path']}: its {what} was {state['run'][what]}, now {value}; "
-                "go on as it was, or start anew from its weights with --checkpoint_path"
+                f"go on as it was, or {run.remedy}"
             )
     load_weights(run.model, state)
     if len(state["buffers"]) == run.ranks.world_size:

@@ -20,8 +20,10 @@ import time
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor, nn
 
 from common.coco import check
+from common.coco.evaluation import Evaluation
 from common.coco.index import CocoIndex, find_coco, read_index
 from common.fps.curves import draw_curves
 from common.fps.meter import Meter
@@ -137,6 +139,9 @@ def repeated(loader) -> Iterator[Batch]:
 class Training:
     """A run's state, and the parts of its loop."""
 
+    remedy = "start anew from its weights with --checkpoint_path"  # where --resume does not fit
+    augment = staticmethod(augment)
+
     def __init__(
         self,
         args,
@@ -153,20 +158,17 @@ class Training:
         self.args, self.recipe, self.device, self.ranks = args, recipe, device, ranks
         self.precision, self.log, self.val_set = precision, log, val_set
         self.classes, self.records = train_set.class_names, len(train_set)
-        self.per_epoch = iterations_per_epoch(self.records, recipe.batch_size, ranks.world_size)
-        self.end = min(recipe.epochs * self.per_epoch, args.max_iters or sys.maxsize)
+        self.per_epoch, end = self.lengths()
+        self.end = min(end, args.max_iters or sys.maxsize)
         self.log_interval = max(1, min(args.log_interval, self.per_epoch // 2, self.end // 2))
         self.iteration, self.evaluated = 0, -1
         self.best, self.accuracy = -1.0, -1.0
         self.pending = None  # what a log line needs, on its way from the device
         self.logged_losses: list[float] = []
 
-        self.model = build_model(recipe, len(self.classes))
-        for state in weights:
-            log.info(f"{state['path']}: {load_weights(self.model, state)}")
-        if not (weights or resumed):
-            log.info("weights: random; --pretrained takes torchvision's ImageNet file")
+        self.model, criterion = self.build(weights, resumed)
         self.model.to(device, memory_format=memory_format(device))
+        self.criterion = criterion.to(device)
         options = {"momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
         self.optimizer = build_sgd(list(self.model.parameters()), device, lr=0.0, **options)
         self.window = LossWindow(LOSSES, device)
@@ -177,8 +179,24 @@ class Training:
         if ranks.world_size > 1:
             self.network = distributed.parallel(self.network, precision.reduce_dtype)
         self.network.train()
-        self.criterion = DetectionLoss(recipe, len(self.classes)).to(device)
         self.meter = Meter(recipe.batch_size * ranks.world_size)
+
+    def lengths(self) -> tuple[int, int]:
+        """Iterations of an epoch and of the whole run."""
+        recipe, world_size = self.recipe, self.ranks.world_size
+        per_epoch = iterations_per_epoch(self.records, recipe.batch_size, world_size)
+        return per_epoch, recipe.epochs * per_epoch
+
+    def build(
+        self, weights: Sequence[dict], resumed: dict | None
+    ) -> tuple[nn.Module, DetectionLoss]:
+        """The network with the weights that it starts from, and its loss."""
+        model = build_model(self.recipe, len(self.classes))
+        for state in weights:
+            self.log.info(f"{state['path']}: {load_weights(model, state)}")
+        if not (weights or resumed):
+            self.log.info("weights: random; --pretrained takes torchvision's ImageNet file")
+        return model, DetectionLoss(self.recipe, len(self.classes))
 
     def plan(self) -> str:
         """What is about to happen, with the rate for the real global batch."""
@@ -214,8 +232,7 @@ class Training:
             self.report()  # of an earlier step: an accelerator has this one to do meanwhile
             self.meter.step(waited)
             self.log.bar.update()
-            done = (self.iteration - 1) % self.per_epoch + 1  # steps of this epoch
-            if done % self.log_interval == 0:
+            if self.log_due(self.iteration):
                 self.pending = (self.iteration, self.window.fetch())
                 self.window = LossWindow(LOSSES, self.device)
                 if self.device.type == "cpu":
@@ -235,14 +252,22 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(self.iteration)
         self.optimizer.zero_grad(set_to_none=True)
-        images, boxes = augment(batch, self.recipe)
-        with self.precision.autocast():
-            outputs = self.network(images)
-        losses = self.criterion(outputs, boxes, batch.labels, batch.valid)
+        losses = self.losses(batch)
         self.precision.backward(losses["loss"], self.optimizer)
         self.precision.step(self.optimizer, self.recipe.clip_norm)
         self.window.add(self.iteration, losses, batch.image_ids)
         self.iteration += 1
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The loss terms of a batch on the device."""
+        images, boxes = self.augment(batch, self.recipe)
+        with self.precision.autocast():
+            outputs = self.network(images)
+        return self.criterion(outputs, boxes, batch.labels, batch.valid)
+
+    def log_due(self, iteration: int) -> bool:
+        """Whether a log line follows this many steps: the intervals of every epoch begin anew."""
+        return ((iteration - 1) % self.per_epoch + 1) % self.log_interval == 0
 
     def lr(self, iteration: int) -> float:
         batch_size, world_size = self.recipe.batch_size, self.ranks.world_size
@@ -283,10 +308,8 @@ class Training:
         self.evaluated = self.iteration
         with self.meter.paused():
             distributed.average_buffers(self.model, self.ranks)
-            shared = (self.device, self.ranks, self.log.num_workers)
-            rows = detect_all(self.model, self.recipe, self.val_set, *shared)
-            if rows is not None:
-                outcome = assess(rows, self.val_set, self.recipe, self.args, self.log.info)
+            outcome = self.figures()
+            if outcome is not None:
                 self.log.val(self.iteration, self.lr(self.iteration - 1), outcome.mmdet())
                 self.accuracy = outcome.stats["AP"]
             self.accuracy = self.ranks.all_gather_objects(self.accuracy)[0]
@@ -297,6 +320,14 @@ class Training:
         if reached:
             self.log.info(f"AP goal {self.recipe.threshold:g} reached: training ends here")
         return reached
+
+    def figures(self) -> Evaluation | None:
+        """What the evaluation of the network finds, on the main rank."""
+        shared = (self.device, self.ranks, self.log.num_workers)
+        rows = detect_all(self.model, self.recipe, self.val_set, *shared)
+        if rows is None:
+            return None
+        return assess(rows, self.val_set, self.recipe, self.args, self.log.info)
 
     def save(self, name: str | None = None) -> None:
         """Write the whole state, `iter_<n>.pt` or `name`; never one that is not finite."""
@@ -319,6 +350,10 @@ class Training:
         if self.args.kind == "acc" and self.evaluated != self.iteration:
             self.evaluate()
         self.save()
+        self.summarise()
+
+    def summarise(self) -> None:
+        """Draw the curves, write the summary."""
         self.log.info(self.meter.formula)
         if not self.logged_losses:
             self.log.info("nothing was left to log: curves and summary stay as they were")

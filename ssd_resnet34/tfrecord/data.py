@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import simplejpeg
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -25,7 +26,6 @@ from ssd_resnet34.tfrecord.config import Recipe
 from ssd_resnet34.tfrecord.index import RecordIndex
 
 WHOLE = np.array([0, 0, 1, 1], np.float32)  # the window of the whole image, which keeps every box
-CROP_TRIES = 16  # drawn at once
 
 
 class Batch(NamedTuple):
@@ -37,10 +37,12 @@ class Batch(NamedTuple):
     valid: Tensor  # (N, M) bool
     flip: Tensor  # (N,) bool
     jitter: Tensor  # (N, 4) float32: brightness added, contrast and saturation factor, hue turns
+    image_ids: Tensor  # (N,) int64, -1 for none
 
     def to(self, device: torch.device) -> "Batch":
-        """On the device, asynchronously where pinned."""
-        return Batch(*(part.to(device, non_blocking=True) for part in self))
+        """On the device, asynchronously where pinned; the ids stay on the host."""
+        moved = (part.to(device, non_blocking=True) for part in self[:-1])
+        return Batch(*moved, self.image_ids)
 
 
 def training_records(index: RecordIndex) -> RecordIndex:
@@ -96,14 +98,23 @@ def resize(image: np.ndarray, size: int) -> Tensor:
 
 
 def crop_and_resize(image: np.ndarray, window: np.ndarray, size: int) -> Tensor:
-    """A window (left, top, right, bottom), normalised, of an image as (size, size, 3) float32 in
-    0..255: the window's edges are the first and the last pixel's centre."""
-    steps = torch.arange(size, dtype=torch.float32)
-    left, top, right, bottom = torch.tensor(window, dtype=torch.float32)
-    height, width = (side - 1 for side in image.shape[:2])
-    rows = top * height + steps * ((bottom - top) * height / (size - 1))
-    columns = left * width + steps * ((right - left) * width / (size - 1))
-    return sample(image, rows, columns)
+    """A window (left, top, right, bottom), normalised, of an image as (size, size, 3) uint8.
+
+    Bilinear without antialias: the window's edges, to the nearest pixel, are the centres of the
+    first and the last pixel of the result.
+    """
+    left, top, right, bottom = np.rint(window * _reach(image.shape)).astype(int)
+    cut = torch.from_numpy(image[top : bottom + 1, left : right + 1])
+    # Permuted after the batch axis is there: torch then sees channels last and keeps it.
+    planes = cut.unsqueeze(0).permute(0, 3, 1, 2)
+    resized = F.interpolate(planes, (size, size), mode="bilinear", align_corners=True)
+    return resized.permute(0, 2, 3, 1).squeeze(0).contiguous()
+
+
+def _reach(shape: tuple[int, ...]) -> np.ndarray:
+    """From the first to the last pixel's centre, for each of left, top, right, bottom."""
+    height, width = shape[:2]
+    return np.maximum([width - 1, height - 1, width - 1, height - 1], 1)
 
 
 def prepare_image(image: np.ndarray, recipe: Recipe) -> Tensor:
@@ -111,38 +122,40 @@ def prepare_image(image: np.ndarray, recipe: Recipe) -> Tensor:
     return normalise(resize(image, recipe.image_size).unsqueeze(0), recipe).squeeze(0)
 
 
-def crop_window(boxes_ltrb: np.ndarray, recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
+def crop_window(
+    boxes_ltrb: np.ndarray, shape: tuple[int, ...], recipe: Recipe, rng: np.random.Generator
+) -> np.ndarray:
     """A random window (left, top, right, bottom) float32, normalised; the whole image at times.
 
+    Its edges lie on centres of pixels of the image, of which `shape` is height, width.
     Every box must overlap the window by more than the drawn IoU, and at least one centre lie in
     it. Of a try's `crop_windows` the last such one is taken; a try without one is followed by
-    another. Several tries are drawn at once, the first that succeeds counts.
+    another, and each may be the whole image instead.
     """
     left, top, right, bottom = boxes_ltrb.T
     center_x, center_y = (left + right) / 2, (top + bottom) / 2
     areas = (right - left) * (bottom - top)
     narrowest, widest = recipe.crop_ratio
-    while True:
-        whole = rng.random(CROP_TRIES) < recipe.whole_probability
-        limit = rng.choice(recipe.crop_ious, CROP_TRIES).reshape(-1, 1, 1)
-        size = rng.uniform(*recipe.crop_scale, (2, CROP_TRIES, recipe.crop_windows))
-        low = rng.uniform(0, 1 - size)
-        windows = np.concatenate([low, low + size]).astype(np.float32)  # (4, tries, windows)
-        x1, y1, x2, y2 = windows[..., None]
-        inside = (x1 < center_x) & (center_x < x2) & (y1 < center_y) & (center_y < y2)
-        shared_x = np.minimum(right, x2) - np.maximum(left, x1)
-        shared_y = np.minimum(bottom, y2) - np.maximum(top, y1)
-        overlap = np.maximum(shared_x, 0) * np.maximum(shared_y, 0)
-        iou = overlap / (areas + (x2 - x1) * (y2 - y1) - overlap)
-        ratio = size[0] / size[1]
-        valid = (ratio > narrowest) & (ratio < widest)
-        valid &= inside.any(axis=2) & (iou > limit).all(axis=2)  # (tries, windows)
-        success = whole | valid.any(axis=1)
-        if success.any():
-            first = success.argmax()
-            if whole[first]:
-                return WHOLE
-            return windows[:, first, np.flatnonzero(valid[first])[-1]]
+    tries = rng.geometric(recipe.whole_probability) - 1  # before the one that takes the whole
+    limit = rng.choice(recipe.crop_ious, tries).reshape(-1, 1, 1)
+    size = rng.uniform(*recipe.crop_scale, (2, tries, recipe.crop_windows))
+    low = rng.uniform(0, 1 - size)
+    reach = _reach(shape).reshape(4, 1, 1)
+    windows = np.rint(np.concatenate([low, low + size]) * reach) / reach  # (4, tries, windows)
+    windows = windows.astype(np.float32)
+    x1, y1, x2, y2 = windows[..., None]
+    inside = (x1 < center_x) & (center_x < x2) & (y1 < center_y) & (center_y < y2)
+    shared_x = np.minimum(right, x2) - np.maximum(left, x1)
+    shared_y = np.minimum(bottom, y2) - np.maximum(top, y1)
+    overlap = np.maximum(shared_x, 0) * np.maximum(shared_y, 0)
+    iou = overlap / (areas + (x2 - x1) * (y2 - y1) - overlap)
+    ratio = size[0] / size[1]
+    valid = (ratio > narrowest) & (ratio < widest)
+    valid &= inside.any(axis=2) & (iou > limit).all(axis=2)  # (tries, windows)
+    if not valid.any():
+        return WHOLE
+    first = valid.any(axis=1).argmax()
+    return windows[:, first, np.flatnonzero(valid[first])[-1]]
 
 
 def crop_boxes(boxes_ltrb: np.ndarray, window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -160,7 +173,7 @@ class _Records(Dataset):
 
     def __init__(self, records: RecordIndex, recipe: Recipe):
         self.records, self.recipe = records, recipe
-        self.label_of = {category: k for k, category in enumerate(recipe.category_ids)}
+        self.label_of = {category: k for k, category in enumerate(records.category_ids)}
 
     def __len__(self) -> int:
         return len(self.records)
@@ -182,7 +195,7 @@ class TrainingSet(_Records):
         rng = np.random.default_rng((self.seed, epoch, position))
         window, flip, jitter = WHOLE, False, np.array([0, 1, 1, 0])
         if recipe.augment:
-            window = crop_window(boxes, recipe, rng)
+            window = crop_window(boxes, image.shape, recipe, rng)
             flip = rng.random() < recipe.flip_probability
             spans = (recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
             jitter = jitter + rng.uniform(-1, 1, 4) * spans
@@ -194,13 +207,13 @@ class TrainingSet(_Records):
         padded_boxes[: len(boxes)] = boxes
         padded_labels[: len(labels)] = labels
         return Batch(
-            # Whole grey levels travel in a quarter of the bytes.
-            crop_and_resize(image, window, recipe.image_size).round_().byte(),
+            crop_and_resize(image, window, recipe.image_size),
             torch.from_numpy(padded_boxes),
             torch.from_numpy(padded_labels),
             torch.arange(self.slots) < len(boxes),
             torch.tensor(flip),
             torch.tensor(jitter, dtype=torch.float32),
+            torch.tensor(found.image_id),
         )
 
     def labels(self, category_ids: np.ndarray, where: str) -> np.ndarray:
@@ -216,8 +229,6 @@ class EvaluationSet(_Records):
 
     def __getitem__(self, record: int) -> tuple[Tensor, Tensor, Tensor]:
         where, found = self.records.where(record), self.records.read(record)
-        if found.image_id is None:
-            raise UserError(f"{where}: no image/source_id, which the evaluation needs")
         image = decode_image(found.encoded, where)
         size = torch.tensor(image.shape[:2])
         return resize(image, self.recipe.image_size), size, torch.tensor(found.image_id)
@@ -275,5 +286,5 @@ def build_loader(
         mine = records.subset(np.arange(ranks.rank, len(records), ranks.world_size))
         return DataLoader(EvaluationSet(mine, recipe), recipe.eval_batch_size, **options)
     end = recipe.total_steps(ranks.world_size) if end is None else end
-    order = TrainingOrder(len(records), recipe.train_batch_size, ranks, seed, start, end)
+    order = TrainingOrder(len(records), recipe.batch_size, ranks, seed, start, end)
     return DataLoader(TrainingSet(records, recipe, seed), batch_sampler=order, **options)

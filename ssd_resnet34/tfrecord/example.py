@@ -46,7 +46,7 @@ class AnnotatedImage(NamedTuple):
     """What the recipe uses of a record."""
 
     encoded: bytes  # the JPEG or PNG file
-    image_id: int | None
+    image_id: int  # -1 where there is none
     boxes_ltrb: np.ndarray  # (n, 4) float32 normalised
     category_ids: np.ndarray  # (n,) int64, COCO's own
 
@@ -102,14 +102,15 @@ def annotated_image(payload: bytes, where: str) -> AnnotatedImage:
     if not (inside and (boxes[:, :2] <= boxes[:, 2:]).all()):
         raise UserError(f"{where}: a box that is not ordered and within 0..1; {REMEDY}")
     return AnnotatedImage(
-        encoded[0], _image_id(features, where), boxes, np.array(categories, np.int64)
+        encoded[0], image_id(features, where), boxes, np.array(categories, np.int64)
     )
 
 
-def _image_id(features: Mapping, where: str) -> int | None:
+def image_id(features: Mapping, where: str) -> int:
+    """COCO's id of the image, -1 where the record has none. Raises UserError for no number."""
     text = values(features, "image/source_id", bytes, where)
     if not len(text):
-        return None
+        return -1
     if len(text) == 1 and text[0].isdigit() and len(text[0]) < 19:
         return int(text[0])
     raise UserError(f"{where}: image/source_id is not one number; {REMEDY}")

@@ -1,4 +1,4 @@
-"""The place and the number of boxes of every record of a set of shards: read once, at the start.
+"""Place, image id and number of boxes of every record of a set of shards: read once, at the start.
 
 Headers are verified; images are skipped over, their pages stay unread. So an epoch can be shuffled
 as a whole, shared out evenly over any number of ranks whatever the number of files, and taken up at
@@ -12,8 +12,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 from google.protobuf.message import DecodeError
 
+from common.coco.names import COCO_CLASSES
 from common.npu.errors import UserError
-from ssd_resnet34.tfrecord.example import AnnotatedImage, Features, annotated_image, decode, values
+from ssd_resnet34.tfrecord.config import COCO_CATEGORY_IDS
+from ssd_resnet34.tfrecord.example import (
+    AnnotatedImage,
+    Features,
+    annotated_image,
+    decode,
+    image_id,
+    values,
+)
 from ssd_resnet34.tfrecord.messages import varint
 from ssd_resnet34.tfrecord.records import HEADER, Span, match_files, read_record, read_spans
 
@@ -30,10 +39,19 @@ class RecordIndex:
     files: np.ndarray  # (F,) 'U'
     file: np.ndarray  # (R,) int32 position in files
     spans: np.ndarray  # (R, 2) int64 offset of the header, length of the payload
+    image_ids: np.ndarray  # (R,) int64; -1 where the record has none
     boxes: np.ndarray  # (R,) int64 number of boxes
+    category_ids: tuple[int, ...]  # of each class
 
     def __len__(self) -> int:
         return len(self.file)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """COCO's, else the category ids."""
+        if self.category_ids == COCO_CATEGORY_IDS:
+            return COCO_CLASSES
+        return tuple(map(str, self.category_ids))
 
     def read(self, i: int) -> AnnotatedImage:
         """Record `i`, verified. Raises UserError for a damaged one."""
@@ -48,26 +66,29 @@ class RecordIndex:
 
     def subset(self, keep: np.ndarray) -> "RecordIndex":
         """The records that `keep` (boolean mask or positions) names."""
-        by_record = {key: getattr(self, key)[keep] for key in ("file", "spans", "boxes")}
-        return replace(self, **by_record)
+        columns = ("file", "spans", "image_ids", "boxes")
+        return replace(self, **{key: getattr(self, key)[keep] for key in columns})
 
     def max_boxes(self) -> int:
         """The largest number of boxes of one record, rounded up to a positive 16."""
         return max(16, -(-int(self.boxes.max(initial=0)) // 16) * 16)
 
 
-def read_index(pattern: str, flag: str) -> RecordIndex:
+def read_index(
+    pattern: str, flag: str, category_ids: tuple[int, ...] = COCO_CATEGORY_IDS
+) -> RecordIndex:
     """The records of the files that a pattern matches. Raises UserError where there is none."""
     files = match_files(pattern, flag)
     found = [[(number, *entry) for entry in _entries(path)] for number, path in enumerate(files)]
-    table = np.array([row for rows in found for row in rows], np.int64).reshape(-1, 4)
+    table = np.array([row for rows in found for row in rows], np.int64).reshape(-1, 5)
     if not len(table):
         raise UserError(f"{flag}={pattern}: all {len(files)} files are empty; convert them again")
-    return RecordIndex(np.array(files), table[:, 0].astype(np.int32), table[:, 1:3], table[:, 3])
+    file, spans, ids, boxes = table[:, 0], table[:, 1:3], table[:, 3], table[:, 4]
+    return RecordIndex(np.array(files), file.astype(np.int32), spans, ids, boxes, category_ids)
 
 
-def _entries(path: str) -> Iterator[tuple[int, int, int]]:
-    """Offset, length and number of boxes of every record of a file."""
+def _entries(path: str) -> Iterator[tuple[int, int, int, int]]:
+    """Offset, length, image id and number of boxes of every record of a file."""
     spans = list(read_spans(path))
     if not spans:
         return
@@ -77,7 +98,7 @@ def _entries(path: str) -> Iterator[tuple[int, int, int]]:
             end = start + span.length
             where = f"{path}: record at byte {span.offset}"
             features = _without_image(content, start, end) or decode(content[start:end], where)
-            yield (*span, len(values(features, CATEGORY, int, where)))
+            yield *span, image_id(features, where), len(values(features, CATEGORY, int, where))
 
 
 def _without_image(content: mmap.mmap, start: int, end: int) -> Mapping | None:

@@ -83,7 +83,7 @@ def test_a_record_without_boxes_and_one_with_empty_lists():
         found = annotated_image(encode(features), "file")
         assert found.boxes_ltrb.shape == (0, 4)
         assert found.category_ids.shape == (0,)
-        assert found.image_id is None
+        assert found.image_id == -1
 
 
 @pytest.mark.parametrize(

@@ -81,14 +81,14 @@ def test_anchors(golden, recipe):
 )
 def test_learning_rate(golden, case):
     expected = golden("lr")[case]
-    recipe = Recipe(train_batch_size=expected["batch_size"])
+    recipe = Recipe(batch_size=expected["batch_size"])
     world_size = expected["rank_size"]
     per_epoch = recipe.iters_per_epoch(world_size)
     assert int(recipe.lr_warmup_epochs * per_epoch) == expected["warmup_steps"]
     assert int(recipe.lr_cosine_epochs * per_epoch) == expected["cosine_decay_steps"]
     assert recipe.total_steps(world_size) == expected["total_steps"]
     steps, rates = zip(*expected["table"], strict=True)
-    place = per_epoch, world_size, recipe.train_batch_size
+    place = per_epoch, world_size, recipe.batch_size
     assert [recipe.lr_at(step, *place) for step in steps] == pytest.approx(rates, rel=2e-6, abs=0)
 
 
@@ -154,7 +154,7 @@ def test_loss_and_gradients(golden, recipe, truth, variant, extra):
 
 @pytest.mark.slow
 def test_six_training_steps(golden, filled_model, truth):
-    recipe = Recipe(train_batch_size=2, num_examples_per_epoch=20, lr=0.016, extra_negatives=1)
+    recipe = Recipe(batch_size=2, num_examples_per_epoch=20, lr=0.016, extra_negatives=1)
     images = np.random.default_rng(5).random((2, 300, 300, 3)).astype(np.float32)
     images = normalised(images, recipe)
     model, criterion = filled_model.train(), DetectionLoss(recipe, 80)

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# One rank of a run: `bash exec_main.sh RANK SIZE FOLDER [FLAGS...]`, FOLDER the one of ssd_main.py.
+# Set the paths and the mode here; absolute paths, for a rank runs in training/D<RANK>. Flags given
+# to run_npu_*.sh come last and win.
+path_to_tfrecord=${path_to_tfrecord:-/path/to/tfrecord}
+path_to_pretrain=${path_to_pretrain:-/path/to/pretrain}
+path_to_annotations=${path_to_annotations:-/path/to/annotations}
+
+export RANK_ID=$1 RANK_SIZE=$2 DEVICE_ID=${DEVICE_ID:-$1}
+source "$3/../common/npu/env_npu.sh"
+exec "${PYTHON:-python3}" "$3/ssd_main.py" \
+    --mode=train_and_eval \
+    --train_batch_size=32 \
+    --training_file_pattern="${path_to_tfrecord}/train2017*" \
+    --resnet_checkpoint="${path_to_pretrain}/model.ckpt-28152" \
+    --validation_file_pattern="${path_to_tfrecord}/val2017*" \
+    --val_json_file="${path_to_annotations}/instances_val2017.json" \
+    --eval_batch_size=32 \
+    --model_dir=result_npu \
+    "${@:4}"
