@@ -24,6 +24,8 @@ class Recipe:
     num_levels: int = 8  # pyramids (TUMs) behind one another
     sfam: bool = _option(False, "scale-wise feature aggregation: the paper's, off in its code")
     smooth: bool = True  # a 1x1 convolution on each pyramid map
+    bn_momentum: float = _option(0.01, "a new batch's part in BN's statistics; short runs need 0.1")
+    frozen_bn: bool = _option(False, "BN keeps a checkpoint's statistics: for few images a process")
 
     # Priors: one size of each map, one of the geometric mean with the next, six shapes a cell
     prior_maps: tuple[int, ...] = (64, 32, 16, 8, 4, 2)
@@ -70,6 +72,7 @@ class Recipe:
     momentum: float = _option(0.9, "momentum of SGD")
     weight_decay: float = _option(5e-4, "decay of every parameter, BN and biases too", "--wd")
     clip_norm: float = _option(0.0, "clip the gradient's global norm; 0: not")
+    clip_each: float = _option(0.0, "clip the norm of each parameter's gradient; 0: not")
     amp: str = _option("O1", "precision on npu and cuda: O0, O1, O2")
     loss_scale: str = _option("32", "'dynamic' or a number; used with fp16 only")
 
@@ -93,11 +96,12 @@ class Recipe:
     def warnings(self, world_size: int) -> list[str]:
         """What is known to go wrong with this recipe on that many devices."""
         batch = world_size * self.batch_size
-        if batch <= 32 or self.lr <= 0.001 or self.clip_norm:
+        if batch <= 32 or self.lr <= 0.001 or self.clip_norm or self.clip_each:
             return []
         return [
             f"total batch {batch} with --lr={self.lr:g}: the original's users lost 11 AP above a "
-            "total batch of 32; clip gradients (--clip_norm=10) or take the port's --lr=0.001"
+            "total batch of 32; clip gradients (--clip_each=1 or --clip_norm=10) or take the "
+            "port's --lr=0.001"
         ]
 
     def lr_at(

@@ -22,6 +22,9 @@ class BasicConv(nn.Module):
         self.bn = nn.BatchNorm2d(outputs, momentum=0.01)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
+    def set_momentum(self, momentum: float) -> None:
+        self.bn.momentum = momentum
+
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
@@ -36,10 +39,13 @@ class Leach(BasicConv):
     def __init__(self, inputs: int, outputs: int, uses: int):
         super().__init__(inputs, outputs, 1)
         self.uses = uses
-        self.bn.momentum = 1 - (1 - self.bn.momentum) ** uses
+        self.set_momentum(self.bn.momentum)
+
+    def set_momentum(self, momentum: float) -> None:
+        self.bn.momentum = 1 - (1 - momentum) ** self.uses
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:
+        if self.bn.training:
             self.bn.num_batches_tracked.add_(self.uses - 1)
         return super().forward(x)
 
@@ -108,6 +114,7 @@ class M2Det(nn.Module):
         planes, levels, scales = recipe.planes, recipe.num_levels, len(recipe.prior_maps)
         self.channels = 1 + num_classes
         self.levels = levels
+        self.frozen_bn = recipe.frozen_bn
         for level in range(1, levels + 1):
             inputs = planes // 2 if level == 1 else planes // 2 + planes
             self.add_module(f"unet{level}", TUM(inputs, planes, scales, recipe.smooth))
@@ -121,6 +128,16 @@ class M2Det(nn.Module):
         self.loc = self._heads(planes * levels, shapes * 4, scales)
         self.conf = self._heads(planes * levels, shapes * self.channels, scales)
         self.sfam_module = SFAM(planes * levels, scales) if recipe.sfam else None
+        for module in self.modules():
+            if isinstance(module, BasicConv):
+                module.set_momentum(recipe.bn_momentum)
+
+    def train(self, mode: bool = True) -> "M2Det":
+        super().train(mode)
+        for module in self.modules():
+            if self.frozen_bn and isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
 
     @staticmethod
     def _heads(inputs: int, outputs: int, scales: int) -> nn.ModuleList:

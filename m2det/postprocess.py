@@ -163,7 +163,7 @@ def soft_nms(
     return np.concatenate(positions), np.concatenate(lowered)
 
 
-@np.errstate(invalid="ignore")  # 0 / 0 and infinite boxes lower nothing
+@np.errstate(invalid="ignore", over="ignore")  # 0 / 0 and infinite boxes lower nothing
 def _select(
     boxes: np.ndarray, scores: np.ndarray, iou_threshold: float, min_score: float, limit: int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -171,8 +171,10 @@ class Training:
         self.pending = None  # what a log line needs, on its way from the device
         self.logged_losses: list[float] = []
 
-        if recipe.batch_size == 1 and recipe.prior_maps[-1] == 1:
-            raise UserError("--batch_size=1: BN on the 1 x 1 map needs at least 2 images a process")
+        if recipe.batch_size == 1 and recipe.prior_maps[-1] == 1 and not recipe.frozen_bn:
+            raise UserError(
+                "--batch_size=1: BN on the 1 x 1 map needs 2 images a process, or --frozen_bn"
+            )
         self.model = build_model(recipe, len(self.classes))
         for state in weights:
             log.info(f"{state['path']}: {load_weights(self.model, state)}")
@@ -254,7 +256,7 @@ class Training:
             outputs = self.network(images)
         losses = self.criterion(outputs, boxes, batch.labels, batch.valid)
         self.precision.backward(losses["loss"], self.optimizer)
-        self.precision.step(self.optimizer, self.recipe.clip_norm)
+        self.precision.step(self.optimizer, self.recipe.clip_norm, self.recipe.clip_each)
         self.window.add(self.iteration, losses, batch.image_ids)
         self.iteration += 1
 
@@ -288,8 +290,8 @@ class Training:
             f"{term} is not finite, first at iteration {step} (epoch "
             f"{step // self.per_epoch + 1}) on rank {rank}, learning rate {self.lr(step):g}, "
             f"images {image_ids}; last good checkpoint: {kept[0] if kept else 'none'}; "
-            "clip gradients with --clip_norm=10, lower --lr (the port's is 0.001, the original's "
-            "0.004), use --loss_scale=dynamic, or see --check_data"
+            "clip gradients with --clip_each=1 or --clip_norm=10, lower --lr (the port's is 0.001, "
+            "the original's 0.004), use --loss_scale=dynamic, or see --check_data"
         )
 
     def evaluate(self) -> bool:

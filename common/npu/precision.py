@@ -58,13 +58,20 @@ class Precision:
         else:
             self.scaler.scale(loss * self.static_scale).backward()
 
-    def step(self, optimizer: Optimizer, clip_norm: float = 0.0) -> Tensor | None:
-        """Unscale, clip the global norm if asked, update. Nothing is read back to the host,
-        but for the one flag of a dynamic scale. Returns the norm before clipping, if asked."""
+    def step(
+        self, optimizer: Optimizer, clip_norm: float = 0.0, clip_each: float = 0.0
+    ) -> Tensor | None:
+        """Unscale, clip each parameter's norm or the global one if asked, update. Nothing is read
+        back to the host, but for the one flag of a dynamic scale. Returns the global norm before
+        it is clipped, if that is asked."""
         norm = None
         params = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         if self.static_scale != 1:
             torch._foreach_mul_([p.grad for p in params], 1 / self.static_scale)
+        if clip_each:
+            norms = torch.stack(torch._foreach_norm([p.grad for p in params]))
+            factors = self.scaler.scale(torch.full_like(norms, clip_each)) / norms
+            torch._foreach_mul_([p.grad for p in params], list(factors.clamp(max=1)))
         if clip_norm:
             # The norm is unscaled, the gradients only in the fused update: GradScaler.unscale_
             # would invert the scale in float64, which NPUs are slow at.

@@ -141,6 +141,18 @@ def test_clipping_bounds_the_global_norm(scale):
     assert_close(moved[3] / moved[0], torch.tensor(400 / 300))
 
 
+@pytest.mark.parametrize("scale", [None, 128.0, "dynamic"])
+def test_clipping_each_bounds_every_norm(scale):
+    precision = Precision(CPU) if scale is None else with_scale(scale)
+    parameters = [nn.Parameter(torch.zeros(4)) for _ in range(3)]
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    loss = (parameters[0] * 1e6).sum() + (parameters[1] * 0.25).sum() + (parameters[2] * 0).sum()
+    precision.backward(loss, optimizer)
+    precision.step(optimizer, clip_each=2.0)
+    for parameter, moved in zip(parameters, (1.0, 0.25, 0.0), strict=True):
+        assert_close(parameter.detach(), torch.full((4,), -moved))
+
+
 CPU_ONE = torch.ones(1)
 
 

@@ -46,7 +46,7 @@ def watched_steps(recipe, precision, batches, allowed=0):
                 outputs = model(images)
             losses = criterion(outputs, boxes, batch.labels, batch.valid)
             precision.backward(losses["loss"], optimizer)
-            precision.step(optimizer, recipe.clip_norm)
+            precision.step(optimizer, recipe.clip_norm, recipe.clip_each)
         calls.append(watch.calls)
     return calls[1:]
 
@@ -75,4 +75,5 @@ def test_a_step_with_static_scale_and_clipping_as_on_an_accelerator(recipe, batc
         monkeypatch.setattr(module, "images_at_once", len)
     precision = Precision(CPU, "O1")
     precision.static_scale = 128.0
-    assert_equal_steps(watched_steps(replace(recipe, clip_norm=10.0), precision, batches))
+    clipped = replace(recipe, clip_norm=10.0, clip_each=1.0)
+    assert_equal_steps(watched_steps(clipped, precision, batches))
