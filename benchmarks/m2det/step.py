@@ -49,9 +49,9 @@ def main() -> None:
     samples = TrainingSet(records, recipe, seed=0)
     batch = default_collate([samples[0, k, k % len(samples)] for k in range(args.batch_size)])
     rows = []
+    models = {who: network(kind, recipe, device) for who, kind in NETWORKS.items()}
+    check(models, recipe)
     for name, precision in precisions(device).items():
-        models = {who: network(kind, recipe, device) for who, kind in NETWORKS.items()}
-        check(models, recipe)
         kept = {who: saved(model, recipe, batch, precision) for who, model in models.items()}
         for what, make in (("step", step), ("base feature to leach and back", leach)):
             peers = {who: make(model, recipe, batch, precision) for who, model in models.items()}
@@ -120,6 +120,7 @@ def saved(model: M2Det, recipe: Recipe, batch: Batch, precision: Precision) -> i
 
 def step(model: M2Det, recipe: Recipe, batch: Batch, precision: Precision) -> Callable[[], None]:
     options = {"momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
+    model.zero_grad(set_to_none=True)
     optimizer = build_sgd(list(model.parameters()), precision.device, lr=0.0, **options)
     return our_step(train, recipe, model, optimizer, batch, precision)
 
