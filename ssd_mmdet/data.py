@@ -136,8 +136,8 @@ class TrainingSet(Dataset):
         if recipe.augment:
             jitter, order = colour_draws(recipe, rng)
             width, height, left, top = canvas_around(width, height, recipe, rng)
-            boxes, crowds = (part + np.float32([left, top] * 2) for part in (boxes, crowds))
-            everything = np.concatenate([boxes, crowds])
+            everything = np.concatenate([boxes, crowds]) + np.float32([left, top] * 2)
+            boxes = everything[: len(boxes)]
             window = crop_window(width, height, everything, recipe, rng)
             if window is not None:
                 inside = centers_inside(window, boxes)

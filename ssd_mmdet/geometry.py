@@ -3,9 +3,10 @@
 Boxes are xyxy in pixels. Random numbers come from the caller's generator, in the original's order.
 """
 
+import math
+
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from ssd_mmdet.config import Recipe
 
@@ -82,8 +83,8 @@ def cut(
     """What a window of a canvas shows, resized: (size, size, 3) uint8, black outside the image,
     and its cover (2, size).
 
-    The image's corner is at (left, top) of the window of `width` x `height`. Rows and columns are
-    resized one after the other, so that no canvas is ever filled.
+    The image's corner is at (left, top) of the window of `width` x `height`. Only the part of the
+    result that shows the image is computed: no canvas is ever filled.
     """
     image_height, image_width = image.shape[:2]
     columns = slice(max(left, 0), min(left + image_width, width))
@@ -94,22 +95,39 @@ def cut(
     shown = image[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
     if shown.shape[:2] == (height, width):
         return resize(shown, size, size), cover
-    wide = _padded(shown, columns, width, axis=1)
-    tall = _padded(resize(wide, len(wide), size), rows, height, axis=0)
-    return resize(tall, size, size), cover
+    x, first_x, last_x, before_x, after_x = _span(columns, width, size)
+    y, first_y, last_y, before_y, after_y = _span(rows, height, size)
+    padded = np.zeros(
+        (len(shown) + before_y + after_y, shown.shape[1] + before_x + after_x, 3), np.uint8
+    )
+    padded[before_y:, before_x:][: len(shown), : shown.shape[1]] = shown
+    part = resize(padded, last_y - y, last_x - x, (size / height, size / width))
+    made = np.zeros((size, size, 3), np.uint8)
+    made[first_y:last_y, first_x:last_x] = part[first_y - y :, first_x - x :]
+    return made, cover
 
 
-def _padded(image: np.ndarray, place: slice, length: int, axis: int) -> np.ndarray:
-    """The image at `place` of an axis of `length`, black around it."""
-    if image.shape[axis] == length:
-        return image
-    shape = list(image.shape)
-    shape[axis] = length
-    padded = np.empty(shape, np.uint8)
-    along = np.moveaxis(padded, axis, 0)  # a view
-    along[: place.start] = along[place.stop :] = 0
-    along[place] = np.moveaxis(image, axis, 0)
-    return padded
+def _span(place: slice, length: int, size: int) -> tuple[int, int, int, int, int]:
+    """Where on an axis the image at `place` of `length` comes to lie in `size`.
+
+    Returns the pixel of the result to compute from, which begins at a whole pixel of the source
+    (to 1/64), the first that shows image, the one after the last, and the black pixels that the
+    source needs before and after the image.
+    """
+    scale = length / size
+    first = max(0, math.floor((place.start - 0.5) / scale - 0.5) + 1)
+    last = min(size, math.ceil((place.stop + 0.5) / scale - 0.5))
+    origins = np.arange(first + 1)
+    starts = origins * scale
+    whole = np.abs(starts - starts.round()) <= 1 / 64
+    # What lies before the origin is not blended in: right at the canvas' edge, else not wanted.
+    apart = (starts <= place.start) & ((first + 0.5 - origins) * scale >= 0.5)
+    origin = int(np.flatnonzero(whole & apart | (origins == 0))[-1])
+    before = place.start - round(origin * scale)
+    after = int(place.stop < length)
+    if after and before + place.stop - place.start + after == last - origin:
+        after = 2  # torch does not resize an axis that keeps its length, whatever the scale
+    return origin, first, last, before, after
 
 
 def _cover(place: slice, length: int, size: int) -> np.ndarray:
@@ -121,12 +139,16 @@ def _cover(place: slice, length: int, size: int) -> np.ndarray:
     return part.clip(0, 1).astype(np.float32)
 
 
-def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def resize(
+    image: np.ndarray, height: int, width: int, scales: tuple[float, float] | None = None
+) -> np.ndarray:
     """Image (H, W, 3) uint8 to (height, width, 3): bilinear without antialias, OpenCV's to a
-    level. Rows and columns are independent: one after the other gives the same as both."""
+    level. With `scales` a pixel of the image becomes so many, else height / H and width / W."""
     # Batch axis first: only so the strides are those of channels last, which is 4 times as fast.
-    nhwc = torch.from_numpy(np.ascontiguousarray(image)).unsqueeze(0)
-    made = F.interpolate(nhwc.permute(0, 3, 1, 2), (height, width), mode="bilinear")
+    nhwc = torch.from_numpy(np.ascontiguousarray(image)).unsqueeze(0).permute(0, 3, 1, 2)
+    # Not F.interpolate: that takes a size or scales, not both.
+    bilinear = torch.ops.aten.upsample_bilinear2d.default
+    made = bilinear(nhwc, [height, width], False, *(scales or (None, None)))
     return made.permute(0, 2, 3, 1)[0].numpy()
 
 

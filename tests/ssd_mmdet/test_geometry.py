@@ -36,6 +36,13 @@ def test_resizing_axis_by_axis_changes_nothing(tiny_train):
         np.testing.assert_array_equal(resize(resize(image, len(image), 300), 300, 300), both)
 
 
+def test_a_whole_image_or_a_crop_is_only_resized():
+    image = picture(200, 240)
+    made, cover = cut(image, -30, -20, 150, 120, 100)
+    np.testing.assert_array_equal(made, resize(image[20:140, 30:180], 100, 100))
+    assert (cover == 1).all()
+
+
 def naive_cut(image, left, top, width, height, size, fill):
     """The window of a canvas that really is filled."""
     canvas = np.full((height + 400, width + 400, 3), fill, np.float32)
@@ -47,7 +54,7 @@ def naive_cut(image, left, top, width, height, size, fill):
     return reference.resize(canvas[200 : 200 + height, 200 : 200 + width], size)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     left=st.integers(-60, 90),
     top=st.integers(-60, 90),
@@ -61,7 +68,9 @@ def test_cut_is_a_window_of_a_canvas(left, top, width, height, size):
     assert made.dtype == np.uint8
     assert cover.dtype == np.float32
     expected = naive_cut(image, left, top, width, height, size, fill=0)
-    assert np.abs(made - expected).max() <= 1.01
+    difference = np.abs(made - expected)
+    assert difference.mean() <= 0.35
+    assert difference.max() <= 1.01 + 255 / 64  # the image lies within 1/64 pixel of its place
     covered = naive_cut(np.ones_like(image), left, top, width, height, size, fill=0)[..., 0]
     np.testing.assert_allclose(cover[1][:, None] * cover[0], covered, atol=1e-4)
     assert (made[covered == 0] == 0).all()
