@@ -80,6 +80,20 @@ def resize(image: np.ndarray, size: tuple[int, int], flip: bool = False) -> Tens
     return F.interpolate(chw, size, mode="bilinear").squeeze(0).permute(1, 2, 0)
 
 
+def resize_onto(canvas: Tensor, image: np.ndarray, size: tuple[int, int], flip=False) -> None:
+    """Lay `resize` of an image in the corner of a contiguous canvas (H, W, 3) uint8, 0 around it.
+
+    First the columns, widened to the canvas, then the rows, straight into it: nothing is copied
+    at full size.
+    """
+    height, width = size
+    columns = resize(image, (len(image), width), flip)
+    columns = F.pad(columns, (0, 0, 0, canvas.shape[1] - width))
+    source, target = (x.unsqueeze(0).permute(0, 3, 1, 2) for x in (columns, canvas[:height]))
+    torch.ops.aten.upsample_bilinear2d.out(source, target.shape[2:], False, out=target)
+    canvas[height:] = 0
+
+
 def canvas_size(
     sizes: list[tuple[int, int]], shapes: str, scales: tuple[tuple[int, int], ...]
 ) -> tuple[int, int]:
@@ -140,8 +154,8 @@ def evaluation_canvas(size: tuple[int, int], recipe: Recipe) -> tuple[int, int]:
 def prepare(image: np.ndarray, recipe: Recipe) -> tuple[Tensor, tuple[int, int]]:
     """The evaluation canvas (H, W, 3) uint8 of an image, and its size (height, width) on it."""
     size = resized_size(*image.shape[:2], recipe.eval_scale)
-    canvas = torch.zeros((*evaluation_canvas(size, recipe), 3), dtype=torch.uint8)
-    canvas[: size[0], : size[1]] = resize(image, size)
+    canvas = torch.empty((*evaluation_canvas(size, recipe), 3), dtype=torch.uint8)
+    resize_onto(canvas, image, size)
     return canvas, size
 
 
@@ -222,10 +236,7 @@ class TrainingSet(Dataset):
             torch.tensor([sample.image_id for sample in samples]),
         )
         for i, sample in enumerate(samples):
-            height, width = sample.size
-            batch.images[i, :height, :width] = resize(sample.image, sample.size, sample.flip)
-            batch.images[i, height:] = 0
-            batch.images[i, :height, width:] = 0
+            resize_onto(batch.images[i], sample.image, sample.size, sample.flip)
             n = len(sample.labels)
             batch.boxes[i, :n] = torch.from_numpy(sample.boxes)
             batch.labels[i, :n] = torch.from_numpy(sample.labels)

@@ -32,6 +32,7 @@ from common.coco.sample import write_sample
 from common.npu import cli, entry
 from common.npu.errors import UserError
 from common.npu.files import write_atomically
+from fcos.anchors import make_anchors, make_levels, point_strides
 from fcos.config import RECIPES, Recipe
 from fcos.data import normalise, resize
 from fcos.evaluate import own_network
@@ -150,6 +151,8 @@ def export(model: nn.Module, shape: list[int], outputs: list[str], opset: int, d
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
         program = torch.onnx.export(model, (example,), **names, **options)
+    for cached in (make_levels, make_anchors, point_strides):
+        cached.cache_clear()  # of the export's symbols
     graph = program.model_proto
     written = next(used.version for used in graph.opset_import if not used.domain)
     if written != opset:

@@ -27,6 +27,7 @@ from fcos.data import (
     orientation,
     prepare_image,
     resize,
+    resize_onto,
     resized_size,
     training_records,
 )
@@ -289,6 +290,17 @@ def test_an_image_of_another_size_than_annotated_is_named(tiny_train):
     sizes[0] = sizes[0][::-1] + 1
     with pytest.raises(UserError, match=r"\.jpg: is \d+ x \d+ pixels, \d+ x \d+ in the annotation"):
         TrainingSet(replace(tiny_train, sizes=sizes), RECIPE, 0)[0, 0, 0]
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("size", [(40, 60), (13, 20), (50, 75), (64, 96)])
+def test_resize_onto_a_canvas_is_resize_with_zeros_around(size, flip):
+    image = np.random.default_rng(0).integers(0, 256, (26, 40, 3), dtype=np.uint8)
+    canvas = torch.full((64, 96, 3), 7, dtype=torch.uint8)
+    resize_onto(canvas, image, size, flip)
+    expected = torch.zeros_like(canvas)
+    expected[: size[0], : size[1]] = resize(image, size, flip)
+    assert torch.equal(canvas, expected)
 
 
 def test_resize_is_exact_on_planes():

@@ -66,13 +66,13 @@ def test_raw_outputs_at_a_fixed_size(tmp_path, capsys):
     assert json.loads(notes["mean"]) == list(recipe.mean)
 
 
-@pytest.mark.parametrize("name", ["gn", "tricks"])
-def test_decoded_outputs_at_any_size(tmp_path, name):
+@pytest.mark.parametrize(("name", "dynamic"), [("gn", False), ("tricks", True)])
+def test_decoded_outputs_at_a_fixed_and_at_any_size(tmp_path, name, dynamic):
     recipe, model, weights = saved(tmp_path, name)
     file = tmp_path / "decoded.onnx"
     where = [str(weights), f"--output_file={file}", "--shape", "128", "160", f"--recipe={name}"]
-    pthtar2onx.main([*where, "--decoded", "--dynamic"])
-    for shape in ([128, 160], [192, 128]):
+    pthtar2onx.main([*where, "--decoded", "--dynamic" if dynamic else "--no-dynamic"])
+    for shape in ([128, 160], [192, 128])[: 1 + dynamic]:
         images = inputs(shape, recipe)
         found = onnx_outputs(file, images)
         points = sum(rows * columns for rows, columns in map_sizes(recipe, *shape))
