@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -162,9 +163,10 @@ def test_evaluation_takes_the_newest_checkpoint_or_the_named_one(trained, data, 
 
 
 def test_mmdetections_checkpoint_is_evaluated(trained, data, tmp_path):
-    """Its own layout, classes in `meta`, wrapped in `state_dict`."""
+    """Its own layout, classes in `meta` beside objects, wrapped in `state_dict`."""
     kept = torch.load(trained[0] / "best.pt", weights_only=True)
-    state = {"meta": {"CLASSES": tuple(kept["classes"]), "epoch": 24}, "state_dict": kept["model"]}
+    meta = {"CLASSES": tuple(kept["classes"]), "best": np.float64(0.25), "where": Path("a")}
+    state = {"meta": meta, "state_dict": kept["model"]}
     torch.save({**state, "recipe": kept["recipe"]}, tmp_path / "epoch_24.pth")
     flags = (f"--data={data}", f"--checkpoint={tmp_path}/epoch_24.pth", f"--output_dir={tmp_path}")
     runs.run("evaluate.py", *flags, "--device=cpu", "--format_only", "--max_detections=3")
