@@ -21,7 +21,7 @@ def take(run) -> dict | None:
     weights = published_state_dict(run.model, distributed.mean_buffers(buffers))
     if not all(torch.isfinite(value).all() for value in weights.values()):
         raise UserError(
-            "weights are not finite; use --loss_scale=dynamic, --clip_norm=10 or a lower --lr"
+            "weights are not finite; use --loss_scale=dynamic, --clip_each=1 or a lower --lr"
         )
     return {
         "model": weights,  # running statistics averaged over ranks, for whoever evaluates
