@@ -106,11 +106,15 @@ def num_classes_of(state: Mapping) -> int:
 def named_classes(state: Mapping) -> tuple[str, ...] | None:
     """The class names that a checkpoint holds: ours, MMDetection 2.x's (`meta.CLASSES`) or 3.x's
     (`meta.dataset_meta.classes`)."""
-    meta = state.get("meta") or {}
+
+    def part(whole: object, key: str) -> object:
+        return whole.get(key) if isinstance(whole, Mapping) else None
+
+    meta = state.get("meta")
     found = (
-        state.get("classes") or meta.get("CLASSES") or meta.get("dataset_meta", {}).get("classes")
+        state.get("classes") or part(meta, "CLASSES") or part(part(meta, "dataset_meta"), "classes")
     )
-    return tuple(found) if found else None
+    return tuple(found) if isinstance(found, list | tuple) else None
 
 
 def class_names_of(state: Mapping) -> tuple[str, ...]:
