@@ -138,7 +138,7 @@ def test_classes_of_a_checkpoint(state):
     assert class_names_of({"state_dict": state, "meta": {"CLASSES": ("x",)}}) == ("x",)
     meta = {"dataset_meta": {"classes": ("x", "y")}}
     assert class_names_of({"state_dict": state, "meta": meta}) == ("x", "y")
-    for unknown in (object(), {"CLASSES": object()}, {"dataset_meta": object()}):  # left out objects
+    for unknown in (object(), {"CLASSES": object()}, {"dataset_meta": object()}):
         assert class_names_of({"state_dict": state, "meta": unknown}) == COCO_CLASSES
     assert class_names_of(state) == COCO_CLASSES
     few = published_state_dict(build_model(THIN, 3))
