@@ -25,6 +25,7 @@ from ssd_resnet34.data import epoch_order, normalise, quiet_worker
 from ssd_resnet34.tfrecord.config import Recipe
 from ssd_resnet34.tfrecord.index import RecordIndex
 
+SCRATCH_BYTES = 3 * 1024 * 1024  # an image of a worker: new memory for each costs page faults
 WHOLE = np.array([0, 0, 1, 1], np.float32)  # the window of the whole image, which keeps every box
 
 
@@ -50,13 +51,20 @@ def training_records(index: RecordIndex) -> RecordIndex:
     return index.subset(index.boxes > 0)
 
 
-def decode_image(data: bytes, where: str) -> np.ndarray:
-    """JPEG or PNG to uint8 (H, W, 3) RGB; `where` begins the UserError for a broken one."""
+def decode_image(
+    data: bytes | memoryview, where: str, scratch: bytearray | None = None
+) -> np.ndarray:
+    """JPEG or PNG to uint8 (H, W, 3) RGB; `where` begins the UserError for a broken one.
+
+    With `scratch`, the pixels lie in it where it is large enough, until it is used again.
+    """
     try:
-        if data.startswith(b"\xff\xd8"):
+        if data[:2] == b"\xff\xd8":
             with suppress(ValueError):  # also raised for a mere warning: Pillow decides
-                if simplejpeg.decode_jpeg_header(data)[2] not in ("CMYK", "YCCK"):
-                    return simplejpeg.decode_jpeg(data, "RGB")
+                height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+                if space not in ("CMYK", "YCCK"):
+                    fits = scratch is not None and 3 * height * width <= len(scratch)
+                    return simplejpeg.decode_jpeg(data, "RGB", buffer=scratch if fits else None)
         return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
     except BROKEN:
         remedy = "convert the data set again"
@@ -132,30 +140,33 @@ def crop_window(
     it. Of a try's `crop_windows` the last such one is taken; a try without one is followed by
     another, and each may be the whole image instead.
     """
-    left, top, right, bottom = boxes_ltrb.T
-    center_x, center_y = (left + right) / 2, (top + bottom) / 2
-    areas = (right - left) * (bottom - top)
-    narrowest, widest = recipe.crop_ratio
     tries = rng.geometric(recipe.whole_probability) - 1  # before the one that takes the whole
-    limit = rng.choice(recipe.crop_ious, tries).reshape(-1, 1, 1)
-    size = rng.uniform(*recipe.crop_scale, (2, tries, recipe.crop_windows))
+    limits = rng.choice(recipe.crop_ious, tries)
+    size = rng.uniform(*recipe.crop_scale, (2, tries * recipe.crop_windows))
     low = rng.uniform(0, 1 - size)
-    reach = _reach(shape).reshape(4, 1, 1)
-    windows = np.rint(np.concatenate([low, low + size]) * reach) / reach  # (4, tries, windows)
-    windows = windows.astype(np.float32)
-    x1, y1, x2, y2 = windows[..., None]
+    reach = _reach(shape).reshape(4, 1)
+    windows = np.rint(np.concatenate([low, low + size]) * reach) / reach  # (4, all of all tries)
+
+    # First what is quick to see: the shape, and that every box reaches into the window.
+    left, top, right, bottom = boxes_ltrb.T
+    x1, y1, x2, y2 = windows
+    narrowest, widest = recipe.crop_ratio
+    fit = (size[0] > narrowest * size[1]) & (size[0] < widest * size[1])
+    fit &= (x1 < right.min()) & (y1 < bottom.min()) & (x2 > left.max()) & (y2 > top.max())
+    fit = np.flatnonzero(fit)
+    x1, y1, x2, y2 = windows[:, fit, None]
+    center_x, center_y = (left + right) / 2, (top + bottom) / 2
     inside = (x1 < center_x) & (center_x < x2) & (y1 < center_y) & (center_y < y2)
     shared_x = np.minimum(right, x2) - np.maximum(left, x1)
-    shared_y = np.minimum(bottom, y2) - np.maximum(top, y1)
-    overlap = np.maximum(shared_x, 0) * np.maximum(shared_y, 0)
-    iou = overlap / (areas + (x2 - x1) * (y2 - y1) - overlap)
-    ratio = size[0] / size[1]
-    valid = (ratio > narrowest) & (ratio < widest)
-    valid &= inside.any(axis=2) & (iou > limit).all(axis=2)  # (tries, windows)
+    overlap = shared_x * (np.minimum(bottom, y2) - np.maximum(top, y1))
+    areas = (right - left) * (bottom - top) + (x2 - x1) * (y2 - y1)
+    attempt = fit // recipe.crop_windows
+    enough = overlap > limits[attempt, None] * (areas - overlap)  # IoU, without a division
+    valid = inside.any(axis=1) & enough.all(axis=1)
     if not valid.any():
         return WHOLE
-    first = valid.any(axis=1).argmax()
-    return windows[:, first, np.flatnonzero(valid[first])[-1]]
+    last = np.flatnonzero(valid & (attempt == attempt[valid][0]))[-1]
+    return windows[:, fit[last]].astype(np.float32)
 
 
 def crop_boxes(boxes_ltrb: np.ndarray, window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -173,6 +184,7 @@ class _Records(Dataset):
 
     def __init__(self, records: RecordIndex, recipe: Recipe):
         self.records, self.recipe = records, recipe
+        self.scratch = bytearray(SCRATCH_BYTES)
         self.label_of = {category: k for k, category in enumerate(records.category_ids)}
 
     def __len__(self) -> int:
@@ -190,7 +202,7 @@ class TrainingSet(_Records):
         epoch, position, record = key
         recipe, where = self.recipe, self.records.where(record)
         found = self.records.read(record)
-        image, boxes = decode_image(found.encoded, where), found.boxes_ltrb
+        image, boxes = decode_image(found.encoded, where, self.scratch), found.boxes_ltrb
         labels = self.labels(found.category_ids, where)
         rng = np.random.default_rng((self.seed, epoch, position))
         window, flip, jitter = WHOLE, False, np.array([0, 1, 1, 0])
@@ -229,7 +241,7 @@ class EvaluationSet(_Records):
 
     def __getitem__(self, record: int) -> tuple[Tensor, Tensor, Tensor]:
         where, found = self.records.where(record), self.records.read(record)
-        image = decode_image(found.encoded, where)
+        image = decode_image(found.encoded, where, self.scratch)
         size = torch.tensor(image.shape[:2])
         return resize(image, self.recipe.image_size), size, torch.tensor(found.image_id)
 

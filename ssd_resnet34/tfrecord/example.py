@@ -7,7 +7,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from common.npu.errors import UserError
-from ssd_resnet34.tfrecord.messages import message_classes
+from ssd_resnet34.tfrecord.messages import message_classes, varint
 
 _MESSAGES = message_classes("""
     name: "example"
@@ -39,13 +39,16 @@ Example, Features = _MESSAGES["Example"], _MESSAGES["Features"]
 
 KINDS = {bytes: "bytes_list", float: "float_list", int: "int64_list"}
 SIDES = ("xmin", "ymin", "xmax", "ymax")
+# How a protocol buffer begins fields 1 and 2, and the entry of a record's image in a map.
+FIELD_1, FIELD_2 = 0x0A, 0x12
+IMAGE_KEY = b"\x0a\x0dimage/encoded"
 REMEDY = "convert the data set again with coco_to_tfrecord.py"
 
 
 class AnnotatedImage(NamedTuple):
     """What the recipe uses of a record."""
 
-    encoded: bytes  # the JPEG or PNG file
+    encoded: bytes | memoryview  # the JPEG or PNG file
     image_id: int  # -1 where there is none
     boxes_ltrb: np.ndarray  # (n, 4) float32 normalised
     category_ids: np.ndarray  # (n,) int64, COCO's own
@@ -86,24 +89,66 @@ def annotated_image(payload: bytes, where: str) -> AnnotatedImage:
     Raises UserError for a record without image, with lists of unequal length, an id that is no
     number, or a box that is not finite, ordered and inside the image.
     """
-    features = decode(payload, where)
-    encoded = values(features, "image/encoded", bytes, where)
-    if len(encoded) != 1:
-        raise UserError(f"{where}: image/encoded has {len(encoded)} values, not 1; {REMEDY}")
+    apart = image_apart(payload, 0, len(payload))
+    if apart and apart[1]:
+        features, image = apart[0], memoryview(payload)[apart[1]]
+    else:
+        features = decode(payload, where)
+        encoded = values(features, "image/encoded", bytes, where)
+        if len(encoded) != 1:
+            raise UserError(f"{where}: image/encoded has {len(encoded)} values, not 1; {REMEDY}")
+        image = encoded[0]
     sides = [values(features, f"image/object/bbox/{side}", float, where) for side in SIDES]
     categories = values(features, "image/object/class/label", int, where)
     counts = [len(column) for column in (*sides, categories)]
     if len(set(counts)) > 1:
         names = ", ".join((*SIDES, "label"))
         raise UserError(f"{where}: unequal numbers of {names}: {counts}; {REMEDY}")
-    boxes = np.array(sides, np.float32).reshape(4, -1).T
+    boxes = np.array([list(column) for column in sides], np.float32).reshape(4, -1).T
     # A hundredth over the edge is rounding; NaN fails every comparison.
     inside = ((boxes >= -0.01) & (boxes <= 1.01)).all()
     if not (inside and (boxes[:, :2] <= boxes[:, 2:]).all()):
         raise UserError(f"{where}: a box that is not ordered and within 0..1; {REMEDY}")
-    return AnnotatedImage(
-        encoded[0], image_id(features, where), boxes, np.array(categories, np.int64)
-    )
+    return AnnotatedImage(image, image_id(features, where), boxes, np.array(categories, np.int64))
+
+
+def image_apart(
+    content: Sequence[int], start: int, end: int
+) -> tuple[Mapping, slice | None] | None:
+    """The features of the tf.Example at a place but its image, and where that lies: an image is
+    most of a record, and need not be copied. None where it is laid out unlike TensorFlow's.
+
+    The image's place is None where the record has none.
+    """
+    kept, image = [], None
+    try:
+        at, inner = _inside(content, start, FIELD_1)
+        if inner != end:
+            return None
+        while at < end:
+            inside, after = _inside(content, at, FIELD_1)
+            if content[inside : inside + len(IMAGE_KEY)] == IMAGE_KEY:
+                inside += len(IMAGE_KEY)
+                for field in (FIELD_2, FIELD_1, FIELD_1):  # value, bytes_list, its only value
+                    inside, last = _inside(content, inside, field)
+                    if last != after:
+                        return None
+                image = slice(inside, after)
+            else:
+                kept.append(content[at:after])
+            at = after
+        features = Features.FromString(b"".join(kept)).feature
+    except (ValueError, IndexError, DecodeError):
+        return None
+    return (features, image) if at == end else None
+
+
+def _inside(content: Sequence[int], at: int, field: int) -> tuple[int, int]:
+    """Start and end of the content of the field at a place. Raises ValueError for another one."""
+    if content[at] != field:
+        raise ValueError("another field")
+    size, inside = varint(content, at + 1)
+    return inside, inside + size
 
 
 def image_id(features: Mapping, where: str) -> int:

@@ -6,29 +6,24 @@ any record. Contents are verified when they are read.
 """
 
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-from google.protobuf.message import DecodeError
 
 from common.coco.names import COCO_CLASSES
 from common.npu.errors import UserError
 from ssd_resnet34.tfrecord.config import COCO_CATEGORY_IDS
 from ssd_resnet34.tfrecord.example import (
     AnnotatedImage,
-    Features,
     annotated_image,
     decode,
+    image_apart,
     image_id,
     values,
 )
-from ssd_resnet34.tfrecord.messages import varint
 from ssd_resnet34.tfrecord.records import HEADER, Span, match_files, read_record, read_spans
 
-# How a protocol buffer begins a message's field 1, and the entry of a record's image in a map.
-FIELD_1 = 0x0A
-IMAGE_KEY = b"\x0a\x0dimage/encoded"
 CATEGORY = "image/object/class/label"
 
 
@@ -97,29 +92,6 @@ def _entries(path: str) -> Iterator[tuple[int, int, int, int]]:
             start = span.offset + HEADER.size
             end = start + span.length
             where = f"{path}: record at byte {span.offset}"
-            features = _without_image(content, start, end) or decode(content[start:end], where)
+            apart = image_apart(content, start, end)
+            features = apart[0] if apart else decode(content[start:end], where)
             yield *span, image_id(features, where), len(values(features, CATEGORY, int, where))
-
-
-def _without_image(content: mmap.mmap, start: int, end: int) -> Mapping | None:
-    """The features of a tf.Example but its image; None where it is laid out unlike TensorFlow's."""
-    kept = []
-    try:
-        size, at = _field(content, start)
-        if at + size != end:
-            return None
-        while at < end:
-            size, inside = _field(content, at)
-            if content[inside : inside + len(IMAGE_KEY)] != IMAGE_KEY:
-                kept.append(content[at : inside + size])
-            at = inside + size
-        return Features.FromString(b"".join(kept)).feature if at == end else None
-    except (ValueError, IndexError, DecodeError):
-        return None
-
-
-def _field(content: mmap.mmap, at: int) -> tuple[int, int]:
-    """Size and start of the content of the field 1 at a place."""
-    if content[at] != FIELD_1:
-        raise ValueError("another field")
-    return varint(content, at + 1)

@@ -58,9 +58,9 @@ def read_spans(path: str) -> Iterator[Span]:
 
 def read_record(path: str, span: Span) -> bytes:
     """The payload of one record, its checksum verified."""
-    with _opened(path) as file:
+    with _opened(path, buffering=0) as file:
         file.seek(span.offset + HEADER.size)
-        return _payload(path, span, file.read(span.length + FOOTER.size))
+        return _payload(path, span, file)
 
 
 def read_records(path: str) -> Iterator[bytes]:
@@ -70,13 +70,13 @@ def read_records(path: str) -> Iterator[bytes]:
         offset = 0
         while offset < size:
             span = _span(path, offset, file.read(HEADER.size), size)
-            yield _payload(path, span, file.read(span.length + FOOTER.size))
+            yield _payload(path, span, file)
             offset = file.tell()
 
 
-def _opened(path: str) -> BinaryIO:
+def _opened(path: str, buffering: int = -1) -> BinaryIO:
     try:
-        return open(path, "rb")
+        return open(path, "rb", buffering)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
 
@@ -95,12 +95,12 @@ def _span(path: str, offset: int, header: bytes, size: int) -> Span:
     return Span(offset, length)
 
 
-def _payload(path: str, span: Span, content: bytes) -> bytes:
+def _payload(path: str, span: Span, file: BinaryIO) -> bytes:
     where = f"{path}: record at byte {span.offset}"
-    if len(content) < span.length + FOOTER.size:
+    payload, footer = file.read(span.length), file.read(FOOTER.size)
+    if len(footer) < FOOTER.size:
         raise UserError(f"{where}: the file ends inside the record; {REMEDY}")
-    payload = content[: span.length]
-    if masked_crc(payload) != FOOTER.unpack_from(content, span.length)[0]:
+    if masked_crc(payload) != FOOTER.unpack(footer)[0]:
         raise UserError(f"{where}: wrong checksum of the content; {REMEDY}")
     return payload
 

@@ -84,7 +84,7 @@ def test_index_of_the_golden_shards(golden, index):
 
 
 def test_an_unusual_layout_counts_the_same(golden_dir, index, monkeypatch):
-    monkeypatch.setattr(index_module, "_without_image", lambda *_: None)
+    monkeypatch.setattr(index_module, "image_apart", lambda *_: None)
     whole = read_index(str(golden_dir / "train2017*"), FLAG)
     assert_array_equal(whole.boxes, index.boxes)
 
@@ -186,7 +186,11 @@ def test_evaluation_input_of_random_images(golden, recipe, name, shape):
 def test_evaluation_input_of_real_images(golden, recipe, by_id, i):
     expected = golden("preprocess")
     encoded = by_id[int(expected[f"image_{i}_source_id"])].encoded
-    found = prepare_image(decode_image(encoded, "file"), recipe).permute(1, 2, 0)
+    image = decode_image(encoded, "file")
+    assert_allclose(
+        image.sum(axis=(0, 1), dtype=np.int64), expected[f"image_{i}_pillow_sum"], rtol=1e-6
+    )
+    found = prepare_image(image, recipe).permute(1, 2, 0)
     check_probe(expected, f"image_{i}_hwc_pillow_decoded", found, atol=5e-6)
     seeds = probe(found.numpy(), count=len(expected[f"image_{i}_hwc/index"]))
     difference = np.abs(seeds["value"] - expected[f"image_{i}_hwc/value"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
+from common.coco.evaluation import to_rows
 from common.npu.precision import build_sgd
 from ssd_resnet34.tfrecord.anchors import default_boxes, make_anchors
 from ssd_resnet34.tfrecord.config import Recipe
@@ -179,6 +180,12 @@ def test_six_training_steps(golden, filled_model, truth):
     keys = [names[name.removeprefix("resnet34/")] for name in golden("train")["names"]]
     norms = [after[key].double().norm().item() for key in keys]
     assert_allclose(norms, golden("train")["l2_after"], rtol=1e-5)
+    sums = np.array([after[key].double().sum().item() for key in keys])
+    # Sums of values of both signs: their error is that of the norm.
+    counts = np.array([after[key].numel() for key in keys])
+    assert (
+        np.abs(sums - golden("train")["sum_after"]) <= 1e-5 * np.array(norms) * np.sqrt(counts)
+    ).all()
     changes = [(after[key].double() - before[key].double()).norm().item() for key in keys]
     assert_allclose(changes, golden("train")["l2_of_change"], rtol=5e-3)
 
@@ -211,3 +218,14 @@ def test_detections(golden, recipe, raw_outputs, variant, clamp):
         assert_array_equal(found.labels + 1, labels)
         assert_allclose(found.scores, scores, rtol=0, atol=1e-6)
         assert_allclose(found.boxes[:, YXYX], boxes, rtol=0, atol=1e-6)
+
+
+def test_coco_rows(golden, recipe, raw_outputs):
+    sizes = torch.from_numpy(golden("detect")["raw_shape_h_w_c"][:, :2].astype(np.int64))
+    for i, found in enumerate(detect(raw_outputs, sizes, recipe)):
+        image_id = int(golden("detect")["source_id"][i])
+        rows = to_rows(image_id, *(part.numpy() for part in found), recipe.category_ids)
+        expected = golden("detect")[f"port_coco_rows_{i}"][::-1]  # best first
+        assert_array_equal(rows[:, [0, 6]], expected[:, [0, 6]])
+        assert_allclose(rows[:, 1:5], expected[:, 1:5], rtol=0, atol=2e-6 * sizes.max().item())
+        assert_allclose(rows[:, 5], expected[:, 5], rtol=0, atol=1e-6)

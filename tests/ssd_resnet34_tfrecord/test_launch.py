@@ -1,0 +1,138 @@
+"""Which ranks a host starts and what they are told; what ssd_main refuses."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+
+from common.npu.errors import UserError
+from ssd_resnet34 import ssd_main
+from ssd_resnet34.tfrecord import launch
+from ssd_resnet34.tfrecord.evaluate import validation_records
+from ssd_resnet34.tfrecord.index import read_index
+from ssd_resnet34.tfrecord.rank_table import Device, RankTable, read_rank_table
+
+TABLES = launch.MODEL / "npu_config"
+
+
+def table_of(*servers):
+    devices = (Device(r, server, 7 - r, f"192.168.0.{r}") for r, server in enumerate(servers))
+    return RankTable(tuple(devices))
+
+
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_our_tables_are_the_seeds(ranks):
+    table = read_rank_table(TABLES / f"{ranks}p.json")
+    assert [device.device_id for device in table.devices] == list(range(ranks))
+    assert {device.server for device in table.devices} == {"0.0.0.0"}
+    content = json.loads((TABLES / f"{ranks}p.json").read_text())
+    assert content["group_list"][0]["device_num"] == str(ranks)
+
+
+def test_one_host_starts_all_ranks_on_a_free_port(tmp_path):
+    found = launch.rank_environments(table_of("a", "a"), {}, tmp_path)
+    assert list(found) == [0, 1]
+    assert int(found[0]["MASTER_PORT"]) > 1023
+    assert found[0]["MASTER_PORT"] == found[1]["MASTER_PORT"]
+    assert found[1]["DEVICE_ID"] == "6"
+    assert "RANK_TABLE_FILE" not in found[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_hosts_start_their_own_ranks(tmp_path):
+    table = table_of("127.0.0.1", "203.0.113.9", "203.0.113.9")
+    found = launch.rank_environments(table, {}, tmp_path)
+    assert list(found) == [0]
+    assert found[0]["MASTER_ADDR"] == "127.0.0.1"
+    assert found[0]["MASTER_PORT"] == str(launch.SEVERAL_HOSTS_PORT)
+    given = {"SERVER_ID": "203.0.113.9", "MASTER_ADDR": "node0", "MASTER_PORT": "5"}
+    found = launch.rank_environments(table, given, tmp_path)
+    assert [one["LOCAL_RANK"] for one in found.values()] == ["0", "1"]
+    assert (found[2]["MASTER_ADDR"], found[2]["MASTER_PORT"]) == ("node0", "5")
+    with pytest.raises(UserError, match="SERVER_ID=b is none of the rank table's: 127"):
+        launch.rank_environments(table, {"SERVER_ID": "b"}, tmp_path)
+    with pytest.raises(UserError, match=r"which of x1, x2 is this host\? SERVER_ID"):
+        launch.rank_environments(table_of("x1", "x2"), {}, tmp_path)
+
+
+def test_hccl_gets_the_version_form_when_asked(tmp_path):
+    table = table_of("a", "a")
+    found = launch.rank_environments(table, {"HCCL_RANK_TABLE": "1"}, tmp_path / "training")
+    assert read_rank_table(found[1]["RANK_TABLE_FILE"]) == table
+    assert json.loads((tmp_path / "training/rank_table.json").read_text())["version"] == "1.0"
+
+
+def test_the_old_scripts_path_is_seen_from_where_a_rank_runs(tmp_path, monkeypatch):
+    (tmp_path / "npu_config").mkdir()
+    (tmp_path / "npu_config/8p.json").touch()
+    (tmp_path / "training/D0").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    old = launch._resolved("../../npu_config/8p.json", tmp_path / "training")
+    assert old == tmp_path / "npu_config/8p.json"
+    assert os.fspath(launch._resolved("npu_config/8p.json", tmp_path / "training")) == (
+        "npu_config/8p.json"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ([], "needs --training_file_pattern"),
+        (["--mode=train"], "needs --training_file_pattern"),
+        (["--training_file_pattern=x"], "--mode=train_and_eval needs --validation_file_pattern"),
+        (["--mode=eval", "--validation_file_pattern=x"], "--mode=eval needs --val_json_file"),
+        (["--mode=train", "--training_file_pattern=/none*"], "matches no file"),
+        (
+            ["--mode=eval", "--validation_file_pattern=x", "--val_json_file=y", "--model_dir=/no"],
+            "no checkpoint in --model_dir=/no; train first",
+        ),
+        (["--train_batch_size=0"], "--batch_size 0"),
+    ],
+)
+def test_refusals(flags, complaint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=complaint):
+        ssd_main.main(["--device=cpu", *flags])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_mode_and_ranks_without_a_launcher(monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        ssd_main.parse(["--mode=predict"])
+    assert capsys.readouterr().err.startswith("error: argument --mode: invalid choice: 'predict'")
+    monkeypatch.setenv("RANK_SIZE", "8")
+    with pytest.raises(UserError, match=r"start several ranks with run_npu_8p\.sh"):
+        ssd_main.main(["--mode=train", "--training_file_pattern=x"])
+
+
+def test_the_seeds_flags_and_their_defaults(golden_dir):
+    args = ssd_main.parse(["--train_batch_size", "16", "--num_epochs=2", "--model_dir=here"])
+    assert (args.batch_size, args.epochs, str(args.output_dir)) == (16, 2.0, "here")
+    assert (args.mode, args.keep, args.save_interval) == ("train_and_eval", 32, 5000)
+    assert args.log_interval == 100
+
+
+def test_images_unknown_to_the_annotations_are_found_at_the_start(golden_dir, recipe, tmp_path):
+    content = json.loads((golden_dir / "instances_train6.json").read_text())
+    args = ssd_main.parse(
+        [f"--validation_file_pattern={golden_dir}/train2017*", f"--val_json_file={tmp_path}/val"]
+    )
+    content["annotations"] = content["annotations"][:-3]  # which a converter drops
+
+    def check(**changes):
+        (tmp_path / "val").write_text(json.dumps(content | changes))
+        return validation_records(args, recipe.category_ids)
+
+    ids = [image["id"] for image in content["images"]]
+    assert sorted(check().image_ids) == sorted(ids)
+    with pytest.raises(UserError, match=rf"record at byte \d+: image {ids[0]} is not in .*val"):
+        check(images=content["images"][1:])
+    with pytest.raises(UserError, match=r"val has no category 90; see --category_ids"):
+        check(categories=content["categories"][:-1], annotations=[])
+
+
+def test_class_names(golden_dir):
+    index = read_index(str(golden_dir / "train2017*"), "flag")
+    assert index.class_names[0] == "person"
+    assert dataclasses.replace(index, category_ids=(7, 9)).class_names == ("7", "9")
