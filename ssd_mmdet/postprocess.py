@@ -29,7 +29,7 @@ def decode_outputs(
     (N, P, classes), background left out."""
     offsets, logits = (output.float() for output in outputs)
     boxes = decode(offsets, anchors, recipe)
-    return boxes, logits.softmax(dim=-1)[..., :-1].contiguous()
+    return boxes, logits.softmax(dim=-1)[..., :-1]
 
 
 @torch.no_grad()
@@ -76,7 +76,7 @@ def sparse_candidates(boxes: Tensor, scores: Tensor, recipe: Recipe):
         # Flat: numpy's nonzero of two axes takes several times as long.
         passed = np.flatnonzero(image_scores > recipe.score_threshold)
         rows, labels = np.divmod(passed, image_scores.shape[1])
-        yield image_boxes[rows], image_scores.reshape(-1)[passed], labels
+        yield image_boxes[rows], image_scores[rows, labels], labels
 
 
 def dense_candidates(boxes: Tensor, scores: Tensor, recipe: Recipe):
