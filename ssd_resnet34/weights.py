@@ -55,6 +55,11 @@ def load_weights(
     state = source if isinstance(source, Mapping) else checkpoint.load(source)
     given = network_keys(state)
     own = model.state_dict()
+    if any(key.startswith("class_net.") and key not in own for key in given):
+        name = state.get("path", "the state dict")
+        raise UserError(
+            f"{name}: a detector of the TFRecord recipe, whose padding and heads differ"
+        )
     loaded, skipped, reinitialised = {}, [], []
     for key, value in given.items():
         if key not in own:

@@ -144,29 +144,32 @@ def crop_window(
     limits = rng.choice(recipe.crop_ious, tries)
     size = rng.uniform(*recipe.crop_scale, (2, tries * recipe.crop_windows))
     low = rng.uniform(0, 1 - size)
-    reach = _reach(shape).reshape(4, 1)
-    windows = np.rint(np.concatenate([low, low + size]) * reach) / reach  # (4, all of all tries)
+    reach = _reach(shape)[:2].reshape(2, 1)
+    low, high = np.rint(low * reach) / reach, np.rint((low + size) * reach) / reach
 
     # First what is quick to see: the shape, and that every box reaches into the window.
-    left, top, right, bottom = boxes_ltrb.T
-    x1, y1, x2, y2 = windows
+    box_low, box_high = boxes_ltrb.T.reshape(2, 2, 1, -1)  # (x and y, 1, boxes)
     narrowest, widest = recipe.crop_ratio
     fit = (size[0] > narrowest * size[1]) & (size[0] < widest * size[1])
-    fit &= (x1 < right.min()) & (y1 < bottom.min()) & (x2 > left.max()) & (y2 > top.max())
+    fit &= ((low < box_high.min(axis=2)) & (high > box_low.max(axis=2))).all(axis=0)
     fit = np.flatnonzero(fit)
-    x1, y1, x2, y2 = windows[:, fit, None]
-    center_x, center_y = (left + right) / 2, (top + bottom) / 2
-    inside = (x1 < center_x) & (center_x < x2) & (y1 < center_y) & (center_y < y2)
-    shared_x = np.minimum(right, x2) - np.maximum(left, x1)
-    overlap = shared_x * (np.minimum(bottom, y2) - np.maximum(top, y1))
-    areas = (right - left) * (bottom - top) + (x2 - x1) * (y2 - y1)
+    low, high = low[:, fit, None], high[:, fit, None]
+    center = (box_low + box_high) / 2
+    inside = ((low < center) & (center < high)).all(axis=0)
+    overlap = _area(np.maximum(low, box_low), np.minimum(high, box_high))
+    union = _area(low, high) + _area(box_low, box_high) - overlap
     attempt = fit // recipe.crop_windows
-    enough = overlap > limits[attempt, None] * (areas - overlap)  # IoU, without a division
+    enough = overlap > limits[attempt, None] * union  # IoU, without a division
     valid = inside.any(axis=1) & enough.all(axis=1)
     if not valid.any():
         return WHOLE
     last = np.flatnonzero(valid & (attempt == attempt[valid][0]))[-1]
-    return windows[:, fit[last]].astype(np.float32)
+    return np.concatenate([low[:, last, 0], high[:, last, 0]]).astype(np.float32)
+
+
+def _area(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    width, height = high - low
+    return width * height
 
 
 def crop_boxes(boxes_ltrb: np.ndarray, window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

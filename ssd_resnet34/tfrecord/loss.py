@@ -72,5 +72,4 @@ class DetectionLoss(nn.Module):
 @torch.no_grad()
 def decay_term(parameters: Iterable[Tensor], weight_decay: float) -> Tensor:
     """What weight decay adds to the printed loss; the optimiser has its gradient already."""
-    norms = torch._foreach_norm([parameter.float() for parameter in parameters])
-    return weight_decay / 2 * torch.stack(norms).square().sum()
+    return weight_decay / 2 * nn.utils.get_total_norm(parameters).square()

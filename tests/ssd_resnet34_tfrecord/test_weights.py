@@ -8,6 +8,7 @@ from numpy.testing import assert_array_equal
 from common.npu.errors import UserError
 from ssd_resnet34 import config as first_config
 from ssd_resnet34 import model as first_model
+from ssd_resnet34 import weights as first_weights
 from ssd_resnet34.tfrecord import weights
 from ssd_resnet34.tfrecord.bundle import Bundle
 from ssd_resnet34.tfrecord.model import build_model
@@ -137,5 +138,7 @@ def test_the_other_recipes_detector_and_other_classes_are_refused(recipe):
     other = first_model.build_model(first_config.RECIPES["1p"], 80)
     with pytest.raises(UserError, match="other recipe"):
         load_weights(model, other.state_dict())
+    with pytest.raises(UserError, match="TFRecord recipe"):
+        first_weights.load_weights(other, model.state_dict())
     with pytest.raises(UserError, match=r"another shape: class_net\.0\.weight"):
         load_weights(model, build_model(recipe, 20).state_dict())
