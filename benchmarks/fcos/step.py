@@ -14,6 +14,7 @@ import common  # noqa: F401 before torch
 
 # isort: split
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -36,12 +37,14 @@ AIM = "aim: 1.2 times torchvision's speed in fp32, on a CPU twice that in bf16, 
 
 
 def main() -> None:
-    args = arguments(__doc__.split("\n")[0], batch_size=1).parse_args()
+    parser = arguments(__doc__.split("\n")[0], batch_size=1)
+    parser.add_argument("--img_scale", default="800,1333", help="sides that images fit in, pixels")
+    args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, why = setup_device(args.device)
     print(why)
 
-    recipe = RECIPES["gn"]
+    recipe = replace(RECIPES["gn"], img_scale=(args.img_scale,))
     records = training_records(read_index(*find_coco(args.data, "train")))
     samples, lying = TrainingSet(records, recipe, seed=0), orientation(records).nonzero()[0]
     batch = samples.collate(
@@ -57,7 +60,7 @@ def main() -> None:
         for who, make in makers.items()
         for name, precision in precisions(device).items()
     }
-    print_steps(f"Training step, {AIM},", peers, args, device)
+    print_steps(f"Training step, {AIM}, images of {args.img_scale}", peers, args, device)
 
 
 def ours(recipe: Recipe, batch: Batch, precision: Precision):
