@@ -29,7 +29,7 @@ class Training(train.Training):
     def __init__(self, args, *parts, **named):
         super().__init__(args, *parts, **named)
         self.log_interval = max(1, min(args.log_interval, self.end // 2))
-        self.last: LossWindow | None = None  # the loss that the next line prints
+        self.printed: dict[int, LossWindow] = {}  # by iteration, the loss that its line prints
         self.clock: tuple[int, float] | None = None  # iteration and time of the last line
 
     def lengths(self) -> tuple[int, int]:
@@ -50,9 +50,9 @@ class Training(train.Training):
         losses = super().losses(batch)
         if self.log_due(self.iteration + 1):
             decay = decay_term(self.model.parameters(), self.recipe.weight_decay)
-            self.last = LossWindow(("loss",), self.device)
-            self.last.add(self.iteration, {"loss": losses["loss"] + decay}, batch.image_ids)
-            self.last.fetch()
+            window = LossWindow(("loss",), self.device)
+            window.add(self.iteration, {"loss": losses["loss"] + decay}, batch.image_ids)
+            self.printed[self.iteration + 1] = window.fetch()
         return losses
 
     def log_due(self, iteration: int) -> bool:
@@ -65,11 +65,12 @@ class Training(train.Training):
         if due is None:
             return
         iteration, now = due[0], time.perf_counter()
+        printed = self.printed.pop(iteration)
         announce(f"global_step...{iteration}")
         if self.clock is not None:
             begun, since = self.clock
             images = (iteration - begun) * self.recipe.batch_size * self.ranks.world_size
-            lr, loss = self.lr(iteration - 1), self.last.means()["loss"]
+            lr, loss = self.lr(iteration - 1), printed.means()["loss"]
             # As the port: six digits, and the shortest text of a float32.
             fps = f"FPS: {images / (now - since):g}"
             announce(f"{fps}, learning rate: {np.float32(lr)!s}, loss: {np.float32(loss)!s}")
