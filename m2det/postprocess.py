@@ -66,7 +66,7 @@ def detect(outputs: tuple[Tensor, Tensor], sizes: Tensor, recipe: Recipe) -> lis
         kept = kept[_place_in_group(group[kept]) < recipe.max_per_class]
         scores = scores[kept]
 
-    best = np.argsort(-scores, kind="stable")
+    best = np.lexsort((kept, -scores))  # ties in the order of classes and priors
     boxes, scores, (image, channel) = (
         boxes[kept[best]],
         scores[best],
@@ -152,10 +152,10 @@ def soft_nms(
         if few < len(columns):
             order = np.argpartition(-values, few, axis=1)
             left_out = values[rows, order[:, few:]].max(axis=1)
-            order = order[:, :few]
+            order = np.sort(order[:, :few], axis=1)  # of equal scores the first is taken
             member, values = member[rows, order], values[rows, order]
         chosen, new = _select(boxes_xyxy[member], values, iou_threshold, min_score, limit)
-        done = new[:, -1] >= left_out
+        done = (new[:, -1] > left_out) | (left_out == 0)
         taken = done[:, None] & (new > 0)
         positions.append(member[rows, chosen][taken])
         lowered.append(new[taken])

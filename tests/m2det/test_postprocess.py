@@ -43,13 +43,16 @@ def one_by_one(boxes, scores, iou_threshold, min_score, limit):
     sizes=st.lists(st.integers(1, 60), min_size=1, max_size=4),
     limit=st.integers(1, 12),
     spread=st.sampled_from([1.0, 10.0, 100.0]),
+    ties=st.booleans(),
 )
-def test_soft_nms_is_the_originals_one_by_one(seed, sizes, limit, spread):
+def test_soft_nms_is_the_originals_one_by_one(seed, sizes, limit, spread, ties):
     rng = np.random.default_rng(seed)
     count = sum(sizes)
     low = rng.uniform(0, spread, (count, 2))
     boxes = np.concatenate([low, low + rng.uniform(1, 30, (count, 2))], axis=1).astype(np.float32)
     scores = rng.uniform(0.1, 1, count).astype(np.float32)
+    if ties:
+        scores = scores.round(1)
     group = np.repeat(np.arange(len(sizes)) * 7, sizes)
     kept, lowered = soft_nms(boxes, scores, group, 0.3, 0.001, limit)
     for number, size in zip(np.arange(len(sizes)) * 7, sizes, strict=True):
@@ -57,9 +60,21 @@ def test_soft_nms_is_the_originals_one_by_one(seed, sizes, limit, spread):
         rows = slice(first, first + size)
         positions, expected = one_by_one(boxes[rows].tolist(), scores[rows], 0.3, 0.001, limit)
         own = np.flatnonzero(group[kept] == number)
-        own = own[np.argsort(-lowered[own], kind="stable")]
+        own = own[np.lexsort((kept[own], -lowered[own]))]
         assert_allclose(lowered[own], expected, rtol=2e-5)
         assert_array_equal(kept[own], np.array(positions) + first)
+
+
+@pytest.mark.parametrize("others", [0, 1, 300])
+def test_soft_nms_of_equal_scores_is_that_of_the_group_alone(others):
+    boxes = np.random.default_rng(0).uniform(0, 90, (400, 4)).astype(np.float32)
+    boxes[:, 2:] = boxes[:, :2] + 30
+    group = np.repeat([3, 5], [100, others])
+    rows = boxes[: len(group)]
+    kept, lowered = soft_nms(rows, np.ones_like(group, np.float32), group, 0.3, 0.001, 10)
+    positions, expected = one_by_one(boxes[:100].tolist(), np.ones(100), 0.3, 0.001, 10)
+    assert_array_equal(kept[kept < 100], positions)
+    assert_allclose(lowered[kept < 100], expected, rtol=2e-5)
 
 
 def test_soft_nms_tries_again_where_the_best_few_all_fall():
