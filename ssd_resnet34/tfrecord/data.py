@@ -143,7 +143,7 @@ def crop_window(
     tries = rng.geometric(recipe.whole_probability) - 1  # before the one that takes the whole
     limits = rng.choice(recipe.crop_ious, tries)
     size = rng.uniform(*recipe.crop_scale, (2, tries * recipe.crop_windows))
-    low = rng.uniform(0, 1 - size)
+    low = rng.random(size.shape) * (1 - size)
     reach = _reach(shape)[:2].reshape(2, 1)
     low, high = np.rint(low * reach) / reach, np.rint((low + size) * reach) / reach
 
