@@ -24,8 +24,7 @@ SMALL = {
         "--backbone=resnet14", "--channels=64", "--tower_convs=1", "--img_scale=64,107",
         "--eval_shapes=two", "--score_threshold=0.005",
     ),
-    # Many scores are exactly 1: of equals soft-NMS takes any, by what else is in the batch.
-    "m2det": ("--recipe=quickstart", "--augment", "--nms=hard"),
+    "m2det": ("--recipe=quickstart", "--augment"),
     "ssd_mmdet": ("--width=0.0625", "--repeat=1", "--score_threshold=0.01"),
     "ssd_resnet34": ("--backbone=resnet10", "--threshold=0"),
 }  # fmt: skip
