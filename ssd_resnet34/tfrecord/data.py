@@ -141,30 +141,32 @@ def crop_window(
     another, and each may be the whole image instead.
     """
     tries = rng.geometric(recipe.whole_probability) - 1  # before the one that takes the whole
-    limits = rng.choice(recipe.crop_ious, tries)
+    if not tries:
+        return WHOLE
+    limits = np.array(recipe.crop_ious)[rng.integers(len(recipe.crop_ious), size=tries)]
     size = rng.uniform(*recipe.crop_scale, (2, tries * recipe.crop_windows))
     low = rng.random(size.shape) * (1 - size)
     reach = _reach(shape)[:2].reshape(2, 1)
     low, high = np.rint(low * reach) / reach, np.rint((low + size) * reach) / reach
 
-    # First what is quick to see: the shape, and that every box reaches into the window.
-    box_low, box_high = boxes_ltrb.T.reshape(2, 2, 1, -1)  # (x and y, 1, boxes)
+    # What is quick to see first: the shape, then that every box reaches into the window.
+    box_low, box_high = boxes_ltrb.T.reshape(2, 2, -1, 1)  # (x and y, boxes, 1)
     narrowest, widest = recipe.crop_ratio
     fit = (size[0] > narrowest * size[1]) & (size[0] < widest * size[1])
-    fit &= ((low < box_high.min(axis=2)) & (high > box_low.max(axis=2))).all(axis=0)
-    fit = np.flatnonzero(fit)
-    low, high = low[:, fit, None], high[:, fit, None]
-    center = (box_low + box_high) / 2
-    inside = ((low < center) & (center < high)).all(axis=0)
+    x, y = (low < box_high.min(axis=1)) & (high > box_low.max(axis=1))
+    fit = np.flatnonzero(fit & x & y)
+    low, high, attempt = low[:, None, fit], high[:, None, fit], fit // recipe.crop_windows
     overlap = _area(np.maximum(low, box_low), np.minimum(high, box_high))
     union = _area(low, high) + _area(box_low, box_high) - overlap
-    attempt = fit // recipe.crop_windows
-    enough = overlap > limits[attempt, None] * union  # IoU, without a division
-    valid = inside.any(axis=1) & enough.all(axis=1)
-    if not valid.any():
+    fit = np.flatnonzero((overlap > limits[attempt] * union).all(axis=0))  # IoU, no division
+    low, high, attempt = low[..., fit], high[..., fit], attempt[fit]
+    center = (box_low + box_high) / 2
+    x, y = (low < center) & (center < high)
+    fit = (x & y).any(axis=0)
+    if not fit.any():
         return WHOLE
-    last = np.flatnonzero(valid & (attempt == attempt[valid][0]))[-1]
-    return np.concatenate([low[:, last, 0], high[:, last, 0]]).astype(np.float32)
+    last = np.flatnonzero(fit & (attempt == attempt[fit][0]))[-1]
+    return np.concatenate([low[:, 0, last], high[:, 0, last]]).astype(np.float32)
 
 
 def _area(low: np.ndarray, high: np.ndarray) -> np.ndarray:
