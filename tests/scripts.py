@@ -72,7 +72,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
 
 
-def run(script: str, *flags, ranks: int = 1, status: int | None = 0, timeout: int = 300):
+def run(script: str, *flags, ranks: int = 1, status: int | None = 0, timeout: int = 600):
     """Run to the end; the finished process with `stdout` and `stderr` as text."""
     done = subprocess.run(
         command(script, *flags, ranks=ranks),
@@ -102,7 +102,7 @@ def running(script: str, *flags, ranks: int = 1) -> Iterator[subprocess.Popen]:
             signal_all(process, signal.SIGKILL)
 
 
-def wait_for_step(output: Path, step: int, process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for_step(output: Path, step: int, process: subprocess.Popen, seconds: float = 240) -> None:
     """Until the run has logged `step` (1-based); fails when it ends before."""
     limit = time.monotonic() + seconds
     while time.monotonic() < limit:

@@ -111,7 +111,7 @@ def test_two_ranks():
     members = [context.Process(target=member, args=(rank, port, queue)) for rank in (0, 1)]
     for process in members:
         process.start()
-    seen = dict(queue.get(timeout=100) for _ in members)
+    seen = dict(queue.get(timeout=200) for _ in members)
     for process in members:
         process.join(30)
         assert process.exitcode == 0

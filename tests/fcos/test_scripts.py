@@ -177,7 +177,7 @@ def test_two_nodes_are_two_processes_of_one(two_hosts, data, tmp_path):
             stack.callback(process.kill)
             nodes.append(process)
         for process in nodes:
-            _, errors = process.communicate(timeout=200)
+            _, errors = process.communicate(timeout=400)
             assert process.returncode == 0, errors[-3000:]
     assert runs.summary(tmp_path / "0", "perf")[1]["RankSize"] == "2"
     assert not list(tmp_path.glob("1/iter_*.pt"))

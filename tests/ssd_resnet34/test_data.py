@@ -247,7 +247,7 @@ def test_a_truncated_file_ends_a_run_with_workers_at_once(tmp_path, tiny_train):
         path.write_bytes(path.read_bytes()[:-20_000])
     script = SCRIPT.format(annotations=tiny_train.annotation_file, images=str(folder))
     command = [sys.executable, "-c", script]
-    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=40)
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert made.returncode == 1
     assert made.stderr.startswith(f"error: {folder}{os.sep}")
     assert "cannot read the image (truncated, or not an image)" in made.stderr

@@ -32,7 +32,7 @@ def test_four_real_images_are_remembered(tmp_path):
     recipe += " --threshold=0.5"
     recipe += " --no-augment --num_workers=0 --no-save --device=cpu"
     script = [sys.executable, ROOT / "ssd_resnet34/train.py", f"--output_dir={tmp_path}/out"]
-    subprocess.run([*script, *files, *recipe.split()], check=True, timeout=600)
+    subprocess.run([*script, *files, *recipe.split()], check=True, timeout=800)
     (log,) = (tmp_path / "out").glob("*.log.json")
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     (val,) = [line for line in lines if line.get("mode") == "val"]

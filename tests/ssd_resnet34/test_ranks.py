@@ -115,7 +115,7 @@ def test_2_ranks_of_2_images_have_the_gradient_of_1_rank_with_4(tmp_path):
     members = [context.Process(target=member, args=(data, r, port, queue)) for r in (0, 1)]
     for process in members:
         process.start()
-    found = dict(queue.get(timeout=150) for _ in members)
+    found = dict(queue.get(timeout=300) for _ in members)
     for process in members:
         process.join(60)
         assert process.exitcode == 0
