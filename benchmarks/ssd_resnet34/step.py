@@ -10,7 +10,6 @@ of either fares, not which loss is better.
 import argparse
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -119,7 +118,8 @@ def step(recipe: Recipe, classes: int, batch: Batch, precision: Precision):
     """One step as train.py makes it: its own method, on the few attributes that it uses."""
     device = precision.device
     model, optimizer = network(recipe, classes, device)
-    training = SimpleNamespace(
+    training = Training.__new__(Training)
+    vars(training).update(
         recipe=recipe,
         device=device,
         precision=precision,
@@ -132,7 +132,7 @@ def step(recipe: Recipe, classes: int, batch: Batch, precision: Precision):
     )
 
     def run() -> None:
-        Training.step(training, batch)
+        training.step(batch)
         losses = training.window.fetch().means()
         training.window = LossWindow(LOSSES, device)
         assert np.isfinite(losses["loss"]), losses
