@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -45,7 +45,8 @@ def our_step(
     The loss terms are fetched after each step, as for a log line.
     """
     device = precision.device
-    training = SimpleNamespace(
+    training = train.Training.__new__(train.Training)
+    vars(training).update(
         recipe=recipe,
         device=device,
         precision=precision,
@@ -58,7 +59,7 @@ def our_step(
     )
 
     def run() -> None:
-        train.Training.step(training, batch)
+        training.step(batch)
         losses = training.window.fetch().means()
         training.window = LossWindow(train.LOSSES, device)
         assert np.isfinite(losses["loss"]), losses

@@ -25,7 +25,6 @@ class Recipe:
     sfam: bool = _option(False, "scale-wise feature aggregation: the paper's, off in its code")
     smooth: bool = True  # a 1x1 convolution on each pyramid map
     bn_momentum: float = _option(0.01, "a new batch's part in BN's statistics; short runs need 0.1")
-    frozen_bn: bool = _option(False, "BN keeps a checkpoint's statistics: for few images a process")
 
     # Priors: one size of each map, one of the geometric mean with the next, six shapes a cell
     prior_maps: tuple[int, ...] = (64, 32, 16, 8, 4, 2)

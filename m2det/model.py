@@ -45,7 +45,7 @@ class Leach(BasicConv):
         self.bn.momentum = 1 - (1 - momentum) ** self.uses
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bn.training:
+        if self.training:
             self.bn.num_batches_tracked.add_(self.uses - 1)
         return super().forward(x)
 
@@ -114,7 +114,6 @@ class M2Det(nn.Module):
         planes, levels, scales = recipe.planes, recipe.num_levels, len(recipe.prior_maps)
         self.channels = 1 + num_classes
         self.levels = levels
-        self.frozen_bn = recipe.frozen_bn
         for level in range(1, levels + 1):
             inputs = planes // 2 if level == 1 else planes // 2 + planes
             self.add_module(f"unet{level}", TUM(inputs, planes, scales, recipe.smooth))
@@ -131,13 +130,6 @@ class M2Det(nn.Module):
         for module in self.modules():
             if isinstance(module, BasicConv):
                 module.set_momentum(recipe.bn_momentum)
-
-    def train(self, mode: bool = True) -> "M2Det":
-        super().train(mode)
-        for module in self.modules():
-            if self.frozen_bn and isinstance(module, nn.BatchNorm2d):
-                module.eval()
-        return self
 
     @staticmethod
     def _heads(inputs: int, outputs: int, scales: int) -> nn.ModuleList:

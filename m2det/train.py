@@ -171,10 +171,8 @@ class Training:
         self.pending = None  # what a log line needs, on its way from the device
         self.logged_losses: list[float] = []
 
-        if recipe.batch_size == 1 and recipe.prior_maps[-1] == 1 and not recipe.frozen_bn:
-            raise UserError(
-                "--batch_size=1: BN on the 1 x 1 map needs 2 images a process, or --frozen_bn"
-            )
+        if recipe.batch_size == 1 and recipe.prior_maps[-1] == 1:
+            raise UserError("--batch_size=1: BN on the 1 x 1 map needs at least 2 images a process")
         self.model = build_model(recipe, len(self.classes))
         for state in weights:
             log.info(f"{state['path']}: {load_weights(self.model, state)}")

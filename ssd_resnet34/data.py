@@ -239,9 +239,7 @@ def build_loader(
     """The loader of this rank: training Batches of iterations `start` to `end` (default: of the
     whole run), or every evaluation image of the rank once."""
     ranks = ranks or Ranks()
-    options = {"num_workers": workers, "pin_memory": pin_memory, "worker_init_fn": quiet_worker}
-    if workers:
-        options["prefetch_factor"] = 4
+    options = worker_options(workers, pin_memory)
     if not training:
         mine = records.subset(np.arange(ranks.rank, len(records), ranks.world_size))
         return DataLoader(EvaluationSet(mine, recipe), recipe.eval_batch_size, **options)
@@ -249,6 +247,13 @@ def build_loader(
     end = recipe.epochs * per_epoch if end is None else end
     order = TrainingOrder(len(records), recipe.batch_size, ranks, seed, start, end)
     return DataLoader(TrainingSet(records, recipe, seed), batch_sampler=order, **options)
+
+
+def worker_options(workers: int, pin_memory: bool) -> dict:
+    """What a DataLoader is told of its workers."""
+    ahead = 4 if workers else None
+    options = {"num_workers": workers, "prefetch_factor": ahead, "pin_memory": pin_memory}
+    return {**options, "worker_init_fn": quiet_worker}
 
 
 def quiet_worker(worker: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ssd_resnet34.anchors import priors_per_cell
-from ssd_resnet34.backbone import make_backbone
+from ssd_resnet34.backbone import STAGES, make_backbone
 from ssd_resnet34.config import Recipe
 
 # (middle, outputs, stride and padding of the 3x3) of the five extra blocks.
@@ -19,9 +19,8 @@ EXTRAS = (
     (128, 256, {}),
     (128, 256, {}),
 )
-# The ResNet-18 of NVIDIA's SSD example ends narrower; behind half a trunk half a width will do.
+# The ResNet-18 of NVIDIA's SSD example ends narrower.
 LAST_OUTPUTS = {"resnet18": 128}
-WIDTH = {"resnet10": 0.5}
 
 
 class SSD(nn.Module):
@@ -35,11 +34,11 @@ class SSD(nn.Module):
         self.channels = 1 + num_classes
         self.model, inputs = make_backbone(recipe.backbone)
         sources, blocks = [inputs], []
-        width = WIDTH.get(recipe.backbone, 1)
+        *_, width = STAGES[recipe.backbone]  # 64; behind a trunk of half of it half will do
         for position, (middle, outputs, conv) in enumerate(EXTRAS):
             if position == len(EXTRAS) - 1:
                 outputs = LAST_OUTPUTS.get(recipe.backbone, outputs)
-            middle, outputs = int(middle * width), int(outputs * width)
+            middle, outputs = middle * width // 64, outputs * width // 64
             blocks.append(
                 nn.Sequential(
                     nn.Conv2d(sources[-1], middle, 1),

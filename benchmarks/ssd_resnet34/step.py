@@ -7,12 +7,10 @@ and flip. torchvision's nearest detector is ssd300_vgg16: another trunk, so its 
 of either fares, not which loss is better.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: F401 before torch
 
 # isort: split
@@ -21,31 +19,30 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-import torchvision
 from torch.utils.data import default_collate
+from torchvision.models.detection import ssd300_vgg16
 
+from benchmarks.steps import (
+    LR,
+    arguments,
+    our_step,
+    placed,
+    precisions,
+    synchronize,
+    torchvision_step,
+)
 from benchmarks.timing import print_table, race, ratio
 from common.coco.index import find_coco, read_index
-from common.fps.window import LossWindow
-from common.npu.device import DEVICES, memory_format, setup_device
+from common.npu.device import setup_device
 from common.npu.precision import Precision, build_sgd
+from ssd_resnet34 import train
 from ssd_resnet34.config import RECIPES, Recipe
 from ssd_resnet34.data import Batch, TrainingSet, normalise, training_records
-from ssd_resnet34.loss import DetectionLoss
 from ssd_resnet34.model import build_model
-from ssd_resnet34.train import LOSSES, Training
-
-LR = 1e-4  # small: random weights must not diverge while they are timed
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", default=str(ROOT / "tests/data/tiny_coco"))
-    parser.add_argument("--device", default="cpu", choices=DEVICES)
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+    args = arguments(__doc__.split("\n")[0], batch_size=4).parse_args()
     torch.set_num_threads(args.threads)
     device, why = setup_device(args.device)
     print(why)
@@ -55,15 +52,14 @@ def main() -> None:
     samples = TrainingSet(records, recipe, seed=0)
     batch = default_collate([samples[0, k, k % len(samples)] for k in range(args.batch_size)])
     rows = []
-    for name, level in (("fp32", "O0"), ("bf16", "O1")):
-        precision = Precision(device, level, dtype="auto" if level == "O0" else "bf16")
+    for name, precision in precisions(device).items():
         peers = {
             "network alone": network_alone(recipe, batch, precision),
-            "training step, augmentation off": step(
-                replace(recipe, augment=False), len(records.class_names), batch, precision
+            "training step, augmentation off": ours(
+                replace(recipe, augment=False), batch, precision
             ),
-            "training step": step(recipe, len(records.class_names), batch, precision),
-            "torchvision ssd300_vgg16": torchvision_step(recipe, batch, precision),
+            "training step": ours(recipe, batch, precision),
+            "torchvision ssd300_vgg16": torchvisions(recipe, batch, precision),
         }
         times = race(peers, args.rounds, warmup=2)
         alone = times["network alone"]
@@ -78,16 +74,10 @@ def main() -> None:
     print_table(f"{title}, aim: at most 1.10 of the network alone", header, rows)
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for everything issued to the device."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-
-
-def network(recipe: Recipe, classes: int, device: torch.device):
+def network(recipe: Recipe, device: torch.device):
     """The network and its optimizer, ready to train."""
     torch.manual_seed(0)
-    model = build_model(recipe, classes).to(device, memory_format=memory_format(device)).train()
+    model = placed(build_model(recipe, 80), device)
     return model, sgd(model, recipe, device)
 
 
@@ -98,7 +88,7 @@ def sgd(model: torch.nn.Module, recipe: Recipe, device: torch.device) -> torch.o
 
 def network_alone(recipe: Recipe, batch: Batch, precision: Precision):
     device = precision.device
-    model, optimizer = network(recipe, 80, device)
+    model, optimizer = network(recipe, device)
     images = normalise(batch.images.to(device), recipe)
 
     def run() -> None:
@@ -114,40 +104,14 @@ def network_alone(recipe: Recipe, batch: Batch, precision: Precision):
     return run
 
 
-def step(recipe: Recipe, classes: int, batch: Batch, precision: Precision):
-    """One step as train.py makes it: its own method, on the few attributes that it uses."""
-    device = precision.device
-    model, optimizer = network(recipe, classes, device)
-    training = Training.__new__(Training)
-    vars(training).update(
-        recipe=recipe,
-        device=device,
-        precision=precision,
-        network=model,
-        optimizer=optimizer,
-        criterion=DetectionLoss(recipe, classes).to(device),
-        window=LossWindow(LOSSES, device),
-        iteration=0,
-        lr=lambda iteration: LR,
-    )
-
-    def run() -> None:
-        training.step(batch)
-        losses = training.window.fetch().means()
-        training.window = LossWindow(LOSSES, device)
-        assert np.isfinite(losses["loss"]), losses
-        synchronize(device)
-
-    return run
+def ours(recipe: Recipe, batch: Batch, precision: Precision):
+    return our_step(train, recipe, *network(recipe, precision.device), batch, precision)
 
 
-def torchvision_step(recipe: Recipe, batch: Batch, precision: Precision):
+def torchvisions(recipe: Recipe, batch: Batch, precision: Precision):
     device = precision.device
     torch.manual_seed(0)
-    model = torchvision.models.detection.ssd300_vgg16(
-        weights=None, weights_backbone=None, num_classes=81
-    )
-    model = model.to(device, memory_format=memory_format(device)).train()
+    model = placed(ssd300_vgg16(weights=None, weights_backbone=None, num_classes=81), device)
     optimizer = sgd(model, recipe, device)
     images = list(batch.images.permute(0, 3, 1, 2).float().div(255).to(device))
     targets = [
@@ -157,16 +121,7 @@ def torchvision_step(recipe: Recipe, batch: Batch, precision: Precision):
         }
         for boxes, labels, valid in zip(batch.boxes, batch.labels, batch.valid, strict=True)
     ]
-
-    def run() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with precision.autocast():
-            losses = model(images, targets)
-        sum(losses.values()).backward()
-        optimizer.step()
-        synchronize(device)
-
-    return run
+    return torchvision_step(model, optimizer, images, targets, precision)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from common.coco.images import BROKEN
 from common.npu.distributed import Ranks
 from common.npu.errors import UserError
-from ssd_resnet34.data import epoch_order, normalise, quiet_worker
+from ssd_resnet34.data import epoch_order, normalise, worker_options
 from ssd_resnet34.tfrecord.config import Recipe
 from ssd_resnet34.tfrecord.index import RecordIndex
 
@@ -296,9 +296,7 @@ def build_loader(
     """The loader of this rank: training Batches of iterations `start` to `end` (default: of the
     whole run), or every evaluation image of the rank once."""
     ranks = ranks or Ranks()
-    options = {"num_workers": workers, "pin_memory": pin_memory, "worker_init_fn": quiet_worker}
-    if workers:
-        options["prefetch_factor"] = 4
+    options = worker_options(workers, pin_memory)
     if not training:
         mine = records.subset(np.arange(ranks.rank, len(records), ranks.world_size))
         return DataLoader(EvaluationSet(mine, recipe), recipe.eval_batch_size, **options)
