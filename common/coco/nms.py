@@ -1,6 +1,7 @@
 """Class-wise greedy non-maximum suppression on the host: fp32, exact, no shifted coordinates."""
 
 import functools
+import itertools
 import sys
 
 import numpy as np
@@ -55,13 +56,12 @@ def _torchvision():
         return None
 
     def torchvision_nms(boxes: np.ndarray, bounds: np.ndarray, iou_threshold: float) -> np.ndarray:
-        falling = torch.arange(0.0, -len(boxes), -1.0)  # stands for the sorted scores
-        survives, sizes = np.zeros(len(boxes), bool), np.diff(bounds).tolist()
-        parts = zip(
-            bounds[:-1], torch.from_numpy(boxes).split(sizes), falling.split(sizes), strict=True
-        )
-        for first, part, scores in parts:
-            survives[first + torch.ops.torchvision.nms(part, scores, iou_threshold).numpy()] = True
+        boxes, falling = torch.from_numpy(boxes), torch.arange(0.0, -len(boxes), -1.0)
+        survives = np.zeros(len(boxes), bool)
+        for first, end in itertools.pairwise(bounds.tolist()):
+            best_first = boxes[first:end], falling[first:end]  # for the sorted scores
+            kept = torch.ops.torchvision.nms(*best_first, iou_threshold)
+            survives[first + kept.numpy()] = True
         return survives
 
     return torchvision_nms

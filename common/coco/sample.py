@@ -1,6 +1,6 @@
 """The built-in sample: a small COCO-format data set of drawn shapes, for runs without a download.
 
-    python3 -m common.coco.sample DIR [--train N] [--val N] [--seed S]
+    python3 -m common.coco.sample DIR [--train N] [--val N]
 
 Four classes that differ in geometry only, on textured backgrounds, with occlusion, cut-off and
 tiny shapes, crowd regions and images without objects. Every image has a random stream of its own,
@@ -34,9 +34,7 @@ def write_sample(folder: str | Path, train: int = 240, val: int = 60, seed: int 
     """
     folder = Path(folder).resolve()
     if min(train, val) < 1 or max(train, val) >= FIRST_ID["val"] or seed < 0:
-        raise UserError(
-            f"sample of {train} + {val} images, seed {seed}: counts from 1, seed from 0"
-        )
+        raise UserError(f"sample of {train} + {val} images, seed {seed}: give numbers from 1 on")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty; remove it or name another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -61,16 +59,10 @@ def _write_split(root: Path, split: str, count: int, seed: int) -> None:
         images.append({"id": image_id, "file_name": name, "width": width, "height": height})
         for number, (kind, pixels) in enumerate(shown):
             left, top, right, bottom = Image.fromarray(pixels).getbbox()
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": CATEGORIES[kind],
-                    "bbox": [left, top, right - left, bottom - top],
-                    "area": int(pixels.sum()),
-                    "iscrowd": int(crowd and number == 0),
-                }
-            )
+            object_ = {"id": len(annotations) + 1, "image_id": image_id}
+            object_ |= {"category_id": CATEGORIES[kind], "area": int(pixels.sum())}
+            object_ |= {"bbox": [left, top, right - left, bottom - top]}
+            annotations.append(object_ | {"iscrowd": int(crowd and number == 0)})
     categories = [{"id": ident, "name": name} for name, ident in CATEGORIES.items()]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (root / f"annotations/instances_{split}2017.json").write_text(json.dumps(content))
@@ -142,7 +134,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", metavar="DIR", help="new or empty folder for the set")
     parser.add_argument("--train", type=int, default=240, help="training images (%(default)s)")
     parser.add_argument("--val", type=int, default=60, help="validation images (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another set (0)")
     options = parser.parse_args(arguments)
     try:
         write_sample(**vars(options))

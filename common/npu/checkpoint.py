@@ -39,8 +39,7 @@ class Placeholder:
     def __init__(self, *args):
         """Whatever the pickle gives."""
 
-    def __setstate__(self, state):
-        """The same."""
+    __setstate__ = __init__
 
     def __setitem__(self, key, value):
         type(self).plain = OrderedDict
@@ -52,9 +51,7 @@ class Placeholder:
 
 
 class _DryRun(pickle.Unpickler):
-    """Unpickles without looking up a name: each becomes a Placeholder class of that name."""
-
-    found: dict[tuple[str, str], type]
+    """Unpickles without looking up a name: each becomes a Placeholder class in `found`."""
 
     def find_class(self, module: str, name: str) -> type:
         full = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
@@ -148,13 +145,12 @@ def tidy(folder: Path, last: int, keep: int) -> None:
 
 def make_room(folder: Path) -> str | None:
     """Make an empty folder; one that a former run filled is renamed, and a line says so."""
-    line = None
+    aside = None
     try:
         if folder.is_dir() and any(folder.iterdir()):
             stamp = datetime.fromtimestamp(folder.stat().st_mtime)
             aside = folder.rename(f"{folder}_{stamp:%Y%m%d_%H%M%S_%f}")
-            line = f"the former run in {folder} is now {aside}"
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output_dir {folder} cannot be made: {error}") from None
-    return line
+    return aside and f"the former run in {folder} is now {aside}"

@@ -143,7 +143,7 @@ def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_command_line(tmp_path, capsys):
-    sample.main([str(tmp_path / "set"), "--train", "2", "--val", "1", "--seed", "5"])
+    sample.main([str(tmp_path / "set"), "--train", "2", "--val", "1"])
     content = json.loads((tmp_path / "set/annotations/instances_train2017.json").read_text())
     assert len(content["images"]) == 2
     with pytest.raises(SystemExit, match=r"^error: .*set exists and is not empty"):
