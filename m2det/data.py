@@ -146,15 +146,24 @@ def crop_window(boxes_xyxy: np.ndarray, size: tuple[int, int], recipe: Recipe, r
     x1, y1, x2, y2 = boxes_xyxy.T
     center_x, center_y, areas = (x1 + x2) / 2, (y1 + y2) / 2, (x2 - x1) * (y2 - y1)
     trials = recipe.crop_trials
+    # A box shares at most its own area with a window, and no window has fewer pixels than this.
+    fewest = max(recipe.crop_scale[0] ** 2 * width * height - width - height, 1)
+    reachable = areas.min() / fewest
     while True:
         limit = recipe.crop_ious[rng.integers(len(recipe.crop_ious))]
         if limit is None:
             return 0, 0, width, height
+        if limit > reachable:
+            continue
         scale = rng.uniform(*recipe.crop_scale, (trials, 1))
-        least, most = recipe.crop_ratio
-        ratio = np.sqrt(rng.uniform(np.maximum(least, scale**2), np.minimum(most, 1 / scale**2)))
-        w, h = (scale * ratio * width).astype(np.int64), (scale / ratio * height).astype(np.int64)
-        left, top = rng.integers(np.maximum(width - w, 1)), rng.integers(np.maximum(height - h, 1))
+        # Uniform by hand, and whole numbers by floor: numpy is slow where the limits are arrays.
+        drawn, along_x, along_y = rng.random((3, trials, 1))
+        least = np.maximum(recipe.crop_ratio[0], scale * scale)
+        most = np.minimum(recipe.crop_ratio[1], 1 / (scale * scale))
+        ratio = np.sqrt(least + (most - least) * drawn)
+        w, h = np.floor(scale * ratio * width), np.floor(scale / ratio * height)
+        left = np.floor(along_x * np.maximum(width - w, 1))
+        top = np.floor(along_y * np.maximum(height - h, 1))
         right, bottom = left + w, top + h
         inside = (left < center_x) & (center_x < right) & (top < center_y) & (center_y < bottom)
         shared_x = np.minimum(x2, right) - np.maximum(x1, left)
@@ -205,14 +214,14 @@ def move_boxes(
 
     Those whose centre lies outside the window are dropped, the others clipped to it.
     """
-    window, canvas = np.array(geometry.window), geometry.canvas
-    center = (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2
-    inside = ((window[:2] < center) & (center < window[2:])).all(axis=1)
-    boxes = np.clip(boxes_xyxy[inside], np.tile(window[:2], 2), np.tile(window[2:], 2))
-    boxes = boxes + np.tile(geometry.place - window[:2], 2)
+    low, high = np.array(geometry.window).reshape(2, 2)
+    corners = boxes_xyxy.reshape(-1, 2, 2)
+    center = (corners[:, 0] + corners[:, 1]) / 2
+    inside = ((low < center) & (center < high)).all(axis=1)
+    corners = corners[inside].clip(low, high) + (geometry.place - low)
     if geometry.mirror:
-        boxes[:, [0, 2]] = canvas[0] - boxes[:, [2, 0]]
-    return boxes / np.tile(canvas, 2), labels[inside]
+        corners[..., 0] = geometry.canvas[0] - corners[:, ::-1, 0]
+    return (corners / geometry.canvas).reshape(-1, 4), labels[inside]
 
 
 def draw_colour(recipe: Recipe, rng) -> np.ndarray:
@@ -226,27 +235,36 @@ def draw_colour(recipe: Recipe, rng) -> np.ndarray:
     return np.where(rng.integers(2, size=4), drawn, (0, 1, 0, 1))
 
 
+def _original_boxes(records: CocoIndex) -> tuple[np.ndarray, np.ndarray]:
+    """All boxes (N, 4) float64 xyxy in pixels, crowds too, and which (N,) the original keeps.
+
+    The last pixel counts as inside: a box is a pixel smaller than its width in the file.
+    """
+    xywh = records.table["box_xywh"]
+    last = np.repeat(records.sizes[:, ::-1] - 1, np.diff(records.offsets), axis=0)
+    low = np.maximum(xywh[:, :2], 0)
+    high = np.minimum(low + np.maximum(xywh[:, 2:] - 1, 0), last)
+    real = (low <= high).all(axis=1) & ~(records.table["area"] <= 0)
+    return np.concatenate([low, high], axis=1), real
+
+
 class TrainingSet(Dataset):
     """`dataset[epoch, position, record]` is a sample, the fields of a Batch without N."""
 
     def __init__(self, records: CocoIndex, recipe: Recipe, seed: int):
         self.records, self.recipe, self.seed = records, recipe, seed
         self.slots = records.max_boxes()
+        boxes, real = _original_boxes(records)
+        self.boxes, self.labels = boxes[real], records.table["label"][real]
+        self.offsets = np.concatenate([[0], real.cumsum()])[records.offsets]
 
     def __len__(self) -> int:
         return len(self.records)
 
     def truth(self, record: int) -> tuple[np.ndarray, np.ndarray]:
-        """Boxes (n, 4) float64 xyxy in pixels, labels (n,), crowds too, as the original has them.
-
-        The last pixel counts as inside: a box is a pixel smaller than its width in the file.
-        """
-        truth = self.records.annotations(record)
-        xywh, last = truth["box_xywh"], self.records.sizes[record, ::-1] - 1
-        low = np.maximum(xywh[:, :2], 0)
-        high = np.minimum(low + np.maximum(xywh[:, 2:] - 1, 0), last)
-        real = (low <= high).all(axis=1) & ~(truth["area"] <= 0)
-        return np.concatenate([low, high], axis=1)[real], truth["label"][real]
+        """Boxes (n, 4) float64 xyxy in pixels and labels (n,) as the original has them."""
+        rows = slice(*self.offsets[record : record + 2])
+        return self.boxes[rows], self.labels[rows]
 
     def __getitem__(self, key: tuple[int, int, int]) -> Batch:
         epoch, position, record = key
@@ -273,17 +291,10 @@ class TrainingSet(Dataset):
     def sample(self, record, image, boxes, labels, geometry, colour, coloured) -> Batch:
         left, top, right, bottom = geometry.window
         size = self.recipe.image_size
-        cut = np.ascontiguousarray(image[top:bottom, left:right])
         fill = self.recipe.mean[::-1]
-        made = render(
-            cut,
-            geometry.place,
-            geometry.canvas,
-            size,
-            geometry.interpolation,
-            geometry.mirror,
-            fill,
-        )
+        cut = image[top:bottom, left:right]
+        _, canvas, place, mirror, interpolation = geometry
+        made = render(cut, place, canvas, size, interpolation, mirror, fill)
         whole = np.array([[left, top, right, bottom]])
         picture, _ = move_boxes(whole, np.zeros(1), geometry)
         padded_boxes = np.zeros((self.slots, 4), np.float32)
