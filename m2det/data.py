@@ -145,7 +145,6 @@ def crop_window(boxes_xyxy: np.ndarray, size: tuple[int, int], recipe: Recipe, r
     width, height = size
     x1, y1, x2, y2 = boxes_xyxy.T
     center_x, center_y, areas = (x1 + x2) / 2, (y1 + y2) / 2, (x2 - x1) * (y2 - y1)
-    trials = recipe.crop_trials
     # A box shares at most its own area with a window, and no window has fewer pixels than this.
     fewest = max(recipe.crop_scale[0] ** 2 * width * height - width - height, 1)
     reachable = areas.min() / fewest
@@ -155,9 +154,9 @@ def crop_window(boxes_xyxy: np.ndarray, size: tuple[int, int], recipe: Recipe, r
             return 0, 0, width, height
         if limit > reachable:
             continue
-        scale = rng.uniform(*recipe.crop_scale, (trials, 1))
+        scale = rng.uniform(*recipe.crop_scale, (recipe.crop_trials, 1))
         # Uniform by hand, and whole numbers by floor: numpy is slow where the limits are arrays.
-        drawn, along_x, along_y = rng.random((3, trials, 1))
+        drawn, along_x, along_y = rng.random((3, *scale.shape))
         least = np.maximum(recipe.crop_ratio[0], scale * scale)
         most = np.minimum(recipe.crop_ratio[1], 1 / (scale * scale))
         ratio = np.sqrt(least + (most - least) * drawn)
@@ -289,14 +288,11 @@ class TrainingSet(Dataset):
         return self.sample(record, image, boxes, labels, geometry, colour, coloured)
 
     def sample(self, record, image, boxes, labels, geometry, colour, coloured) -> Batch:
-        left, top, right, bottom = geometry.window
-        size = self.recipe.image_size
-        fill = self.recipe.mean[::-1]
+        (left, top, right, bottom), canvas, place, mirror, interpolation = geometry
+        size, fill = self.recipe.image_size, self.recipe.mean[::-1]
         cut = image[top:bottom, left:right]
-        _, canvas, place, mirror, interpolation = geometry
         made = render(cut, place, canvas, size, interpolation, mirror, fill)
-        whole = np.array([[left, top, right, bottom]])
-        picture, _ = move_boxes(whole, np.zeros(1), geometry)
+        picture, _ = move_boxes(np.array([geometry.window]), np.zeros(1), geometry)
         padded_boxes = np.zeros((self.slots, 4), np.float32)
         padded_labels = np.zeros(self.slots, np.int64)
         padded_boxes[: len(boxes)] = boxes

@@ -74,6 +74,9 @@ def render(
     left = canvas[0] - width - place[0] if mirror else place[0]
     columns, column_weights, seen_x = _seen(width, left, *taps(canvas[0], size, method))
     rows, row_weights, seen_y = _seen(height, place[1], *taps(canvas[1], size, method))
+    made = _plain(size, fill).copy()
+    if not (len(columns) and len(rows)):
+        return torch.from_numpy(made)
     if mirror:
         columns = width + 1 - columns
     channels = (3 * columns[:, None] + np.arange(3)[:, None]).reshape(-1, columns.shape[1])
@@ -85,7 +88,6 @@ def render(
     pixels = _weigh(_transpose(pixels), channels, column_weights.repeat(3, axis=0))
     if method != "nearest":
         pixels.add_(0.5).clamp_(0, 255)
-    made = _plain(size, fill).copy()
     made[seen_x, :, seen_y] = pixels.numpy().reshape(len(columns), 3, len(rows))
     return torch.from_numpy(made)
 

@@ -50,6 +50,11 @@ def main() -> None:
         number = next(epoch)
         return [ours[number, k, k] for k in images]
 
+    def batches() -> None:
+        number, size = next(epoch), recipe.batch_size
+        for start in range(0, len(records), size):
+            default_collate([ours[number, k, k] for k in images[start : start + size]])
+
     def with_device() -> None:
         augment(default_collate(samples()), recipe)
 
@@ -63,7 +68,7 @@ def main() -> None:
 
     peers = {
         "ours: a sample": samples,
-        "ours: a sample, collated into its batch": lambda: default_collate(samples()),
+        f"ours: a sample, collated into batches of {recipe.batch_size}": batches,
         "part of ours: read and decode": decode,
         "ours and the device's part (colour, normalise)": with_device,
         "original, re-implemented: all of it in the worker": original,

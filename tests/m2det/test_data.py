@@ -327,7 +327,7 @@ def test_a_crop_keeps_its_word(seed, limit):
     width, height = right - left, bottom - top
     assert 0 <= left < right <= 320
     assert 0 <= top < bottom <= 240
-    assert 0.08 < width * height / (320 * 240) <= 1
+    assert 0.3**2 * 320 * 240 - 320 - 240 <= width * height <= 320 * 240
     for x1, y1, x2, y2 in boxes:
         shared = max(min(x2, right) - max(x1, left), 0) * max(min(y2, bottom) - max(y1, top), 0)
         assert shared / ((x2 - x1) * (y2 - y1) + width * height - shared) >= limit
