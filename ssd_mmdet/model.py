@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from common.npu.errors import UserError
 from ssd_mmdet.anchors import anchors_per_cell
 from ssd_mmdet.config import Recipe
+from ssd_mmdet.winograd import Conv2d
 
 # Outputs of VGG16's 3x3 convolutions; "M" a 2x2 max pool that keeps the odd row and column.
 VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512)
@@ -62,7 +63,7 @@ class Backbone(nn.Module):
                 layers.append(nn.MaxPool2d(2, 2, ceil_mode=True))
                 continue
             outputs = scaled(step)
-            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(inplace=True)]
+            layers += [Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(inplace=True)]
             inputs = outputs
         wide = scaled(1024)
         layers += [
@@ -114,7 +115,7 @@ class Head(nn.Module):
         shapes = anchors_per_cell(recipe)
         self.reg_convs, self.cls_convs = (
             nn.ModuleList(
-                nn.Conv2d(inputs, count * outputs, 3, padding=1)
+                Conv2d(inputs, count * outputs, 3, padding=1)
                 for inputs, count in zip(levels, shapes, strict=True)
             )
             for outputs in (4, channels)

@@ -3,7 +3,8 @@
 
 Both have VGG16, six feature maps, 8732 anchors and hard negatives. Ours is the step of train.py,
 colour and flip on the device included; torchvision's begins with float images of the right size,
-once as it comes and once in our memory layout.
+once as it comes and once in our memory layout. The multiplications that ours saves in fp32 on a
+CPU (ssd_mmdet/winograd.py) are not in its GFLOP.
 """
 
 import sys
