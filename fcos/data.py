@@ -178,31 +178,40 @@ def read_sized(records: CocoIndex, record: int) -> np.ndarray:
     return image
 
 
+def ground_truth(records: CocoIndex) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All images' boxes (B, 4) float32 xyxy in pixels of the originals, labels (B,), and offsets
+    (I + 1,): image i has the rows offsets[i]:offsets[i + 1].
+
+    Crowds, annotations to ignore, and boxes of less than a pixel a side or of no area inside
+    the image are left out.
+    """
+    rows = records.table
+    x, y, w, h = rows.box_xywh.T
+    height, width = np.repeat(records.sizes, np.diff(records.offsets), axis=0).T
+    shared_x = np.minimum(x + w, width) - np.maximum(x, 0)
+    shared_y = np.minimum(y + h, height) - np.maximum(y, 0)
+    real = (shared_x > 0) & (shared_y > 0) & (w >= 1) & (h >= 1)
+    real &= ~(rows.crowd | rows.ignore | (rows.area <= 0))
+    boxes = np.stack([x, y, x + w, y + h], axis=1).astype(np.float32)
+    offsets = np.append(0, np.cumsum(real))[records.offsets]
+    return boxes[real], rows.label[real], offsets
+
+
 class TrainingSet(Dataset):
     """`dataset[epoch, position, record]` is a Sample, `collate` makes a Batch of several."""
 
     def __init__(self, records: CocoIndex, recipe: Recipe, seed: int):
         self.records, self.recipe, self.seed = records, recipe, seed
         self.slots = records.max_boxes()
+        self.boxes, self.labels, self.offsets = ground_truth(records)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def truth(self, record: int) -> tuple[np.ndarray, np.ndarray]:
-        """Boxes (n, 4) float32 xyxy in pixels of the original, labels (n,).
-
-        Crowds, annotations to ignore, and boxes of less than a pixel a side or of no area inside
-        the image are left out.
-        """
-        rows = self.records.annotations(record)
-        x, y, w, h = rows.box_xywh.T
-        height, width = self.records.sizes[record]
-        shared_x = np.minimum(x + w, width) - np.maximum(x, 0)
-        shared_y = np.minimum(y + h, height) - np.maximum(y, 0)
-        real = (shared_x > 0) & (shared_y > 0) & (w >= 1) & (h >= 1)
-        real &= ~(rows.crowd | rows.ignore | (rows.area <= 0))
-        boxes = np.stack([x, y, x + w, y + h], axis=1).astype(np.float32)
-        return boxes[real], rows.label[real]
+        """Boxes (n, 4) float32 xyxy in pixels of the original, labels (n,) of an image."""
+        rows = slice(self.offsets[record], self.offsets[record + 1])
+        return self.boxes[rows], self.labels[rows]
 
     def __getitem__(self, key: tuple[int, int, int]) -> Sample:
         epoch, position, record = key
@@ -217,31 +226,25 @@ class TrainingSet(Dataset):
         size = resized_size(*image.shape[:2], scale)
         boxes = scale_boxes(boxes, image.shape[:2], size)
         if flip:
-            boxes = np.stack(
-                [size[1] - boxes[:, 2], boxes[:, 1], size[1] - boxes[:, 0], boxes[:, 3]], axis=1
-            )
+            boxes[:, [0, 2]] = size[1] - boxes[:, [2, 0]]
         return Sample(image, size, flip, boxes, labels, self.records.image_ids[record])
 
     def collate(self, samples: list[Sample]) -> Batch:
         """Samples of one orientation on a common canvas."""
         sizes = [sample.size for sample in samples]
         canvas = canvas_size(sizes, self.recipe.shapes, self.recipe.scales)
-        count = len(samples)
-        batch = Batch(
-            _uint8((count, *canvas, 3)),
-            torch.tensor(sizes),
-            torch.zeros((count, self.slots, 4)),
-            torch.zeros((count, self.slots), dtype=torch.int64),
-            torch.zeros((count, self.slots), dtype=torch.bool),
-            torch.tensor([sample.image_id for sample in samples]),
-        )
+        count, slots = len(samples), self.slots
+        images = _uint8((count, *canvas, 3))
+        boxes = np.zeros((count, slots, 4), np.float32)
+        labels = np.zeros((count, slots), np.int64)
+        valid = np.zeros((count, slots), bool)
         for i, sample in enumerate(samples):
-            resize_onto(batch.images[i], sample.image, sample.size, sample.flip)
+            resize_onto(images[i], sample.image, sample.size, sample.flip)
             n = len(sample.labels)
-            batch.boxes[i, :n] = torch.from_numpy(sample.boxes)
-            batch.labels[i, :n] = torch.from_numpy(sample.labels)
-            batch.valid[i, :n] = True
-        return batch
+            boxes[i, :n], labels[i, :n], valid[i, :n] = sample.boxes, sample.labels, True
+        truth = map(torch.from_numpy, (boxes, labels, valid))
+        image_ids = torch.tensor([sample.image_id for sample in samples])
+        return Batch(images, torch.tensor(sizes), *truth, image_ids)
 
 
 def _uint8(shape: tuple[int, ...]) -> Tensor:
@@ -255,7 +258,7 @@ def _uint8(shape: tuple[int, ...]) -> Tensor:
 def scale_boxes(boxes_xyxy: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
     """Boxes (n, 4) float32 of an image of size `old` (height, width) on one of size `new`."""
     factor = np.array([new[1] / old[1], new[0] / old[0]] * 2, np.float32)
-    return np.clip(boxes_xyxy * factor, 0, np.array([new[1], new[0]] * 2, np.float32))
+    return (boxes_xyxy * factor).clip(0, np.array([new[1], new[0]] * 2, np.float32))
 
 
 def orientation(records: CocoIndex) -> np.ndarray:

@@ -53,6 +53,12 @@ def main() -> None:
         for batch in order:
             ours.collate([ours[key] for key in batch])
 
+    samples = [[ours[key] for key in batch] for batch in order]
+
+    def resize_and_collate() -> None:
+        for batch in samples:
+            ours.collate(batch)
+
     def with_device() -> None:
         for batch in order:
             augment(ours.collate([ours[key] for key in batch]), recipe)
@@ -72,6 +78,7 @@ def main() -> None:
     peers = {
         "ours: decoded, resized, collated": batches,
         "part of ours: read and decode": decode,
+        "part of ours: resize and collate": resize_and_collate,
         "ours and the device's part (normalise, pad)": with_device,
         "original, re-implemented: a sample": original_samples,
         "original, re-implemented: a sample, collated": original_batches,
