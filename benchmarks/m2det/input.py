@@ -3,11 +3,14 @@
 
 Ours against its own parts and against the original's way (see m2det/reference.py). The
 original changes colours and normalises in the worker, ours on the device: the row that adds our
-device's part to the worker's shows what both together cost a CPU.
+device's part to the worker's shows what both together cost a CPU. The recipe draws one of five
+interpolations for each image; rows show what a sample costs by each alone.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,9 +49,13 @@ def main() -> None:
     reference = ReferenceSet(records, ours.truth, recipe)
     epoch = iter(range(10**9))  # a round draws anew
 
-    def samples() -> list:
+    def samples(dataset: TrainingSet = ours) -> list:
         number = next(epoch)
-        return [ours[number, k, k] for k in images]
+        return [dataset[number, k, k] for k in images]
+
+    def by_one_method(method: str) -> Callable[[], list]:
+        dataset = TrainingSet(records, replace(recipe, interpolations=(method,)), seed=0)
+        return lambda: samples(dataset)
 
     def batches() -> None:
         number, size = next(epoch), recipe.batch_size
@@ -70,6 +77,7 @@ def main() -> None:
         "ours: a sample": samples,
         f"ours: a sample, collated into batches of {recipe.batch_size}": batches,
         "part of ours: read and decode": decode,
+        **{f"ours: a sample, always {m}": by_one_method(m) for m in recipe.interpolations},
         "ours and the device's part (colour, normalise)": with_device,
         "original, re-implemented: all of it in the worker": original,
     }
