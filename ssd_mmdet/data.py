@@ -6,6 +6,7 @@ changes a sample. Colour, flip and normalisation follow on the device (augment.p
 """
 
 import functools
+import random
 import signal
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from common.npu.errors import UserError
 from ssd_mmdet.config import Recipe
 from ssd_mmdet.geometry import (
     canvas_around,
-    centers_inside,
+    center_inside,
     crop_window,
     cut,
     resize_as_opencv,
@@ -80,7 +81,7 @@ def prepare_image(image: np.ndarray, recipe: Recipe) -> Tensor:
     return normalise(torch.from_numpy(made).unsqueeze(0), recipe).squeeze(0)
 
 
-def colour_draws(recipe: Recipe, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def colour_draws(recipe: Recipe, rng: random.Random) -> tuple[list[float], list[int]]:
     """Random numbers of the colour step: `jitter` and `order` of a Batch.
 
     Each of the five changes happens with probability 1/2. The original multiplies by the contrast
@@ -88,7 +89,7 @@ def colour_draws(recipe: Recipe, rng: np.random.Generator) -> tuple[np.ndarray, 
     """
 
     def half_of_the_time(low: float, high: float, otherwise: float) -> float:
-        return rng.uniform(low, high) if rng.integers(2) else otherwise
+        return rng.uniform(low, high) if rng.randrange(2) else otherwise
 
     jitter = [
         half_of_the_time(-recipe.brightness, recipe.brightness, 0.0),
@@ -96,7 +97,7 @@ def colour_draws(recipe: Recipe, rng: np.random.Generator) -> tuple[np.ndarray, 
         half_of_the_time(*recipe.saturation, 1.0),
         half_of_the_time(-recipe.hue, recipe.hue, 0.0),
     ]
-    return np.float32(jitter), rng.permutation(3) if rng.integers(2) else np.arange(3)
+    return jitter, rng.sample(range(3), 3) if rng.randrange(2) else [0, 1, 2]
 
 
 class TrainingSet(Dataset):
@@ -108,10 +109,13 @@ class TrainingSet(Dataset):
         self.slot_numbers = np.arange(self.slots)
         table = records.table
         start, sides = table.box_xywh[:, :2], table.box_xywh[:, 2:]
-        self.boxes = np.concatenate([start, start + sides], axis=1, dtype=np.float32)
-        self.labels = table.label
+        boxes = np.concatenate([start, start + sides], axis=1, dtype=np.float32)
         used = (sides >= 1).all(axis=1) & ~(table.area <= 0) & ~table.ignore
-        self.real, self.crowd = used & ~table.crowd, used & table.crowd
+        real, crowd = used & ~table.crowd, used & table.crowd
+        self.boxes, self.labels, self.crowds = boxes[real], table.label[real], boxes[crowd]
+        self.offsets, self.crowd_offsets = (
+            np.append(0, np.cumsum(kind))[records.offsets] for kind in (real, crowd)
+        )
 
     def __len__(self) -> int:
         return len(self.records)
@@ -121,9 +125,9 @@ class TrainingSet(Dataset):
 
         Boxes with a side below a pixel, without area or marked to be ignored are left out.
         """
-        rows = slice(*self.records.offsets[record : record + 2])
-        boxes, real = self.boxes[rows], self.real[rows]
-        return boxes[real], self.labels[rows][real], boxes[self.crowd[rows]]
+        rows = slice(*self.offsets[record : record + 2])
+        crowds = slice(*self.crowd_offsets[record : record + 2])
+        return self.boxes[rows], self.labels[rows], self.crowds[crowds]
 
     def __getitem__(self, key: tuple[int, int, int]) -> Batch:
         epoch, position, record = key
@@ -131,38 +135,39 @@ class TrainingSet(Dataset):
         image = read_image(self.records.path(record))
         boxes, labels, crowds = self.truth(record)
         height, width = image.shape[:2]
-        rng = np.random.default_rng((self.seed, epoch, position))
-        left, top, flip, jitter, order = 0, 0, False, np.float32(NEUTRAL), np.arange(3)
+        rng = random.Random(f"{self.seed} {epoch} {position}")  # hashed by SHA-512
+        left, top, flip, jitter, order = 0, 0, False, NEUTRAL, range(3)
         if recipe.augment:
             jitter, order = colour_draws(recipe, rng)
             width, height, left, top = canvas_around(width, height, recipe, rng)
-            everything = np.concatenate([boxes, crowds]) + np.float32([left, top] * 2)
-            boxes = everything[: len(boxes)]
+            everything = np.concatenate([boxes, crowds]) + np.float32([left, top, left, top])
+            everything = everything.tolist()
             window = crop_window(width, height, everything, recipe, rng)
             if window is not None:
-                inside = centers_inside(window, boxes)
-                low, high = np.tile(window[:2], 2), np.tile(window[2:], 2)
-                boxes, labels = boxes[inside].clip(low, high) - low, labels[inside]
+                inside = [k for k in range(len(boxes)) if center_inside(window, everything[k])]
+                boxes, labels = boxes[inside], labels[inside]
                 left, top = left - window[0], top - window[1]
-                width, height = window[2:] - window[:2]
+                width, height = window[2] - window[0], window[3] - window[1]
             flip = rng.random() < recipe.flip_probability
         image, cover = cut(image, left, top, width, height, size)
-        boxes = boxes * np.float32([size / width, size / height] * 2)
+        boxes = boxes + np.float32([left, top, left, top])
+        boxes *= np.float32([size / width, size / height, size / width, size / height])
         padded_boxes = np.zeros((self.slots, 4), np.float32)
         padded_labels = np.zeros(self.slots, np.int64)
-        padded_boxes[: len(boxes)] = boxes.clip(0, size)
+        padded_boxes[: len(boxes)] = np.minimum(np.maximum(boxes, 0), size)
         padded_labels[: len(labels)] = labels
-        return Batch(
-            torch.from_numpy(image),
-            torch.from_numpy(cover),
-            torch.from_numpy(padded_boxes),
-            torch.from_numpy(padded_labels),
-            torch.from_numpy(self.slot_numbers < len(boxes)),
-            torch.tensor(flip),
-            torch.from_numpy(jitter),
-            torch.from_numpy(order),
-            torch.tensor(self.records.image_ids[record]),
+        parts = (
+            image,
+            cover,
+            padded_boxes,
+            padded_labels,
+            self.slot_numbers < len(boxes),
+            np.array(flip),
+            np.array(jitter, np.float32),
+            np.array(order),
+            self.records.image_ids[record, ...],
         )
+        return Batch(*map(torch.from_numpy, parts))
 
 
 def groups_of(records: CocoIndex, recipe: Recipe) -> list[np.ndarray]:

@@ -4,15 +4,19 @@ Boxes are xyxy in pixels. Random numbers come from the caller's generator, in th
 """
 
 import math
+import random
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from ssd_mmdet.config import Recipe
 
+Box = Sequence[float]  # left, top, right, bottom
+
 
 def canvas_around(
-    width: int, height: int, recipe: Recipe, rng: np.random.Generator
+    width: int, height: int, recipe: Recipe, rng: random.Random
 ) -> tuple[int, int, int, int]:
     """The canvas an image is put on: its width and height, and the image's left and top in it."""
     if rng.uniform(0, 1) > recipe.expand_probability:
@@ -24,57 +28,55 @@ def canvas_around(
 
 
 def crop_window(
-    width: int, height: int, boxes_xyxy: np.ndarray, recipe: Recipe, rng: np.random.Generator
-) -> np.ndarray | None:
-    """A random crop: window (4,) int xyxy in pixels, or None for the whole image.
+    width: int, height: int, boxes: list[Box], recipe: Recipe, rng: random.Random
+) -> tuple[int, int, int, int] | None:
+    """A random crop: window (left, top, right, bottom) in pixels, or None for the whole image.
 
-    Every box (n, 4), crowds among them, must have at least the drawn IoU with the window, and one
-    centre must lie inside; after `crop_trials` windows that fail the limit is drawn anew.
+    Every box, crowds among them, must have at least the drawn IoU with the window, and one centre
+    must lie inside; after `crop_trials` windows that fail the limit is drawn anew.
     """
-    size, trials = np.array([width, height]), recipe.crop_trials
-    # A box has at most its own area in common with a window, and no window is smaller than this.
-    least = (recipe.crop_scale * size - 1).clip(0).prod()
-    areas = (boxes_xyxy[:, 2] - boxes_xyxy[:, 0]) * (boxes_xyxy[:, 3] - boxes_xyxy[:, 1])
-    smallest = areas.min(initial=np.inf)
+    narrowest, lowest = recipe.crop_scale * width, recipe.crop_scale * height
+    least = max(narrowest - 1, 0) * max(lowest - 1, 0)  # area of the smallest window
+    areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in boxes]
+    smallest, largest = min(areas, default=math.inf), max(areas, default=0)
     while True:
-        limit = recipe.crop_ious[rng.integers(len(recipe.crop_ious))]
+        limit = rng.choice(recipe.crop_ious)
         if limit == 1:
             return None
-        if smallest < limit * least:
+        # A box has at most its own area in common with a window, a window its own with a box.
+        if smallest < limit * max(least, limit * largest):
             continue
-        sides = size * rng.uniform(recipe.crop_scale, 1, (trials, 2))
-        # From 1 to what is left, as the original calls numpy: a crop hardly begins at 0.
-        start = 1 + (size - sides - 1) * rng.random((trials, 2))
-        ratio = sides[:, 1] / sides[:, 0]
-        shaped = (recipe.crop_ratio[0] <= ratio) & (ratio <= recipe.crop_ratio[1])
-        windows = np.concatenate([start, start + sides], axis=1)[shaped].astype(int)
-        fits = _fits(windows, boxes_xyxy, limit)
-        if fits.any():
-            return windows[fits.argmax()]
+        for _ in range(recipe.crop_trials):
+            across, down = rng.uniform(narrowest, width), rng.uniform(lowest, height)
+            if not recipe.crop_ratio[0] <= down / across <= recipe.crop_ratio[1]:
+                continue
+            # From 1 to what is left, as the original calls numpy: a crop hardly begins at 0.
+            left, top = rng.uniform(width - across, 1), rng.uniform(height - down, 1)
+            window = int(left), int(top), int(left + across), int(top + down)
+            if _fits(window, boxes, limit):
+                return window
 
 
-def _fits(windows: np.ndarray, boxes_xyxy: np.ndarray, limit: float) -> np.ndarray:
-    """Which windows (k, 4) have an area, IoUs from `limit` on and a centre inside."""
-    # By coordinate: numpy is slow at many short rows.
-    left, top, right, bottom = windows.T[:, :, None]
-    x1, y1, x2, y2 = boxes_xyxy.T
-    fits = ((left < right) & (top < bottom))[:, 0]
-    if len(boxes_xyxy):
-        shared_x = np.minimum(right, x2) - np.maximum(left, x1)
-        shared_y = np.minimum(bottom, y2) - np.maximum(top, y1)
-        overlap = np.maximum(shared_x, 0) * np.maximum(shared_y, 0)
+def _fits(window: Box, boxes: list[Box], limit: float) -> bool:
+    """Whether a window has an area, IoUs from `limit` on and a centre inside."""
+    left, top, right, bottom = window
+    if left >= right or top >= bottom:
+        return False
+    for x1, y1, x2, y2 in boxes:
+        shared_x, shared_y = min(right, x2) - max(left, x1), min(bottom, y2) - max(top, y1)
+        overlap = max(shared_x, 0) * max(shared_y, 0)
         union = (x2 - x1) * (y2 - y1) + (right - left) * (bottom - top) - overlap
-        fits &= (overlap >= limit * union).all(axis=1)
-        fits &= centers_inside(windows, boxes_xyxy).any(axis=1)
-    return fits
+        if overlap < limit * union:
+            return False
+    return not boxes or any(center_inside(window, box) for box in boxes)
 
 
-def centers_inside(windows_xyxy: np.ndarray, boxes_xyxy: np.ndarray) -> np.ndarray:
-    """Whether the centres of boxes (n, 4) lie strictly inside windows (..., 4): (..., n) bool."""
-    left, top, right, bottom = np.moveaxis(windows_xyxy, -1, 0)[..., None]
-    x1, y1, x2, y2 = boxes_xyxy.T
-    x, y = (x1 + x2) / 2, (y1 + y2) / 2
-    return (left < x) & (x < right) & (top < y) & (y < bottom)
+def center_inside(window: Box, box: Box) -> bool:
+    """Whether the box's centre lies strictly inside the window."""
+    return (
+        window[0] < (box[0] + box[2]) / 2 < window[2]
+        and window[1] < (box[1] + box[3]) / 2 < window[3]
+    )
 
 
 def cut(
@@ -89,14 +91,13 @@ def cut(
     image_height, image_width = image.shape[:2]
     columns = slice(max(left, 0), min(left + image_width, width))
     rows = slice(max(top, 0), min(top + image_height, height))
-    cover = np.stack([_cover(columns, width, size), _cover(rows, height, size)])
     if columns.start >= columns.stop or rows.start >= rows.stop:
-        return np.zeros((size, size, 3), np.uint8), 0 * cover
+        return np.zeros((size, size, 3), np.uint8), np.zeros((2, size), np.float32)
     shown = image[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
     if shown.shape[:2] == (height, width):
-        return resize(shown, size, size), cover
-    x, first_x, last_x, before_x, after_x = _span(columns, width, size)
+        return resize(shown, size, size), np.ones((2, size), np.float32)
     y, first_y, last_y, before_y, after_y = _span(rows, height, size)
+    x, first_x, last_x, before_x, after_x = _span(columns, width, size)
     padded = np.zeros(
         (len(shown) + before_y + after_y, shown.shape[1] + before_x + after_x, 3), np.uint8
     )
@@ -104,7 +105,7 @@ def cut(
     part = resize(padded, last_y - y, last_x - x, (size / height, size / width))
     made = np.zeros((size, size, 3), np.uint8)
     made[first_y:last_y, first_x:last_x] = part[first_y - y :, first_x - x :]
-    return made, cover
+    return made, np.stack([_cover(columns, width, size), _cover(rows, height, size)])
 
 
 def _span(place: slice, length: int, size: int) -> tuple[int, int, int, int, int]:
@@ -148,7 +149,10 @@ def resize(
     nhwc = torch.from_numpy(np.ascontiguousarray(image)).unsqueeze(0).permute(0, 3, 1, 2)
     # Not F.interpolate: that takes a size or scales, not both.
     bilinear = torch.ops.aten.upsample_bilinear2d.default
-    made = bilinear(nhwc, [height, width], False, *(scales or (None, None)))
+    down, across = scales or (None, None)
+    if len(image) > height:  # fewer rows first: the columns' pass costs more, row by row
+        nhwc = bilinear(nhwc, [height, image.shape[1]], False, down, None)
+    made = bilinear(nhwc, [height, width], False, down, across)
     return made.permute(0, 2, 3, 1)[0].numpy()
 
 

@@ -6,6 +6,7 @@ a resumed run changes a sample. Colour, flip and normalisation follow on the dev
 """
 
 import functools
+import random
 import signal
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -22,6 +23,9 @@ from common.npu.device import memory_format
 from common.npu.distributed import Ranks
 from common.npu.errors import UserError
 from ssd_resnet34.config import Recipe
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # the `jitter` that changes nothing
 
 
 class Batch(NamedTuple):
@@ -72,48 +76,59 @@ def prepare_image(image: np.ndarray, recipe: Recipe) -> Tensor:
     return normalise(resize(image, recipe.image_size).unsqueeze(0), recipe).squeeze(0)
 
 
-def crop_window(boxes_ltrb: np.ndarray, recipe: Recipe, rng) -> tuple | None:
+def crop_window(boxes_ltrb: np.ndarray, recipe: Recipe, rng: random.Random) -> Box | None:
     """A random crop: window (left, top, right, bottom), normalised, or None for the whole image.
 
-    `boxes_ltrb` (n, 4) normalised; `rng` has `integers(n)` and `uniform(low, high)`. Every box
-    must overlap the window by more than the drawn IoU, at least one centre lie in it; a window
-    that fails starts anew with another draw of the limit (SSD paper section 2.2, MLPerf's form).
+    `boxes_ltrb` (n, 4) normalised. Every box must overlap the window by more than the drawn IoU,
+    at least one centre lie in it; a window that fails starts anew with another draw of the limit
+    (SSD paper section 2.2, MLPerf's form).
     """
-    left, top, right, bottom = boxes_ltrb.T
-    center_x, center_y = (left + right) / 2, (top + bottom) / 2
-    areas = (right - left) * (bottom - top)
-    smallest, largest = recipe.crop_scale
+    boxes = boxes_ltrb.tolist()  # for so few boxes plain numbers are several times as fast
     narrowest, widest = recipe.crop_ratio
     while True:
-        limit = recipe.crop_ious[rng.integers(len(recipe.crop_ious))]
+        limit = rng.choice(recipe.crop_ious)
         if limit is None:
             return None
-        width, height = rng.uniform(smallest, largest), rng.uniform(smallest, largest)
+        width, height = rng.uniform(*recipe.crop_scale), rng.uniform(*recipe.crop_scale)
         if not narrowest <= width / height <= widest:
             continue
         x, y = rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)
-        inside = (x < center_x) & (center_x < x + width) & (y < center_y) & (center_y < y + height)
-        if not inside.any():
-            continue
-        shared_x = np.minimum(right, x + width) - np.maximum(left, x)
-        shared_y = np.minimum(bottom, y + height) - np.maximum(top, y)
-        overlap = np.maximum(shared_x, 0) * np.maximum(shared_y, 0)
-        if (overlap / (areas + width * height - overlap) > limit).all():
-            return x, y, x + width, y + height
+        window = x, y, x + width, y + height
+        overlapping = all(_iou(window, box) > limit for box in boxes)
+        if overlapping and any(_center_inside(window, box) for box in boxes):
+            return window
+
+
+def _center_inside(window: Box, box: Box) -> bool:
+    return (
+        window[0] < (box[0] + box[2]) / 2 < window[2]
+        and window[1] < (box[1] + box[3]) / 2 < window[3]
+    )
+
+
+def _iou(window: Box, box: Box) -> float:
+    left, top, right, bottom = window
+    x1, y1, x2, y2 = box
+    width, height = min(right, x2) - max(left, x1), min(bottom, y2) - max(top, y1)
+    overlap = max(width, 0) * max(height, 0)
+    return overlap / ((x2 - x1) * (y2 - y1) + (right - left) * (bottom - top) - overlap)
 
 
 def apply_crop(
-    image: np.ndarray, boxes_ltrb: np.ndarray, labels: np.ndarray, window: tuple
+    image: np.ndarray, boxes_ltrb: np.ndarray, labels: np.ndarray, window: Box
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cut image and boxes to a window; boxes whose centre lies outside are dropped."""
-    x, y, right, bottom = window
-    center = (boxes_ltrb[:, :2] + boxes_ltrb[:, 2:]) / 2
-    inside = ((center > (x, y)) & (center < (right, bottom))).all(axis=1)
-    boxes = np.clip(boxes_ltrb[inside], (x, y, x, y), (right, bottom, right, bottom))
-    boxes = (boxes - (x, y, x, y)) / (right - x, bottom - y, right - x, bottom - y)
+    left, top, right, bottom = window
+    across, down = right - left, bottom - top
+    boxes = boxes_ltrb.tolist()
+    kept = [k for k, box in enumerate(boxes) if _center_inside(window, box)]
+    moved = np.empty((len(kept), 4), np.float32)
+    for row, (x1, y1, x2, y2) in enumerate(boxes[k] for k in kept):
+        moved[row, :2] = (max(x1, left) - left) / across, (max(y1, top) - top) / down
+        moved[row, 2:] = (min(x2, right) - left) / across, (min(y2, bottom) - top) / down
     height, width = image.shape[:2]
-    cut = image[int(y * height) : int(bottom * height), int(x * width) : int(right * width)]
-    return cut, boxes.astype(np.float32), labels[inside]
+    cut = image[int(top * height) : int(bottom * height), int(left * width) : int(right * width)]
+    return cut, moved, labels[kept]
 
 
 class TrainingSet(Dataset):
@@ -122,49 +137,53 @@ class TrainingSet(Dataset):
     def __init__(self, records: CocoIndex, recipe: Recipe, seed: int):
         self.records, self.recipe, self.seed = records, recipe, seed
         self.slots = records.max_boxes()
+        self.slot_numbers = np.arange(self.slots)
+        xywh = records.table.box_xywh
+        ltrb = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+        sizes = np.repeat(records.sizes, np.diff(records.offsets), axis=0)
+        ltrb = (ltrb / sizes[:, [1, 0, 1, 0]]).astype(np.float32)
+        real = (ltrb[:, :2] < ltrb[:, 2:]).all(axis=1)  # empty boxes are left out
+        self.boxes, self.labels = ltrb[real], records.table.label[real]
+        self.offsets = np.append(0, np.cumsum(real))[records.offsets]
 
     def __len__(self) -> int:
         return len(self.records)
 
     def truth(self, record: int) -> tuple[np.ndarray, np.ndarray]:
         """Boxes (n, 4) float32 normalised ltrb, labels (n,); empty boxes are left out."""
-        truth = self.records.annotations(record)
-        xywh = truth.box_xywh
-        height, width = self.records.sizes[record]
-        ltrb = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
-        ltrb = (ltrb / (width, height, width, height)).astype(np.float32)
-        real = (ltrb[:, :2] < ltrb[:, 2:]).all(axis=1)
-        return ltrb[real], truth.label[real]
+        rows = slice(*self.offsets[record : record + 2])
+        return self.boxes[rows], self.labels[rows]
 
     def __getitem__(self, key: tuple[int, int, int]) -> Batch:
         epoch, position, record = key
         recipe = self.recipe
         image = read_image(self.records.path(record))
         boxes, labels = self.truth(record)
-        rng = np.random.default_rng((self.seed, epoch, position))
-        flip, jitter, order = False, (1, 1, 1, 0), np.arange(4)
+        rng = random.Random(f"{self.seed} {epoch} {position}")  # hashed by SHA-512
+        flip, jitter, order = False, NEUTRAL, range(4)
         if recipe.augment:
             window = crop_window(boxes, recipe, rng)
             if window is not None:
                 image, boxes, labels = apply_crop(image, boxes, labels, window)
             flip = rng.random() < recipe.flip_probability
+            order = rng.sample(range(4), 4)
             spans = (recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
-            jitter = np.array([1, 1, 1, 0]) + rng.uniform(-1, 1, 4) * spans
-            order = rng.permutation(4)
+            middles = zip(NEUTRAL, spans, strict=True)
+            jitter = [rng.uniform(middle - span, middle + span) for middle, span in middles]
         padded_boxes = np.zeros((self.slots, 4), np.float32)
         padded_labels = np.zeros(self.slots, np.int64)
         padded_boxes[: len(boxes)] = boxes
         padded_labels[: len(labels)] = labels
-        return Batch(
-            resize(image, recipe.image_size),
-            torch.from_numpy(padded_boxes),
-            torch.from_numpy(padded_labels),
-            torch.arange(self.slots) < len(boxes),
-            torch.tensor(flip),
-            torch.tensor(jitter, dtype=torch.float32),
-            torch.from_numpy(order),
-            torch.tensor(self.records.image_ids[record]),
+        rest = (
+            padded_boxes,
+            padded_labels,
+            self.slot_numbers < len(boxes),
+            np.array(flip),
+            np.array(jitter, np.float32),
+            np.array(order),
+            self.records.image_ids[record, ...],
         )
+        return Batch(resize(image, recipe.image_size), *map(torch.from_numpy, rest))
 
 
 def epoch_order(length: int, seed: int, epoch: int, multiple: int) -> Tensor:

@@ -7,6 +7,7 @@ our device's part to the worker's shows what both together cost a CPU.
 """
 
 import argparse
+import random
 import sys
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def main() -> None:
     cuts = []
     for k in images:
         boxes, labels = ours.truth(k)
-        window = crop_window(boxes, recipe, np.random.default_rng((0, 0, k)))
+        window = crop_window(boxes, recipe, random.Random(f"0 0 {k}"))
         cuts.append((decoded[k], boxes, labels, window))
 
     def samples() -> None:

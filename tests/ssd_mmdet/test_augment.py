@@ -1,3 +1,4 @@
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -275,7 +276,7 @@ def test_the_distributions_are_wide_enough_to_be_told_apart(both):
 
 def test_colour_draws_have_the_originals_ranges():
     """Half of the time nothing, else uniform: brightness, contrast, saturation, hue, channels."""
-    rng = np.random.default_rng(0)
+    rng = random.Random(0)
     jitter, order = map(
         np.array, zip(*(colour_draws(RECIPE, rng) for _ in range(4000)), strict=True)
     )
@@ -298,11 +299,12 @@ def test_crop_and_expand_ratios_are_the_originals(small_set):
     records, _ = small_set
     dataset = TrainingSet(records, RECIPE, seed=0)
     sides, whole, ratios = ([], []), [0, 0], ([], [])
-    rng, draws = np.random.default_rng(0), np.random.RandomState(0)
+    rng, draws = random.Random(0), np.random.RandomState(0)
     for k in range(40 * len(records)):
         boxes, labels, crowds = dataset.truth(k % len(records))
         height, width = records.sizes[k % len(records)] // 4
-        window = data.crop_window(width, height, np.concatenate([crowds, boxes]), RECIPE, rng)
+        everything = np.concatenate([crowds, boxes]).tolist()
+        window = data.crop_window(int(width), int(height), everything, RECIPE, rng)
         blank = np.broadcast_to(np.float32(0), (height, width, 3))
         part, *_ = reference.crop(blank, boxes, labels, crowds, draws)
         found = (

@@ -11,6 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from common.coco.evaluation import evaluate
 from common.coco.images import read_image
+from ssd_mmdet import data
 from ssd_mmdet.augment import augment
 from ssd_mmdet.data import (
     Batch,
@@ -62,18 +63,17 @@ def test_sampler(golden, recipe, tiny_train):
 
 
 class PortDraws:
-    """The original's recorded draws, in the product's order, behind numpy's interface.
+    """The original's recorded draws, in the product's order, behind Python's interface.
 
     The original draws the contrast before or after saturation and hue; the product before. The
-    product draws all windows of one limit together.
+    product draws no window for a limit that no window can meet.
     """
 
     def __init__(self, run):
         draws = iter(run["draws"])
-        self._colour = []
 
         def take(name):
-            kind, self.given, result = next(draws)
+            kind, _, result = next(draws)
             assert kind == name
             return result
 
@@ -91,51 +91,36 @@ class PortDraws:
         # Positions in BGR; the product has RGB.
         order[1:] = [[2 - k for k in reversed(channels)] for channels in order[1:]]
         self._colour = iter(shift + contrast + rest + order)
-        self._expand = [take("uniform")]
-        if self._expand[0] <= 0.5:
-            self._expand += [take("uniform") for _ in range(3)]
-        self._expand = iter(self._expand)
-        self._crop = list(draws)
+        self._rest = list(draws)
         self._flip = run["flip"] == ["horizontal"]
 
-    def integers(self, count):
-        if count == 2:
-            return next(self._colour)
-        kind, (modes,), limit = self._crop.pop(0)
-        assert (kind, count) == ("choice", len(modes))
-        self._trials()
-        return modes.index(limit)
+    def randrange(self, count):
+        assert count == 2
+        return next(self._colour)
 
-    def _trials(self):
-        """The windows tried up to the next limit, as parts of 0..1 of their ranges."""
-        self._sides, self._starts = np.ones((50, 2)), np.zeros((50, 2))
-        trial = -1
-        while self._crop and self._crop[0][0] == "uniform":
-            trial += 1
-            for axis in (0, 1):
-                _, (_, largest), value = self._crop.pop(0)
-                self._sides[trial, axis] = value / largest
-            for axis in (0, 1):
-                if self._crop and len(self._crop[0][1]) == 1 and self._crop[0][0] == "uniform":
-                    _, (left_over,), value = self._crop.pop(0)
-                    self._starts[trial, axis] = (value - 1) / (left_over - 1)
+    def sample(self, population, count):
+        assert (population, count) == (range(3), 3)
+        return next(self._colour)
 
-    def uniform(self, low, high, size=None):
-        if size is not None:
-            assert (low, high, size) == (0.3, 1, (50, 2))
-            return self._sides
+    def choice(self, limits):
+        while self._rest[0][0] == "uniform":
+            self._rest.pop(0)
+        kind, (modes,), limit = self._rest.pop(0)
+        assert kind == "choice"
+        assert limits == tuple(modes)
+        return limit
+
+    def uniform(self, low, high):
         value = next(self._colour, None)
         if value is None:
-            value = next(self._expand)
-        assert low <= value <= high
+            kind, given, value = self._rest.pop(0)
+            assert kind == "uniform"
+            assert given == pytest.approx([low, high][: len(given)])
+        assert min(low, high) <= value <= max(low, high)
         return value
 
-    def permutation(self, count):
-        assert count == 3
-        return np.array(next(self._colour))
-
-    def random(self, size=None):
-        return (0.0 if self._flip else 1.0) if size is None else self._starts
+    def random(self):
+        return 0.0 if self._flip else 1.0
 
 
 @pytest.mark.parametrize("number", range(12))
@@ -153,7 +138,7 @@ def test_training_sample_under_the_originals_draws(golden, recipe, tiny_train, m
     assert_allclose(boxes, expected[f"{name}_boxes"], rtol=0, atol=1e-4)
     assert_array_equal(labels, expected[f"{name}_labels"])
 
-    monkeypatch.setattr(np.random, "default_rng", lambda _: PortDraws(run))
+    monkeypatch.setattr(data.random, "Random", lambda _: PortDraws(run))
     sample = dataset[0, 0, record]
     made, boxes = augment(Batch(*(part.unsqueeze(0) for part in sample)), recipe)
     assert_allclose(boxes[0, sample.valid], expected[f"{name}_boxes"], rtol=0, atol=1e-3)

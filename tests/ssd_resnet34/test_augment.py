@@ -1,3 +1,4 @@
+import random
 from collections import Counter
 from dataclasses import replace
 from itertools import permutations
@@ -175,7 +176,7 @@ def test_without_augmentation_only_normalisation_remains(pictures):
 def test_distribution_of_the_crop(tiny_train):
     records = training_records(tiny_train)
     dataset = TrainingSet(records, RECIPE, seed=0)
-    rng = np.random.default_rng(0)
+    rng = random.Random(0)
     whole, areas, kept = 0, [], []
     for record in range(len(records)):
         boxes, _ = dataset.truth(record)
@@ -203,7 +204,7 @@ def test_a_crop_keeps_its_word(seed, limit):
     corner = rng.uniform(0.25, 0.3, (3, 2))  # near one another: some window suits them all
     boxes = np.concatenate([corner, corner + rng.uniform(0.4, 0.45, (3, 2))], axis=1)
     boxes = boxes.astype(np.float32)
-    window = crop_window(boxes, replace(RECIPE, crop_ious=(limit,)), rng)
+    window = crop_window(boxes, replace(RECIPE, crop_ious=(limit,)), random.Random(seed))
     x, y, right, bottom = window
     width, height = right - x, bottom - y
     assert 0.3 <= width <= 1

@@ -14,7 +14,7 @@ from torchvision.transforms import functional as reference
 from common.coco.images import read_image
 from common.npu import cli
 from common.npu.precision import build_sgd
-from ssd_resnet34 import postprocess
+from ssd_resnet34 import data, postprocess
 from ssd_resnet34.anchors import make_anchors, to_cxcywh, to_ltrb
 from ssd_resnet34.augment import augment
 from ssd_resnet34.config import RECIPES, Recipe
@@ -201,34 +201,31 @@ def test_evaluation_input(golden, recipe, tiny_val, real):
         assert_allclose(found["l2"], expected[f"{i}.l2"], rtol=1e-5)
 
 
-class PortDraws:
-    """The port's draws, from Python's and torch's generators, behind numpy's interface."""
+class PortDraws(random.Random):
+    """The port's draws: crop and flip from Python's generator, colour from torch's."""
 
     def __init__(self, seed, recipe):
-        self._python = random.Random(seed)
+        super().__init__(seed)
         generator = torch.Generator().manual_seed(seed)
-        self.order = torch.randperm(4, generator=generator).numpy()
-        self._spans = np.array([getattr(recipe, name) for name in OPERATIONS])
+        self.order = torch.randperm(4, generator=generator).tolist()
+        spans = [getattr(recipe, name) for name in OPERATIONS]
         self.factors = [
             torch.empty(1).uniform_(middle - span, middle + span, generator=generator).item()
-            for middle, span in zip((1, 1, 1, 0), self._spans, strict=True)
+            for middle, span in zip((1, 1, 1, 0), spans, strict=True)
         ]
+        self._colour = iter(())
 
-    def integers(self, count):
-        return self._python.choice(range(count))
-
-    def random(self):
-        return self._python.random()
-
-    def uniform(self, low, high, size=None):
-        if size is None:
-            return self._python.uniform(low, high)
-        assert (low, high, size) == (-1, 1, 4)
-        return (np.array(self.factors) - (1, 1, 1, 0)) / self._spans
-
-    def permutation(self, count):
-        assert count == 4
+    def sample(self, population, count):
+        assert (population, count) == (range(4), 4)
+        self._colour = iter(self.factors)  # what the product draws next
         return self.order
+
+    def uniform(self, low, high):
+        value = next(self._colour, None)
+        if value is None:
+            return super().uniform(low, high)
+        assert low <= value <= high
+        return value
 
 
 def reference_image(cut, flip, draws, recipe):
@@ -249,8 +246,9 @@ def test_training_sample_under_the_ports_draws(
 ):
     expected, name = golden("augment"), f"{i}.{seed}"
     dataset, record = TrainingSet(tiny_val, recipe, seed=0), real.records[i]
+    draws = PortDraws(seed, recipe)
     with monkeypatch.context() as patch:
-        patch.setattr(np.random, "default_rng", lambda _: PortDraws(seed, recipe))
+        patch.setattr(data.random, "Random", lambda _: draws)
         sample = dataset[0, 0, record]
 
     draws = PortDraws(seed, recipe)
