@@ -140,8 +140,10 @@ class TrainingSet(Dataset):
         if recipe.augment:
             jitter, order = colour_draws(recipe, rng)
             width, height, left, top = canvas_around(width, height, recipe, rng)
-            everything = np.concatenate([boxes, crowds]) + np.float32([left, top, left, top])
-            everything = everything.tolist()
+            everything = [
+                (x1 + left, y1 + top, x2 + left, y2 + top)
+                for x1, y1, x2, y2 in (*boxes.tolist(), *crowds.tolist())
+            ]
             window = crop_window(width, height, everything, recipe, rng)
             if window is not None:
                 inside = [k for k in range(len(boxes)) if center_inside(window, everything[k])]

@@ -105,7 +105,8 @@ def cut(
     part = resize(padded, last_y - y, last_x - x, (size / height, size / width))
     made = np.zeros((size, size, 3), np.uint8)
     made[first_y:last_y, first_x:last_x] = part[first_y - y :, first_x - x :]
-    return made, np.stack([_cover(columns, width, size), _cover(rows, height, size)])
+    cover = np.array([_cover(columns, width, size), _cover(rows, height, size)], np.float32)
+    return made, cover
 
 
 def _span(place: slice, length: int, size: int) -> tuple[int, int, int, int, int]:
@@ -118,12 +119,13 @@ def _span(place: slice, length: int, size: int) -> tuple[int, int, int, int, int
     scale = length / size
     first = max(0, math.floor((place.start - 0.5) / scale - 0.5) + 1)
     last = min(size, math.ceil((place.stop + 0.5) / scale - 0.5))
-    origins = np.arange(first + 1)
-    starts = origins * scale
-    whole = np.abs(starts - starts.round()) <= 1 / 64
-    # What lies before the origin is not blended in: right at the canvas' edge, else not wanted.
-    apart = (starts <= place.start) & ((first + 0.5 - origins) * scale >= 0.5)
-    origin = int(np.flatnonzero(whole & apart | (origins == 0))[-1])
+    for origin in range(first, -1, -1):
+        start = origin * scale
+        whole = abs(start - round(start)) <= 1 / 64
+        # What lies before the origin is not blended in: right at the canvas' edge, else not wanted.
+        apart = start <= place.start and (first + 0.5 - origin) * scale >= 0.5
+        if whole and apart:
+            break
     before = place.start - round(origin * scale)
     after = int(place.stop < length)
     if after and before + place.stop - place.start + after == last - origin:
@@ -134,10 +136,11 @@ def _span(place: slice, length: int, size: int) -> tuple[int, int, int, int, int
 def _cover(place: slice, length: int, size: int) -> np.ndarray:
     """Part of image in each of `size` columns (or rows), by the weights of bilinear resizing."""
     if place == slice(0, length):
-        return np.ones(size, np.float32)
-    center = ((np.arange(size) + 0.5) * (length / size) - 0.5).clip(0, length - 1)
-    part = np.minimum(center - place.start + 1, place.stop - center)
-    return part.clip(0, 1).astype(np.float32)
+        return np.ones(size)
+    center = (np.arange(size) + 0.5) * (length / size) - 0.5
+    center = np.minimum(np.maximum(center, 0), length - 1)
+    part = np.minimum(center - (place.start - 1), place.stop - center)
+    return np.minimum(np.maximum(part, 0), 1)
 
 
 def resize(
