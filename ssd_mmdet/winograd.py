@@ -21,13 +21,17 @@ TILES = 300  # about so many at once: the processor's cache holds them until the
 
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d, by Winograd's way where that is faster."""
+    """nn.Conv2d, in training by Winograd's way where that is faster.
+
+    Not in evaluation, whose last bits then would depend on the number of images at once.
+    """
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         form = self.kernel_size, self.stride, self.padding, self.dilation, self.groups
         if (
             form == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
             and self.padding_mode == "zeros"
+            and torch.is_grad_enabled()
             and x.device.type == "cpu"
             and x.dtype == weight.dtype == torch.float32
             and not torch.is_autocast_enabled("cpu")

@@ -78,11 +78,11 @@ def test_where_it_is_used(used):
     layer, x = Conv2d(256, 256, 3, padding=1), torch.randn(2, 256, 16, 16)
     expected = direct(x, layer.weight, layer.bias)
     assert_close(layer(x), expected, rtol=0, atol=1e-4)
-    with torch.no_grad():
-        assert torch.equal(layer.eval()(x), layer.train()(x))
-    assert used == [x.shape] * 3
+    assert used == [x.shape]
 
     used.clear()
+    with torch.no_grad():
+        assert_close(layer(x), expected, rtol=0, atol=1e-5)
     layer(x[:1])  # small
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
@@ -104,9 +104,7 @@ def test_an_export_has_plain_convolution(used):
 
 
 def test_layers_of_the_network(used):
-    model = build_model(RECIPES["1p"], 80)
-    with torch.no_grad():
-        model(torch.randn(2, 3, 300, 300))
+    build_model(RECIPES["1p"], 80)(torch.randn(2, 3, 300, 300))
     assert [tuple(shape[1:3]) for shape in used] == [
         *[(256, 75)] * 2,
         (256, 38),
