@@ -211,6 +211,8 @@ class Training:
         """
         self.log.begin(self.end, self.iteration, self.per_epoch)
         while self.iteration < self.end:
+            if self.due() and self.evaluate():
+                break
             asked, batch, trouble = time.perf_counter(), None, None
             try:
                 batch = next(batches)
@@ -234,14 +236,17 @@ class Training:
                 self.window = LossWindow(LOSSES, self.device)
                 if self.device.type == "cpu":
                     self.report()
-            if self.iteration == self.end:
-                break
-            due = self.iteration / self.per_epoch in self.recipe.evaluation
-            if due and self.args.kind == "acc" and self.evaluate():
-                break
-            if self.iteration % (self.args.save_interval or self.per_epoch) == 0:
+            whole = self.iteration % (self.args.save_interval or self.per_epoch) == 0
+            if self.iteration < self.end and (whole or self.due()):
                 self.save()
         return None
+
+    def due(self) -> bool:
+        """Whether an evaluation is wanted here and not done. The state is saved before: a run that
+        ends in its evaluation begins there again."""
+        epoch = self.iteration / self.per_epoch
+        wanted = self.iteration == self.end or epoch in self.recipe.evaluation
+        return wanted and self.args.kind == "acc" and self.evaluated != self.iteration
 
     def step(self, batch: Batch) -> None:
         """One update. Nothing in it waits for the device or has a shape that depends on data."""
@@ -296,6 +301,7 @@ class Training:
         """COCO evaluation on all ranks, in fp32; whether the goal is reached."""
         self.report()
         self.evaluated = self.iteration
+        self.log.info(f"evaluating {len(self.val_set)} images")
         with self.meter.paused():
             distributed.average_buffers(self.model, self.ranks)
             shared = (self.device, self.ranks, self.log.num_workers)
@@ -329,11 +335,11 @@ class Training:
             self.ranks.barrier()
 
     def finish(self) -> None:
-        """Evaluate and save the last state, draw the curves, write the summary."""
+        """Save and evaluate the last state, draw the curves, write the summary."""
         self.report()
-        if self.args.kind == "acc" and self.evaluated != self.iteration:
-            self.evaluate()
         self.save()
+        if self.due():
+            self.evaluate()
         self.log.info(self.meter.formula)
         if not self.logged_losses:
             self.log.info("nothing was left to log: curves and summary stay as they were")

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -104,13 +104,27 @@ def running(script: str, *flags, ranks: int = 1) -> Iterator[subprocess.Popen]:
 
 def wait_for_step(output: Path, step: int, process: subprocess.Popen, seconds: float = 240) -> None:
     """Until the run has logged `step` (1-based); fails when it ends before."""
+
+    def logged() -> bool:
+        return any(line["step"] >= step for line in train_lines(output))
+
+    wait_until(logged, output, process, seconds)
+
+
+def wait_for_text(output: Path, text: str, process: subprocess.Popen) -> None:
+    """Until the run has logged `text`; fails when it ends before."""
+    log = output / "train_0.log"
+    wait_until(lambda: log.exists() and text in log.read_text(), output, process)
+
+
+def wait_until(
+    condition: Callable[[], bool], output: Path, process: subprocess.Popen, seconds: float = 240
+) -> None:
     limit = time.monotonic() + seconds
-    while time.monotonic() < limit:
-        if any(line["step"] >= step for line in train_lines(output)):
-            return
+    while not condition():
         assert process.poll() is None, (output / "train_0.log").read_text()[-3000:]
+        assert time.monotonic() < limit, f"waited for {seconds} s"
         time.sleep(0.05)
-    raise AssertionError(f"step {step} was not reached in {seconds} s")
 
 
 def signal_group(process: subprocess.Popen, number: int) -> int:
@@ -162,17 +176,19 @@ def family(pid: int) -> list[int]:
     return [pid, *(one for child in children(pid) for one in family(child))]
 
 
-def train_lines(output: Path) -> list[dict]:
-    """The train lines of all starts of a run, of repeated steps the last one, in order."""
-    lines = {}
+def json_lines(output: Path) -> list[dict]:
+    """What all starts of a run have logged."""
+    lines = []
     for path in sorted(output.glob("*.log.json")):
         for text in path.read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:  # being written at this moment
-                continue
-            if line.get("mode") == "train":
-                lines[line["step"]] = line
+            with suppress(ValueError):  # being written at this moment
+                lines.append(json.loads(text))
+    return lines
+
+
+def train_lines(output: Path) -> list[dict]:
+    """The train lines of a run, of repeated steps the last one, in order."""
+    lines = {line["step"]: line for line in json_lines(output) if line.get("mode") == "train"}
     return [lines[step] for step in sorted(lines)]
 
 

@@ -80,11 +80,3 @@ class Training(train.Training):
         shared = (self.device, self.ranks, self.log.num_workers)
         rows = detect_all(self.model, self.recipe, self.val_set, *shared)
         return None if rows is None else assess(rows, len(self.val_set), self.args, self.log.info)
-
-    def finish(self) -> None:
-        """Save, then evaluate: a run that ends in its evaluation begins there again."""
-        self.report()
-        self.save()
-        if self.args.kind == "acc" and self.evaluated != self.iteration:
-            self.evaluate()
-        self.summarise()

@@ -65,6 +65,21 @@ def test_kill_9_and_resume_equals_an_uninterrupted_run(
     assert logged.items() <= scripts.losses(output).items()  # repeated steps: the same again
 
 
+def test_a_run_killed_in_an_evaluation_repeats_it(data, tmp_path):
+    whole, output = tmp_path / "whole", tmp_path / "killed"
+    more = ("--kind=acc", "--evaluation=1", "--max_iters=7", "--save_interval=1000")
+    scripts.run("train.py", *flags(data, whole, 0), *more, ranks=2)
+    with scripts.running("train.py", *flags(data, output, 0), *more, ranks=2) as process:
+        scripts.wait_for_text(output, "evaluating 4 images", process)
+        scripts.signal_all(process, signal.SIGKILL)
+    assert scripts.checkpoints(output) == [3]  # of the first epoch's end
+    scripts.run("train.py", *flags(data, output, 0), *more, "--resume=auto", ranks=2)
+    for run in (whole, output):
+        scored = [line["epoch"] for line in scripts.json_lines(run) if line.get("mode") == "val"]
+        assert scored == [1, 3]
+    scripts.assert_same_state(whole / "iter_7.pt", output / "iter_7.pt")
+
+
 def test_means_over_steps_before_and_after_a_resume_are_the_same_on_2_ranks(tmp_path):
     data = scripts.subset(tmp_path / "coco", train=24)
     one, other = tmp_path / "one", tmp_path / "other"
