@@ -56,11 +56,11 @@ def _torchvision():
         return None
 
     def torchvision_nms(boxes: np.ndarray, bounds: np.ndarray, iou_threshold: float) -> np.ndarray:
-        boxes, falling = torch.from_numpy(boxes), torch.arange(0.0, -len(boxes), -1.0)
+        boxes, falling = torch.from_numpy(boxes), torch.arange(0.0, -len(boxes), -1.0)  # as scores
         survives = np.zeros(len(boxes), bool)
         for first, end in itertools.pairwise(bounds.tolist()):
-            best_first = boxes[first:end], falling[first:end]  # for the sorted scores
-            kept = torch.ops.torchvision.nms(*best_first, iou_threshold)
+            part = slice(first, end)
+            kept = torch.ops.torchvision.nms(boxes[part], falling[part], iou_threshold)
             survives[first + kept.numpy()] = True
         return survives
 
