@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.coco.images import read_image
+from common.coco.images import open_image, read_image
 from common.coco.index import CocoIndex, find_coco, read_index
 from common.npu.device import memory_format
 from common.npu.distributed import Ranks
@@ -268,7 +268,7 @@ class TrainingSet(Dataset):
     def __getitem__(self, key: tuple[int, int, int]) -> Batch:
         epoch, position, record = key
         recipe = self.recipe
-        image = read_image(self.records.path(record))
+        image = open_image(self.records.path(record))
         size = image.shape[1], image.shape[0]
         truth = self.truth(record)
         rng = np.random.default_rng((self.seed, epoch, position))

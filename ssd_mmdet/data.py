@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.coco.images import read_image
+from common.coco.images import open_image, read_image
 from common.coco.index import CocoIndex
 from common.npu.device import memory_format
 from common.npu.distributed import Ranks
@@ -132,7 +132,7 @@ class TrainingSet(Dataset):
     def __getitem__(self, key: tuple[int, int, int]) -> Batch:
         epoch, position, record = key
         recipe, size = self.recipe, self.recipe.image_size
-        image = read_image(self.records.path(record))
+        image = open_image(self.records.path(record))
         boxes, labels, crowds = self.truth(record)
         height, width = image.shape[:2]
         rng = random.Random(f"{self.seed} {epoch} {position}")  # hashed by SHA-512

@@ -135,12 +135,10 @@ def _span(place: slice, length: int, size: int) -> tuple[int, int, int, int, int
 
 def _cover(place: slice, length: int, size: int) -> np.ndarray:
     """Part of image in each of `size` columns (or rows), by the weights of bilinear resizing."""
-    if place == slice(0, length):
-        return np.ones(size)
     center = (np.arange(size) + 0.5) * (length / size) - 0.5
-    center = np.minimum(np.maximum(center, 0), length - 1)
-    part = np.minimum(center - (place.start - 1), place.stop - center)
-    return np.minimum(np.maximum(part, 0), 1)
+    pixels = place.start - 1, place.start, place.stop - 1, place.stop
+    # Beyond the canvas' edge its last pixel is repeated, which may be the image's.
+    return np.interp(center, pixels, (place.start == 0, 1, 1, place.stop == length))
 
 
 def resize(

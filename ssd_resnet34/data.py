@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.coco.images import read_image
+from common.coco.images import open_image, read_image
 from common.coco.index import CocoIndex
 from common.npu.device import memory_format
 from common.npu.distributed import Ranks
@@ -157,7 +157,7 @@ class TrainingSet(Dataset):
     def __getitem__(self, key: tuple[int, int, int]) -> Batch:
         epoch, position, record = key
         recipe = self.recipe
-        image = read_image(self.records.path(record))
+        image = open_image(self.records.path(record))
         boxes, labels = self.truth(record)
         rng = random.Random(f"{self.seed} {epoch} {position}")  # hashed by SHA-512
         flip, jitter, order = False, NEUTRAL, range(4)
@@ -183,7 +183,7 @@ class TrainingSet(Dataset):
             np.array(order),
             self.records.image_ids[record, ...],
         )
-        return Batch(resize(image, recipe.image_size), *map(torch.from_numpy, rest))
+        return Batch(resize(image[:], recipe.image_size), *map(torch.from_numpy, rest))
 
 
 def epoch_order(length: int, seed: int, epoch: int, multiple: int) -> Tensor:

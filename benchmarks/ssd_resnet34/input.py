@@ -91,8 +91,15 @@ def main() -> None:
     for name, timing in times.items():
         seconds = np.median(timing.cpu) / len(images)
         against = ratio(timing.cpu, own)
-        rows.append((name, f"{1e3 * seconds:.2f}", f"{1 / seconds:.0f}", f"{against:.2f}"))
-    header = ("", "CPU ms an image", "images/s a core", "time, ours: a sample = 1")
+        speeds = (f"{1 / seconds:.0f}", f"{len(images) / timing.cpu.min():.0f}")
+        rows.append((name, f"{1e3 * seconds:.2f}", *speeds, f"{against:.2f}"))
+    header = (
+        "",
+        "CPU ms an image",
+        "images/s a core",
+        "in the best round",
+        "time, ours: a sample = 1",
+    )
     print_table(f"Input pipeline, {len(images)} images, aim {AIM} images/s a core", header, rows)
 
 

@@ -5,9 +5,11 @@ from collections.abc import Mapping
 
 from tqdm import tqdm
 
+from common.coco.images import EncodedImage
 from common.npu.errors import UserError
 from ssd_resnet34.tfrecord.config import Recipe
-from ssd_resnet34.tfrecord.data import TrainingSet, decode_image
+from ssd_resnet34.tfrecord.data import TrainingSet
+from ssd_resnet34.tfrecord.example import REMEDY
 from ssd_resnet34.tfrecord.index import read_index
 
 
@@ -23,7 +25,7 @@ def check_records(patterns: Mapping[str, str], recipe: Recipe) -> int:
             where = records.where(i)
             try:
                 found = records.read(i)
-                decode_image(found.encoded, where)
+                EncodedImage(found.encoded, where, REMEDY)[:]
                 labels(found.category_ids, where)
             except UserError as error:
                 errors += 1

@@ -5,24 +5,21 @@ A worker reads, decodes and crops; it draws every number of a sample's augmentat
 resumed run changes a sample. Flip, colour and normalisation follow on the device (augment.py).
 """
 
-import io
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
-import simplejpeg
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.coco.images import BROKEN
+from common.coco.images import EncodedImage
 from common.npu.distributed import Ranks
 from common.npu.errors import UserError
 from ssd_resnet34.data import epoch_order, normalise, worker_options
 from ssd_resnet34.tfrecord.config import Recipe
+from ssd_resnet34.tfrecord.example import REMEDY, AnnotatedImage
 from ssd_resnet34.tfrecord.index import RecordIndex
 
 SCRATCH_BYTES = 3 * 1024 * 1024  # an image of a worker: new memory for each costs page faults
@@ -49,26 +46,6 @@ class Batch(NamedTuple):
 def training_records(index: RecordIndex) -> RecordIndex:
     """The records with at least one box, crowd included."""
     return index.subset(index.boxes > 0)
-
-
-def decode_image(
-    data: bytes | memoryview, where: str, scratch: bytearray | None = None
-) -> np.ndarray:
-    """JPEG or PNG to uint8 (H, W, 3) RGB; `where` begins the UserError for a broken one.
-
-    With `scratch`, the pixels lie in it where it is large enough, until it is used again.
-    """
-    try:
-        if data[:2] == b"\xff\xd8":
-            with suppress(ValueError):  # also raised for a mere warning: Pillow decides
-                height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-                if space not in ("CMYK", "YCCK"):
-                    fits = scratch is not None and 3 * height * width <= len(scratch)
-                    return simplejpeg.decode_jpeg(data, "RGB", buffer=scratch if fits else None)
-        return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
-    except BROKEN:
-        remedy = "convert the data set again"
-        raise UserError(f"{where}: the image is truncated, or none; {remedy}") from None
 
 
 def sample(image: np.ndarray, rows: Tensor, columns: Tensor) -> Tensor:
@@ -195,6 +172,9 @@ class _Records(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
+    def image(self, found: AnnotatedImage, where: str) -> EncodedImage:
+        return EncodedImage(found.encoded, where, REMEDY, self.scratch)
+
 
 class TrainingSet(_Records):
     """`dataset[epoch, position, record]` is a sample, the fields of a Batch without N."""
@@ -207,7 +187,7 @@ class TrainingSet(_Records):
         epoch, position, record = key
         recipe, where = self.recipe, self.records.where(record)
         found = self.records.read(record)
-        image, boxes = decode_image(found.encoded, where, self.scratch), found.boxes_ltrb
+        image, boxes = self.image(found, where), found.boxes_ltrb
         labels = self.labels(found.category_ids, where)
         rng = np.random.default_rng((self.seed, epoch, position))
         window, flip, jitter = WHOLE, False, np.array([0, 1, 1, 0])
@@ -246,9 +226,9 @@ class EvaluationSet(_Records):
 
     def __getitem__(self, record: int) -> tuple[Tensor, Tensor, Tensor]:
         where, found = self.records.where(record), self.records.read(record)
-        image = decode_image(found.encoded, where, self.scratch)
+        image = self.image(found, where)
         size = torch.tensor(image.shape[:2])
-        return resize(image, self.recipe.image_size), size, torch.tensor(found.image_id)
+        return resize(image[:], self.recipe.image_size), size, torch.tensor(found.image_id)
 
 
 class TrainingOrder(Sampler):

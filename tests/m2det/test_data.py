@@ -306,7 +306,7 @@ def test_a_box_follows_its_pixels(tiny_train, monkeypatch):
     height, width = records.sizes[0].tolist()
     image = np.zeros((height, width, 3), np.uint8)
     image[81:182, 101:222] = 255
-    monkeypatch.setattr(data, "read_image", lambda path: image)
+    monkeypatch.setattr(data, "open_image", lambda path: image)
     dataset = TrainingSet(records, replace(RECIPE, image_size=200), 0)
     for position in range(25):
         sample = dataset[0, position, 0]

@@ -228,7 +228,7 @@ def both(small_set):
     records, images = small_set
     dataset, found = TrainingSet(records, RECIPE, seed=1), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "read_image", lambda path: images[places[path]])
+        patch.setattr(data, "open_image", lambda path: images[places[path]])
         places = {records.path(k): k for k in range(len(records))}
         for position in range(SAMPLES):
             sample = dataset[0, position, position % len(records)]

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
+from common.coco.images import EncodedImage
 from common.npu.errors import UserError
 from ssd_resnet34.tfrecord import example
-from ssd_resnet34.tfrecord.data import decode_image
 from ssd_resnet34.tfrecord.example import annotated_image, decode, encode, values
 from ssd_resnet34.tfrecord.records import read_records
 from tests.ssd_resnet34_tfrecord.test_records import FILES
@@ -56,7 +56,7 @@ def test_decoded_images_are_the_seeds(golden, golden_dir, name):
         assert_array_equal(found.boxes_ltrb, boxes[:, [1, 0, 3, 2]])
         assert found.boxes_ltrb.dtype == np.float32
         assert_array_equal(found.category_ids, expected["classes"])
-        image = decode_image(found.encoded, "file")
+        image = EncodedImage(found.encoded, "file")[:]
         assert list(image.shape) == expected["image_shape"]
         # TensorFlow decodes another colour in places; the golden says how far Pillow's pixels are.
         sums, pixels = image.sum(axis=(0, 1), dtype=np.int64), image.shape[0] * image.shape[1]
