@@ -23,11 +23,11 @@ class EncodedImage:
 
     `image[top:bottom, left:right]` is what an array of `shape` (H, W, 3), uint8 RGB, would give;
     a JPEG's rows below `bottom` cost nothing, unless it is progressive. `where` and `remedy` make
-    the UserError for a truncated or foreign file. Pixels may lie in the `buffer` until used again.
+    the UserError for a truncated or foreign file.
     """
 
-    def __init__(self, data: Data, where: str, remedy: str = REMEDY, buffer=None):
-        self.data, self.where, self.remedy, self.buffer = data, where, remedy, buffer
+    def __init__(self, data: Data, where: str, remedy: str = REMEDY):
+        self.data, self.where, self.remedy = data, where, remedy
         self.frame = _jpeg_frame(data)
         if self.frame:
             self.shape = *struct.unpack_from(">HH", data, self.frame + 5), 3
@@ -43,19 +43,16 @@ class EncodedImage:
 
     def _upper(self, bottom: int) -> np.ndarray:
         """A JPEG's rows down to `bottom` at least, by a smaller height in its header."""
-        data, (height, width, _) = self.data, self.shape
-        rows = bottom + 2  # the last one's colour is blended with the next one's
-        cut = rows < height and data[self.frame + 1] in SEQUENTIAL
+        data, rows = self.data, bottom + 2  # a row's colour is blended with the next one's
+        cut = rows < self.shape[0] and data[self.frame + 1] in SEQUENTIAL
         if cut:
             data = bytearray(data)
             cut = data.rfind(END, self.frame) > 0  # else truncated: libjpeg is to see that
         if cut:
             struct.pack_into(">H", data, self.frame + 5, rows)
-        fits = self.buffer is not None and 3 * height * width <= len(self.buffer)
-        buffer = self.buffer if fits else None
         with suppress(ValueError):  # also raised for a mere warning: Pillow decides
             # To libjpeg what follows the last row is one.
-            return simplejpeg.decode_jpeg(data, "RGB", buffer=buffer, strict=not cut)
+            return simplejpeg.decode_jpeg(data, "RGB", strict=not cut)
         return self._by_pillow()
 
     def _by_pillow(self) -> np.ndarray:

@@ -22,7 +22,6 @@ from ssd_resnet34.tfrecord.config import Recipe
 from ssd_resnet34.tfrecord.example import REMEDY, AnnotatedImage
 from ssd_resnet34.tfrecord.index import RecordIndex
 
-SCRATCH_BYTES = 3 * 1024 * 1024  # an image of a worker: new memory for each costs page faults
 WHOLE = np.array([0, 0, 1, 1], np.float32)  # the window of the whole image, which keeps every box
 
 
@@ -166,14 +165,13 @@ class _Records(Dataset):
 
     def __init__(self, records: RecordIndex, recipe: Recipe):
         self.records, self.recipe = records, recipe
-        self.scratch = bytearray(SCRATCH_BYTES)
         self.label_of = {category: k for k, category in enumerate(records.category_ids)}
 
     def __len__(self) -> int:
         return len(self.records)
 
     def image(self, found: AnnotatedImage, where: str) -> EncodedImage:
-        return EncodedImage(found.encoded, where, REMEDY, self.scratch)
+        return EncodedImage(found.encoded, where, REMEDY)
 
 
 class TrainingSet(_Records):

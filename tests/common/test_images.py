@@ -84,17 +84,6 @@ def test_parts_of_real_images_and_what_they_cost(monkeypatch):
         np.testing.assert_array_equal(image[:], whole)
 
 
-def test_pixels_lie_in_a_buffer_that_is_large_enough():
-    data = JPEGS[0].read_bytes()
-    expected, buffer = read_image(str(JPEGS[0])), bytearray(3 << 20)
-    image = EncodedImage(memoryview(data), "file", buffer=buffer)
-    for pixels, rows in ((image[:], len(expected)), (image[:50], 50)):
-        np.testing.assert_array_equal(pixels, expected[:rows])
-        assert np.shares_memory(pixels, np.frombuffer(buffer, np.uint8))
-    small = EncodedImage(data, "file", buffer=bytearray(100))[:]
-    np.testing.assert_array_equal(small, expected)
-
-
 def test_a_truncated_file_is_found_though_the_part_is_there():
     data = JPEGS[0].read_bytes()
     with pytest.raises(UserError, match=r"file: cannot read the image \(truncated.*; again"):
