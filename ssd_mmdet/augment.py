@@ -17,7 +17,7 @@ def augment(batch: Batch, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """Network input (N, 3, S, S) float32, in the device's layout, and boxes (N, M, 4)."""
     if not recipe.augment:
         return normalise(batch.images, recipe), batch.boxes
-    parts = (batch.images, batch.cover, batch.jitter, batch.order, batch.flip)
+    parts = (batch.images, batch.place, batch.jitter, batch.order, batch.flip)
     split = (part.split(images_at_once(part)) for part in parts)
     images = torch.cat([_images(*few, recipe) for few in zip(*split, strict=True)])
     left, top, right, bottom = batch.boxes.unbind(-1)
@@ -27,13 +27,23 @@ def augment(batch: Batch, recipe: Recipe) -> tuple[Tensor, Tensor]:
     return images.contiguous(memory_format=memory_format(images.device)), boxes
 
 
+def cover(place: Tensor, size: int) -> Tensor:
+    """How much of each pixel is image (N, size, size), by the weights of bilinear resizing, of
+    `place` (N, 2, 3) as a Batch has it: the product of a column's part and a row's."""
+    first, end, length = place.unsqueeze(-2).unbind(-1)  # (N, 2, 1)
+    center = (torch.arange(size, device=place.device) + 0.5) * (length / size) - 0.5
+    center = torch.minimum(center.clamp(min=0), length - 1)
+    across, down = torch.minimum(center - first + 1, end - center).clamp(0, 1).unbind(1)
+    return down.unsqueeze(2) * across.unsqueeze(1)
+
+
 def _images(
-    images: Tensor, cover: Tensor, jitter: Tensor, order: Tensor, flip: Tensor, recipe: Recipe
+    images: Tensor, place: Tensor, jitter: Tensor, order: Tensor, flip: Tensor, recipe: Recipe
 ) -> Tensor:
     """Network input (N, 3, S, S) of images (N, S, S, 3) times their cover: the mean, which the
     canvas is filled with, becomes 0."""
+    part = cover(place, recipe.image_size)
     planes = images.permute(3, 0, 1, 2).float()  # (3, N, S, S): whole planes
-    part = cover[:, 1].unsqueeze(2) * cover[:, 0].unsqueeze(1)  # (N, S, S)
     shift, contrast, saturation, hue = jitter.view(-1, 4, 1, 1).unbind(1)
     planes = (planes + shift * part) * contrast
     planes = _saturation_and_hue(planes, saturation, hue)

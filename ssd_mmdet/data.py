@@ -37,12 +37,12 @@ SMALLEST_IMAGE = 32  # pixels; the original does not train on an image with a sh
 class Batch(NamedTuple):
     """N samples; `boxes` are padded to M rows, `valid` marks the real ones.
 
-    `images` are black where an expanded canvas shows, and `cover` says how much of each column
-    and row is image: a pixel's part of image is the product of its column's and its row's.
+    `images` are black where an expanded canvas shows. Of the window's columns, and of its rows, the
+    image takes those from `place[..., 0]` up to `place[..., 1]`; there are `place[..., 2]`.
     """
 
     images: Tensor  # (N, S, S, 3) uint8 RGB
-    cover: Tensor  # (N, 2, S) float32 in 0..1, of columns and of rows
+    place: Tensor  # (N, 2, 3) float32, pixels before resizing, of columns and of rows
     boxes: Tensor  # (N, M, 4) float32 xyxy, pixels of the network input
     labels: Tensor  # (N, M) int64 0-based classes
     valid: Tensor  # (N, M) bool
@@ -151,7 +151,7 @@ class TrainingSet(Dataset):
                 left, top = left - window[0], top - window[1]
                 width, height = window[2] - window[0], window[3] - window[1]
             flip = rng.random() < recipe.flip_probability
-        image, cover = cut(image, left, top, width, height, size)
+        image, place = cut(image, left, top, width, height, size)
         boxes = boxes + np.float32([left, top, left, top])
         boxes *= np.float32([size / width, size / height, size / width, size / height])
         padded_boxes = np.zeros((self.slots, 4), np.float32)
@@ -160,7 +160,7 @@ class TrainingSet(Dataset):
         padded_labels[: len(labels)] = labels
         parts = (
             image,
-            cover,
+            place,
             padded_boxes,
             padded_labels,
             self.slot_numbers < len(boxes),

@@ -83,7 +83,7 @@ def cut(
     image: np.ndarray, left: int, top: int, width: int, height: int, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """What a window of a canvas shows, resized: (size, size, 3) uint8, black outside the image,
-    and its cover (2, size).
+    and its place (2, 3) float32, as a Batch has it.
 
     The image's corner is at (left, top) of the window of `width` x `height`. Only the part of the
     result that shows the image is computed: no canvas is ever filled.
@@ -91,11 +91,12 @@ def cut(
     image_height, image_width = image.shape[:2]
     columns = slice(max(left, 0), min(left + image_width, width))
     rows = slice(max(top, 0), min(top + image_height, height))
+    place = np.float32([(columns.start, columns.stop, width), (rows.start, rows.stop, height)])
     if columns.start >= columns.stop or rows.start >= rows.stop:
-        return np.zeros((size, size, 3), np.uint8), np.zeros((2, size), np.float32)
+        return np.zeros((size, size, 3), np.uint8), place * np.float32([0, 0, 1])
     shown = image[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
     if shown.shape[:2] == (height, width):
-        return resize(shown, size, size), np.ones((2, size), np.float32)
+        return resize(shown, size, size), place
     y, first_y, last_y, before_y, after_y = _span(rows, height, size)
     x, first_x, last_x, before_x, after_x = _span(columns, width, size)
     padded = np.zeros(
@@ -105,8 +106,7 @@ def cut(
     part = resize(padded, last_y - y, last_x - x, (size / height, size / width))
     made = np.zeros((size, size, 3), np.uint8)
     made[first_y:last_y, first_x:last_x] = part[first_y - y :, first_x - x :]
-    cover = np.array([_cover(columns, width, size), _cover(rows, height, size)], np.float32)
-    return made, cover
+    return made, place
 
 
 def _span(place: slice, length: int, size: int) -> tuple[int, int, int, int, int]:
@@ -131,14 +131,6 @@ def _span(place: slice, length: int, size: int) -> tuple[int, int, int, int, int
     if after and before + place.stop - place.start + after == last - origin:
         after = 2  # torch does not resize an axis that keeps its length, whatever the scale
     return origin, first, last, before, after
-
-
-def _cover(place: slice, length: int, size: int) -> np.ndarray:
-    """Part of image in each of `size` columns (or rows), by the weights of bilinear resizing."""
-    center = (np.arange(size) + 0.5) * (length / size) - 0.5
-    pixels = place.start - 1, place.start, place.stop - 1, place.stop
-    # Beyond the canvas' edge its last pixel is repeated, which may be the image's.
-    return np.interp(center, pixels, (place.start == 0, 1, 1, place.stop == length))
 
 
 def resize(

@@ -10,7 +10,7 @@ from common.coco.images import read_image
 from common.coco.index import CocoIndex
 from ssd_mmdet import augment as module
 from ssd_mmdet import data
-from ssd_mmdet.augment import augment
+from ssd_mmdet.augment import augment, cover
 from ssd_mmdet.config import RECIPES
 from ssd_mmdet.data import NEUTRAL, Batch, TrainingSet, colour_draws, training_records
 from ssd_mmdet.geometry import cut, resize
@@ -34,13 +34,13 @@ def pictures(tiny_train):
     return torch.from_numpy(stack)
 
 
-def batch(images, jitter=NEUTRAL, order=range(3), flip=False, boxes=None, cover=None):
+def batch(images, jitter=NEUTRAL, order=range(3), flip=False, boxes=None, place=None):
     """A batch whose images all get the same, or each its row of `jitter`, `order`, `flip`."""
     count = len(images)
     boxes = torch.zeros(count, 2, 4) if boxes is None else boxes
     return Batch(
         images,
-        torch.ones(count, 2, SIZE) if cover is None else cover,
+        torch.tensor([0.0, 1, 1]).expand(count, 2, 3) if place is None else place,
         boxes,
         torch.zeros(boxes.shape[:2], dtype=torch.int64),
         torch.ones(boxes.shape[:2], dtype=torch.bool),
@@ -118,16 +118,15 @@ def drawn(pictures):
         cut(image, *rng.integers(-20, 40, 2), *rng.integers(70, 120, 2), SIZE)
         for image in pictures.numpy()
     ]
-    images, cover = (torch.from_numpy(np.stack(parts)) for parts in zip(*cuts, strict=True))
+    images, place = (torch.from_numpy(np.stack(parts)) for parts in zip(*cuts, strict=True))
     flip = torch.arange(count) % 2 == 0
-    return batch(images, jitter, flip=flip, boxes=boxes, cover=cover)._replace(order=order)
+    return batch(images, jitter, flip=flip, boxes=boxes, place=place)._replace(order=order)
 
 
 def test_colour_leaves_the_canvas_untouched(pictures):
     given = drawn(pictures)
     images, _ = augment(given._replace(flip=torch.zeros(len(pictures), dtype=torch.bool)), RECIPE)
-    part = given.cover[:, 1].unsqueeze(2) * given.cover[:, 0].unsqueeze(1)
-    empty = (part == 0).unsqueeze(1).expand_as(images)
+    empty = (cover(given.place, SIZE) == 0).unsqueeze(1).expand_as(images)
     assert 0.2 < empty.float().mean() < 0.8
     assert images[empty].eq(0).all()  # the mean, subtracted
     assert images[~empty].abs().mean() > 20
@@ -136,15 +135,15 @@ def test_colour_leaves_the_canvas_untouched(pictures):
 def test_the_seam_between_image_and_canvas(pictures):
     """Colour before pasting and resizing, as the original, on a float canvas filled with mean."""
     image, jitter = pictures[0].numpy(), (20.0, 1.3, 0.7, -5.0)
-    made, cover = cut(image, 13, 21, 133, 117, SIZE)
-    given = batch(torch.from_numpy(made[None]), jitter, cover=torch.from_numpy(cover[None]))
+    made, place = cut(image, 13, 21, 133, 117, SIZE)
+    given = batch(torch.from_numpy(made[None]), jitter, place=torch.from_numpy(place[None]))
     canvas = np.empty((117, 133, 3), np.float32)
     canvas[:] = RECIPE.mean
     canvas[21:81, 13:73] = recoloured(image, *jitter, contrast_first=True)
     expected = reference.network_input(canvas, SIZE)
     difference = (augment(given, RECIPE)[0][0] - expected).abs()
     assert difference.mean() < 0.5
-    seam = torch.from_numpy((cover[1][:, None] * cover[0] % 1 != 0).copy())
+    seam = cover(given.place, SIZE)[0] % 1 != 0
     assert seam.sum() > 20
     assert difference[:, seam].mean() < 2
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.coco.images import read_image
+from ssd_mmdet.augment import cover
 from ssd_mmdet.config import RECIPES
 from ssd_mmdet.geometry import canvas_around, crop_window, cut, resize, resize_as_opencv
 from tests.ssd_mmdet import reference
@@ -41,9 +42,13 @@ def test_resizing_axis_by_axis_changes_nothing(tiny_train):
 
 def test_a_whole_image_or_a_crop_is_only_resized():
     image = picture(200, 240)
-    made, cover = cut(image, -30, -20, 150, 120, 100)
+    made, place = cut(image, -30, -20, 150, 120, 100)
     np.testing.assert_array_equal(made, resize(image[20:140, 30:180], 100, 100))
-    assert (cover == 1).all()
+    assert (covered(place, 100) == 1).all()
+
+
+def covered(place, size):
+    return cover(torch.from_numpy(place[None]), size)[0].numpy()
 
 
 def naive_cut(image, left, top, width, height, size, fill):
@@ -67,16 +72,16 @@ def naive_cut(image, left, top, width, height, size, fill):
 )
 def test_cut_is_a_window_of_a_canvas(left, top, width, height, size):
     image = picture(70, 64)
-    made, cover = cut(image, left, top, width, height, size)
+    made, place = cut(image, left, top, width, height, size)
     assert made.dtype == np.uint8
-    assert cover.dtype == np.float32
+    assert place.dtype == np.float32
     expected = naive_cut(image, left, top, width, height, size, fill=0)
     difference = np.abs(made - expected)
     assert difference.mean() <= 0.35
     assert difference.max() <= 1.01 + 255 / 64  # the image lies within 1/64 pixel of its place
-    covered = naive_cut(np.ones_like(image), left, top, width, height, size, fill=0)[..., 0]
-    np.testing.assert_allclose(cover[1][:, None] * cover[0], covered, atol=1e-4)
-    assert (made[covered == 0] == 0).all()
+    part = naive_cut(np.ones_like(image), left, top, width, height, size, fill=0)[..., 0]
+    np.testing.assert_allclose(covered(place, size), part, atol=1e-4)
+    assert (made[part == 0] == 0).all()
 
 
 def box_set(seed, count):
