@@ -31,7 +31,8 @@ def cover(place: Tensor, size: int) -> Tensor:
     """How much of each pixel is image (N, size, size), by the weights of bilinear resizing, of
     `place` (N, 2, 3) as a Batch has it: the product of a column's part and a row's."""
     first, end, length = place.unsqueeze(-2).unbind(-1)  # (N, 2, 1)
-    center = (torch.arange(size, device=place.device) + 0.5) * (length / size) - 0.5
+    pixels = torch.arange(size, dtype=torch.float32, device=place.device)
+    center = (pixels + 0.5) * (length / size) - 0.5
     center = torch.minimum(center.clamp(min=0), length - 1)
     across, down = torch.minimum(center - first + 1, end - center).clamp(0, 1).unbind(1)
     return down.unsqueeze(2) * across.unsqueeze(1)

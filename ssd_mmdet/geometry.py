@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from common.coco.images import EncodedImage
 from ssd_mmdet.config import Recipe
 
 Box = Sequence[float]  # left, top, right, bottom
@@ -80,7 +81,7 @@ def center_inside(window: Box, box: Box) -> bool:
 
 
 def cut(
-    image: np.ndarray, left: int, top: int, width: int, height: int, size: int
+    image: np.ndarray | EncodedImage, left: int, top: int, width: int, height: int, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """What a window of a canvas shows, resized: (size, size, 3) uint8, black outside the image,
     and its place (2, 3) float32, as a Batch has it.

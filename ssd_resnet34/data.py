@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.coco.images import open_image, read_image
+from common.coco.images import EncodedImage, open_image, read_image
 from common.coco.index import CocoIndex
 from common.npu.device import memory_format
 from common.npu.distributed import Ranks
@@ -115,7 +115,7 @@ def _iou(window: Box, box: Box) -> float:
 
 
 def apply_crop(
-    image: np.ndarray, boxes_ltrb: np.ndarray, labels: np.ndarray, window: Box
+    image: np.ndarray | EncodedImage, boxes_ltrb: np.ndarray, labels: np.ndarray, window: Box
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cut image and boxes to a window; boxes whose centre lies outside are dropped."""
     left, top, right, bottom = window

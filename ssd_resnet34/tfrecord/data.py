@@ -81,7 +81,7 @@ def resize(image: np.ndarray, size: int) -> Tensor:
     return sample(image, rows, columns)
 
 
-def crop_and_resize(image: np.ndarray, window: np.ndarray, size: int) -> Tensor:
+def crop_and_resize(image: np.ndarray | EncodedImage, window: np.ndarray, size: int) -> Tensor:
     """A window (left, top, right, bottom), normalised, of an image as (size, size, 3) uint8.
 
     Bilinear without antialias: the window's edges, to the nearest pixel, are the centres of the
