@@ -117,6 +117,15 @@ def test_a_vanishing_box_has_a_finite_loss():
     assert all(g.isfinite().all() for g in gradients(losses["loss"], outputs))
 
 
+def test_a_second_backward_pass_is_refused():
+    """The first one wrote its gradient over what it had kept; silence would mean a wrong one."""
+    outputs, truth = batch(0, 1)
+    loss = CRITERION(outputs, *truth)["loss"]
+    torch.autograd.grad(loss, outputs, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, outputs)
+
+
 def test_half_precision_outputs_are_computed_in_fp32():
     outputs, truth = batch(3, 2)
     halves = [output.detach().bfloat16().requires_grad_() for output in outputs]
