@@ -1,5 +1,6 @@
 """Raw outputs to detections: softmax, decoding, per class soft-NMS or hard NMS, clipping."""
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -80,12 +81,17 @@ def detect(outputs: tuple[Tensor, Tensor], sizes: Tensor, recipe: Recipe) -> lis
     return detections
 
 
+@functools.cache
+def _anchors(recipe: Recipe, device: torch.device) -> Tensor:
+    return make_anchors(recipe).to(device)
+
+
 def _candidates(
     outputs: tuple[Tensor, Tensor], recipe: Recipe, on_host: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """What `decode_outputs` makes of each image's likely priors, and maybe more, in their order."""
     logits = outputs[1]
-    anchors = make_anchors(recipe).to(logits.device)
+    anchors = _anchors(recipe, logits.device)
     # Where a probability passes, its logit exceeds background's by more than its logarithm: most
     # priors have none such.
     margin = logits[:, :, 1:].amax(dim=2).float() - logits[:, :, 0].float()

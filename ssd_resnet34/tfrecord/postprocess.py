@@ -1,5 +1,6 @@
 """Raw outputs to detections of the TFRecord recipe: softmax, decoding, NMS per class."""
 
+import functools
 import math
 
 import numpy as np
@@ -24,6 +25,11 @@ def decode_outputs(
     return boxes, logits.softmax(dim=1)[:, 1:]
 
 
+@functools.cache
+def _anchors(recipe: Recipe, device: torch.device) -> Tensor:
+    return make_anchors(recipe).to(device)
+
+
 @torch.no_grad()
 def detect(outputs: tuple[Tensor, Tensor], sizes: Tensor, recipe: Recipe) -> list[Detections]:
     """Detections of N images; `sizes` (N, 2) are the original (height, width) in pixels.
@@ -31,7 +37,7 @@ def detect(outputs: tuple[Tensor, Tensor], sizes: Tensor, recipe: Recipe) -> lis
     Per class the `max_per_class` best scores above `score_threshold` enter greedy NMS in
     normalised coordinates, in fp32; of what survives, the `max_detections` best are returned.
     """
-    anchors = make_anchors(recipe).to(outputs[0].device)
+    anchors = _anchors(recipe, outputs[0].device)
     boxes, scores = decode_outputs(outputs, anchors, recipe)
     if recipe.clamp_boxes:
         boxes = _clamped(boxes)
