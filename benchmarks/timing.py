@@ -42,6 +42,18 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> float:
     return float(np.median(numerator / denominator))
 
 
+def print_speeds(title: str, times: dict[str, Timing], images: int, base: str, one: str) -> None:
+    """A table of peers that read so many images a round; the header calls the `base` peer `one`."""
+    rows = []
+    for name, timing in times.items():
+        seconds = np.median(timing.cpu) / images
+        speeds = (f"{1 / seconds:.0f}", f"{images / timing.cpu.min():.0f}")
+        against = ratio(timing.cpu, times[base].cpu)
+        rows.append((name, f"{1e3 * seconds:.2f}", *speeds, f"{against:.2f}"))
+    header = ("", "CPU ms an image", "images/s a core", "in the best round", f"time, {one} = 1")
+    print_table(title, header, rows)
+
+
 def print_table(title: str, header: tuple[str, ...], rows: list[tuple]) -> None:
     """A Markdown table under a line that says where and when it was measured."""
     print(f"## {title}\n\n{_circumstances()}\n")

@@ -17,11 +17,10 @@ import common  # noqa: F401 before torch
 # isort: split
 
 import cv2
-import numpy as np
 import torch
 
 from benchmarks.fcos.reference import ReferenceSet
-from benchmarks.timing import print_table, race, ratio
+from benchmarks.timing import print_speeds, race
 from common.coco.images import read_image
 from common.coco.index import find_coco, read_index
 from common.npu.distributed import Ranks
@@ -84,16 +83,9 @@ def main() -> None:
         "original, re-implemented: a sample, collated": original_batches,
     }
     times = race(peers, args.rounds)
-    own = times["ours: decoded, resized, collated"].cpu
-    rows = []
-    for name, timing in times.items():
-        seconds = np.median(timing.cpu) / len(images)
-        against = ratio(timing.cpu, own)
-        speeds = (f"{1 / seconds:.0f}", f"{len(images) / timing.cpu.min():.0f}")
-        rows.append((name, f"{1e3 * seconds:.2f}", *speeds, f"{against:.2f}"))
-    header = ("", "CPU ms an image", "images/s a core", "in the best round", "time, ours = 1")
     title = f"Input pipeline, {len(images)} images, batch {args.batch_size}"
-    print_table(f"{title}, aim {AIM} images/s a core", header, rows)
+    title += f", aim {AIM} images/s a core"
+    print_speeds(title, times, len(images), "ours: decoded, resized, collated", "ours")
 
 
 if __name__ == "__main__":

@@ -20,12 +20,11 @@ import common  # noqa: F401 before torch
 # isort: split
 
 import cv2
-import numpy as np
 import torch
 from torch.utils.data import default_collate
 
 from benchmarks.m2det.reference import ReferenceSet
-from benchmarks.timing import print_table, race, ratio
+from benchmarks.timing import print_speeds, race
 from common.coco.images import read_image
 from m2det.augment import augment
 from m2det.config import RECIPES
@@ -82,21 +81,8 @@ def main() -> None:
         "original, re-implemented: all of it in the worker": original,
     }
     times = race(peers, args.rounds)
-    own = times["ours: a sample"].cpu
-    rows = []
-    for name, timing in times.items():
-        seconds = np.median(timing.cpu) / len(images)
-        against = ratio(timing.cpu, own)
-        speeds = (f"{1 / seconds:.0f}", f"{len(images) / timing.cpu.min():.0f}")
-        rows.append((name, f"{1e3 * seconds:.2f}", *speeds, f"{against:.2f}"))
-    header = (
-        "",
-        "CPU ms an image",
-        "images/s a core",
-        "in the best round",
-        "time, ours: a sample = 1",
-    )
-    print_table(f"Input pipeline, {len(images)} images, aim {AIM} images/s a core", header, rows)
+    title = f"Input pipeline, {len(images)} images, aim {AIM} images/s a core"
+    print_speeds(title, times, len(images), "ours: a sample", "ours: a sample")
 
 
 if __name__ == "__main__":

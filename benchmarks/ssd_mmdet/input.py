@@ -17,12 +17,11 @@ import common  # noqa: F401 before torch
 # isort: split
 
 import cv2
-import numpy as np
 import torch
 from torch.utils.data import default_collate
 
 from benchmarks.ssd_mmdet.reference import ReferenceSet
-from benchmarks.timing import print_table, race, ratio
+from benchmarks.timing import print_speeds, race
 from common.coco.images import read_image
 from common.coco.index import find_coco, read_index
 from ssd_mmdet.augment import augment
@@ -70,21 +69,8 @@ def main() -> None:
         "original, re-implemented: all of it in the worker": original,
     }
     times = race(peers, args.rounds)
-    own = times["ours: a sample"].cpu
-    rows = []
-    for name, timing in times.items():
-        seconds = np.median(timing.cpu) / len(images)
-        against = ratio(timing.cpu, own)
-        speeds = (f"{1 / seconds:.0f}", f"{len(images) / timing.cpu.min():.0f}")
-        rows.append((name, f"{1e3 * seconds:.2f}", *speeds, f"{against:.2f}"))
-    header = (
-        "",
-        "CPU ms an image",
-        "images/s a core",
-        "in the best round",
-        "time, ours: a sample = 1",
-    )
-    print_table(f"Input pipeline, {len(images)} images, aim {AIM}", header, rows)
+    title = f"Input pipeline, {len(images)} images, aim {AIM}"
+    print_speeds(title, times, len(images), "ours: a sample", "ours: a sample")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import common  # noqa: F401 before torch
 import numpy as np
 import torch
 
-from benchmarks.timing import print_table, race, ratio
+from benchmarks.timing import print_speeds, print_table, race, ratio
 from common.coco.images import EncodedImage
 from common.coco.index import find_coco, read_index
 from ssd_resnet34 import config as first_config
@@ -148,21 +148,9 @@ def samples(pattern: str, annotations: str, images: str, rounds: int) -> None:
         "part of it: choose the window, crop and resize": crops,
     }
     times = race(peers, rounds, warmup=2)
-    base = times["first recipe: a sample from a folder of JPEG files"].cpu
-    rows = []
-    for name, timing in times.items():
-        seconds = np.median(timing.cpu) / len(records)
-        against = ratio(timing.cpu, base)
-        speeds = (f"{1 / seconds:.0f}", f"{len(records) / timing.cpu.min():.0f}")
-        rows.append((name, f"{1e3 * seconds:.2f}", *speeds, f"{against:.2f}"))
-    header = (
-        "",
-        "CPU ms an image",
-        "images/s a core",
-        "in the best round",
-        "time, first recipe = 1",
-    )
-    print_table(f"Input pipeline, {len(records)} images", header, rows)
+    base = "first recipe: a sample from a folder of JPEG files"
+    title = f"Input pipeline, {len(records)} images"
+    print_speeds(title, times, len(records), base, "first recipe")
 
 
 if __name__ == "__main__":
