@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from common.coco.names import COCO_CLASSES
+from common.coco.index import COCO_CLASSES
 from common.npu import checkpoint
 from common.npu.errors import UserError
 

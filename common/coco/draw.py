@@ -15,13 +15,7 @@ MIN_SCORE = 0.3
 TITLES = "ground truth", f"detections, score from {MIN_SCORE}"
 
 
-def draw_boxes(
-    image_uint8_hwc: np.ndarray,
-    boxes_xyxy: np.ndarray,
-    labels: np.ndarray,
-    class_names: Sequence[str],
-    scores: np.ndarray | None = None,
-) -> Image.Image:
+def draw_boxes(image_uint8_hwc, boxes_xyxy, labels, class_names, scores=None) -> Image.Image:
     """Copy of the image (H, W, 3) with boxes (n, 4) in pixels, labels (n,) and scores (n,), if any.
 
     Boxes are cut at the border and boxes outside of it left out. The best lie on top.

@@ -36,13 +36,7 @@ class Evaluation:
         return {**log, "bbox_mAP_copypaste": " ".join(f"{score:.3f}" for score in log.values())}
 
 
-def to_rows(
-    image_id: int,
-    boxes_xyxy: np.ndarray,
-    scores: np.ndarray,
-    labels: np.ndarray,
-    category_ids: Sequence[int],
-) -> np.ndarray:
+def to_rows(image_id: int, boxes_xyxy, scores, labels, category_ids) -> np.ndarray:
     """Result rows (n, 7) of one image; classes that the file does not have (id -1) are skipped.
 
     boxes_xyxy (n, 4) pixels of the original image, scores (n,), labels (n,) 0-based.

@@ -4,11 +4,14 @@ import json
 import os
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
 from common.npu.errors import UserError
 
+# The 80 in the order of their category ids, for weights that bring none.
+COCO_CLASSES = (*Path(__file__).with_name("class_names.txt").read_text().splitlines(),)
 FIELDS = "id, image_id, label, box_xywh, area, crowd, ignore, usable"
 FORMATS = "i8, i8, i8, 4f8, f8, ?, ?, ?"
 
@@ -167,12 +170,9 @@ def _box(annotation: dict) -> dict:
 
 def _columns(entries: list[dict] | map, *keys: str) -> np.ndarray:
     """The numbers of n entries, (keys, n) float64; NaN where absent, -inf for what is none."""
-    values = (entry.get(key, np.nan) for entry in entries for key in keys)
-    numbers = (
-        value if type(value) in (int, float, bool) and not abs(value) >= 2**53 else -np.inf
-        for value in values
-    )
-    return np.fromiter(numbers, dtype=np.float64).reshape(-1, len(keys)).T
+    plain, values = {int, float, bool}, (entry.get(k, np.nan) for entry in entries for k in keys)
+    values = (v if type(v) in plain and not abs(v) >= 2**53 else -np.inf for v in values)
+    return np.fromiter(values, np.float64).reshape(-1, len(keys)).T
 
 
 def _unsound(ids: np.ndarray) -> np.ndarray:
@@ -202,17 +202,15 @@ def _name(entry: dict, number: int) -> str:
     return annotation if "image_id" in entry else f"entry {number} with id {own!r}"
 
 
-def find_coco(
-    data_path: str | None, split: str, annotations: str | None = None, images: str | None = None
-) -> tuple[str, str]:
+def find_coco(data_path: str, split: str, annotations="", images="") -> tuple[str, str]:
     """The annotation file and image folder of `split` ("train", "val") of COCO 2017 in `data_path`.
 
     `annotations` and `images`, where given, override. Raises UserError for what is missing.
     """
-    folder = str(data_path or ".")
+    folder = data_path or "."
     names = (f"{prefix}instances_{split}2017.json" for prefix in ("", "bbox_only_"))
-    files = [str(annotations)] if annotations else [f"{folder}/annotations/{n}" for n in names]
-    image_dir = str(images or os.path.join(folder, f"{split}2017"))
+    files = [annotations] if annotations else [f"{folder}/annotations/{name}" for name in names]
+    image_dir = images or os.path.join(folder, f"{split}2017")
     found = [file for file in files if os.path.isfile(file)]
     if not found or not os.path.isdir(image_dir):
         needed = f"{' or '.join(files)}, and the folder {image_dir}"

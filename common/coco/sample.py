@@ -34,8 +34,7 @@ def write_sample(folder: str | Path, train: int = 240, val: int = 60, seed: int 
     """
     folder = Path(folder).resolve()
     if min(train, val) < 1 or max(train, val) >= FIRST_ID["val"] or seed < 0:
-        asked = f"sample of {train} + {val} images, seed {seed}"
-        raise UserError(f"{asked}: give counts from 1, a seed from 0")
+        raise UserError(f"{train} + {val} images, seed {seed}: give counts from 1, a seed from 0")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty; remove it or name another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -60,16 +59,9 @@ def _write_split(root: Path, split: str, count: int, seed: int) -> None:
         images.append({"id": image_id, "file_name": name, "width": width, "height": height})
         for number, (kind, pixels) in enumerate(shown):
             left, top, right, bottom = Image.fromarray(pixels).getbbox()
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": CATEGORIES[kind],
-                    "bbox": [left, top, right - left, bottom - top],
-                    "area": int(pixels.sum()),
-                    "iscrowd": int(crowd and number == 0),
-                }
-            )
+            own = {"id": len(annotations) + 1, "image_id": image_id, "area": int(pixels.sum())}
+            own |= {"category_id": CATEGORIES[kind], "iscrowd": int(crowd and number == 0)}
+            annotations.append(own | {"bbox": [left, top, right - left, bottom - top]})
     categories = [{"id": ident, "name": name} for name, ident in CATEGORIES.items()]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (root / f"annotations/instances_{split}2017.json").write_text(json.dumps(content))

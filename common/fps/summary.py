@@ -5,20 +5,12 @@ forgot the number of devices in TrainingTime; here it is the time of one iterati
 """
 
 import platform
-from collections.abc import Sequence
 from pathlib import Path
 
 from common.npu.files import write_atomically
 
 
-def write_summary(
-    folder: Path,
-    case: tuple[str, int, int, str],
-    seconds: float,
-    fps: float | None = None,
-    accuracy: float | None = None,
-    losses: Sequence[float] = (),
-) -> list[str]:
+def write_summary(folder: Path, case: tuple, seconds, fps=None, accuracy=None, losses=()) -> list:
     """Write `<CaseName>.log` and, of logged total `losses`, `train_<CaseName>_loss.txt`.
 
     `case` is network, batch size of a rank, number of ranks and "acc", "perf" or "eval";

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from common.coco.names import COCO_CLASSES
+from common.coco.index import COCO_CLASSES
 from common.npu.errors import UserError
 from ssd_resnet34.tfrecord.config import COCO_CATEGORY_IDS
 from ssd_resnet34.tfrecord.example import (

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from common.coco.names import COCO_CLASSES
+from common.coco.index import COCO_CLASSES
 from common.npu.errors import UserError
 from m2det.config import RECIPES
 from m2det.model import build_model

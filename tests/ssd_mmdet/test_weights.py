@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from common.coco.names import COCO_CLASSES
+from common.coco.index import COCO_CLASSES
 from common.npu.errors import UserError
 from ssd_mmdet.config import RECIPES
 from ssd_mmdet.model import build_model

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from common.coco.images import read_image
-from common.coco.names import COCO_CLASSES
+from common.coco.index import COCO_CLASSES
 from common.npu import checkpoint
 from common.npu.errors import UserError
 from ssd_resnet34 import demo
