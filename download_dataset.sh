@@ -23,7 +23,8 @@ are checked against their md5 sums. Parts that are complete are skipped, and a f
 script did not make is never touched.
 
 Environment: COCO_URL  a mirror instead of http://images.cocodataset.org
-             PYTHON    the interpreter where there is no .venv (default: python3)
+             PYTHON    the interpreter where there is no .venv (default: python3; for --sample
+                       a .venv is made, as quickstart.sh does)
 TEXT
 }
 
@@ -107,6 +108,7 @@ download() {
             "give the same command again to download it anew, or set COCO_URL to another mirror"
     fi
     mv -f "$partial" "$1"
+    rm -f "$1.bad"
 }
 
 unpack() {
@@ -138,6 +140,11 @@ python=${PYTHON:-python3}
 if $sample; then
     [ "$named" -eq 1 ] || die "--sample wants a folder: bash download_dataset.sh --sample DIR"
     cd "$root"
+    if [ "$python" != "$root/.venv/bin/python" ]; then
+        source common/npu/venv.sh
+        find_python requirements.txt
+        python=$PYTHON
+    fi
     exec "$python" -m common.coco.sample "$target"
 fi
 

@@ -9,12 +9,16 @@ if [ -z "${ASCEND_HOME_PATH:-}" ]; then
     for _base in ${_install:+"$_install"} /usr/local/Ascend "${HOME:-/root}/Ascend"; do
         for _part in ascend-toolkit cann nnae; do
             if [ -f "$_base/$_part/set_env.sh" ]; then
+                _flags=$- # CANN's scripts are not made for `set -eu`
+                set +eu
                 source "$_base/$_part/set_env.sh"
+                case $_flags in *e*) set -e ;; esac
+                case $_flags in *u*) set -u ;; esac
                 break 2
             fi
         done
     done
-    unset _install _base _part
+    unset _install _base _part _flags
 fi
 _set TASK_QUEUE_ENABLE 2            # kernels are launched, workspaces handled by a second thread
 _set HCCL_CONNECT_TIMEOUT 1800      # seconds for ranks that start unevenly

@@ -33,16 +33,18 @@ launch() {
                 data=.
                 ;;
             --*) flags+=("$word") ;;
-            *)
-                echo "error: $word is no flag; write --name=value" >&2
-                exit 2
-                ;;
+            *) _refuse "$word is no flag; write --name=value" ;;
         esac
     done
     if [ -z "$data" ]; then
         echo '[Error] para "data_path" must be confing: give --data_path=DIR, the COCO folder' >&2
         exit 1
     fi
+    case "/$ranks/$nodes/$node/" in
+        *//* | *[!0-9/]* | */0/*/*/)
+            _refuse "--nproc_per_node=$ranks --nnodes=$nodes --node_rank=$node: give whole numbers" ;;
+    esac
+    [ "$node" -lt "$nodes" ] || _refuse "--node_rank=$node: of --nnodes=$nodes the last is $((nodes - 1))"
     # As the old scripts: one device takes the card of the environment first, several are "8".
     if [ "$((ranks * nodes))" = 1 ]; then
         id=${ASCEND_DEVICE_ID:-${id:-0}}
@@ -54,6 +56,8 @@ launch() {
     [ "${etp_running_flag:-}" = true ] || source "$(dirname "${BASH_SOURCE[0]}")/env_npu.sh"
     local venv=$model/../.venv/bin/python
     [ -n "${PYTHON:-}" ] || { [ -x "$venv" ] && PYTHON=$venv || PYTHON=python3; }
+    "$PYTHON" -c 'import sys; from importlib.util import find_spec; sys.exit(not find_spec("torch"))' \
+        2>/dev/null || _refuse "PYTHON=$PYTHON is not there or has no torch; bash quickstart.sh makes .venv"
     local command=("$PYTHON")
     if [ "$((ranks * nodes))" != 1 ]; then
         # A free port, so that two runs on one host do not meet; several nodes must agree on one.
@@ -67,6 +71,11 @@ launch() {
         "--output_dir=${output:-$model/test/output/$id}" "${flags[@]}")
     echo "${command[*]}"
     exec "${command[@]}"
+}
+
+_refuse() {
+    echo "error: $*" >&2
+    exit 2
 }
 
 # HCCL takes this node's address, gloo the name of its interface: else it takes what the host name
