@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.npu.errors import UserError
+
 # Bottlenecks of the four stages; resnet14 is for quick tries, it has no published weights.
 STAGES = {"resnet50": (3, 4, 6, 3), "resnet14": (1, 1, 1, 1)}
 
@@ -57,7 +59,7 @@ class ResNet(nn.Module):
     def __init__(self, name: str):
         super().__init__()
         if name not in STAGES:
-            raise ValueError(f"backbone {name!r} is not one of {', '.join(STAGES)}")
+            raise UserError(f"--backbone {name}: is not one of {', '.join(STAGES)}")
         self.frozen = False
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)

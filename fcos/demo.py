@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     recipe = evaluation_recipe(own_network(cli.chosen_recipe(args, RECIPES), state), device)
     class_names = class_names_of(state)
     model = build_model(recipe, num_classes_of(state)).eval()
-    print(f"{state['path']}: {load_weights(model, state)}")
+    print(f"{state['path']}: {load_weights(model, state).demand_all(state['path'])}")
     model.to(device, memory_format=memory_format(device))
 
     results = {}

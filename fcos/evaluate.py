@@ -39,7 +39,7 @@ from fcos.config import NETWORK, RECIPES, Recipe
 from fcos.data import build_loader, evaluation_recipe, normalise
 from fcos.model import build_model
 from fcos.postprocess import detect
-from fcos.weights import load_weights, preset_of
+from fcos.weights import load_weights, named_classes, preset_of
 
 RESULTS = "results.bbox.json"  # COCO's submission format
 # What the published presets differ in, once they are trained.
@@ -54,13 +54,13 @@ def main(argv: list[str] | None = None) -> None:
     say = print if ranks.main else (lambda *_: None)
     say(why)
 
-    state = cli.checkpoint_to_use(args)
+    state = cli.checkpoint_to_use(args, ranks)
     recipe = own_network(cli.chosen_recipe(args, RECIPES), state, say)
     files = find_coco(args.data, "val", args.val_annotations, args.val_images)
-    records = read_index(*files, classes=state.get("classes"))
+    records = read_index(*files, classes=named_classes(state))
     cli.check_num_classes(args, len(records.class_names))
     model = build_model(recipe, len(records.class_names))
-    say(f"{state['path']}: {load_weights(model, state)}")
+    say(f"{state['path']}: {load_weights(model, state).demand_all(state['path'])}")
     model.to(device, memory_format=memory_format(device))
 
     precision = Precision(device, getattr(args, "amp", "O0"), recipe.loss_scale, args.amp_dtype)
@@ -160,7 +160,7 @@ def draw_examples(path: Path, records: CocoIndex, rows: np.ndarray, count: int =
     chosen = with_truth if len(with_truth) else np.arange(len(records))
     label = {category: position for position, category in enumerate(records.category_ids)}
     pictures = []
-    for i in chosen[np.linspace(0, len(chosen) - 1, count, dtype=int)]:
+    for i in chosen[np.unique(np.linspace(0, len(chosen) - 1, count, dtype=int))]:
         truth = records.annotations(i)
         found = rows[rows[:, 0] == records.image_ids[i]]
         pictures.append(

@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     state = cli.checkpoint_to_use(args)
     recipe = own_network(cli.chosen_recipe(args, RECIPES), state)
     model = build_model(recipe, num_classes_of(state)).eval()
-    print(f"{state['path']}: {load_weights(model, state)}")
+    print(f"{state['path']}: {load_weights(model, state).demand_all(state['path'])}")
     outputs = ["boxes", "scores"] if args.decoded else ["logits", "distances", "centerness"]
     model = (Decoded(model, recipe) if args.decoded else Flat(model)).eval()
 

@@ -21,7 +21,6 @@ EARLY_NAMES = {
     "fcos_reg": "conv_reg",
     "fcos_centerness": "conv_centerness",
 }
-PREDICTORS = tuple(f"bbox_head.{name}." for name in EARLY_NAMES.values())
 BACKBONE = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc")
 
 
@@ -47,17 +46,18 @@ class LoadReport:
                 parts.append(f"{len(names)} {what}: {', '.join(names[:3])}{more}")
         return "; ".join(parts)
 
+    def demand_all(self, name: str) -> "LoadReport":
+        """Raise UserError unless every weight was loaded: a network without is not to be judged."""
+        if self.reinitialised or any(key.endswith("weight") for key in self.missing):
+            raise UserError(f"{name}: {self}; give a detector trained on these classes")
+        return self
 
-def load_weights(
-    model: nn.Module,
-    source: str | Path | Mapping[str, Tensor],
-    *,
-    heads: bool = True,
-) -> LoadReport:
+
+def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> LoadReport:
     """Load a file or state dict into the network, whatever of the known layouts it has.
 
-    Tensors of another shape, and with `heads=False` the three predictors, stay as initialised.
-    Raises UserError for an unreadable file or one whose backbone does not fit.
+    Tensors of another shape stay as initialised. Raises UserError for an unreadable file or one
+    whose backbone does not fit.
     """
     state = source if isinstance(source, Mapping) else checkpoint.load(source)
     given = network_keys(state)
@@ -66,7 +66,7 @@ def load_weights(
     for key, value in given.items():
         if key not in own:
             skipped.append(key)
-        elif own[key].shape != value.shape or (key.startswith(PREDICTORS) and not heads):
+        elif own[key].shape != value.shape:
             reinitialised.append(key)
         else:
             loaded[key] = value
@@ -161,16 +161,19 @@ def preset_of(state: Mapping) -> str | None:
     return {(True, False): "gn", (False, True): "nogn", (True, True): "tricks"}.get((norm, bias))
 
 
-def class_names_of(state: Mapping) -> tuple[str, ...]:
-    """The class names in a checkpoint, ours or MMDetection's; else COCO's for 80 classes."""
+def named_classes(state: Mapping) -> tuple[str, ...] | None:
+    """The class names that a checkpoint holds, ours or MMDetection's (`meta.CLASSES`)."""
     meta = state.get("meta")
-    for names in (state.get("classes"), meta.get("CLASSES") if isinstance(meta, Mapping) else None):
-        if names:
-            return tuple(names)
-    count = num_classes_of(state)
-    if count == len(COCO_CLASSES):
-        return COCO_CLASSES
-    return tuple(f"class_{label}" for label in range(count))
+    names = state.get("classes") or (meta.get("CLASSES") if isinstance(meta, Mapping) else None)
+    return tuple(names) if isinstance(names, list | tuple) else None
+
+
+def class_names_of(state: Mapping) -> tuple[str, ...]:
+    """The class names in a checkpoint; of one that holds none COCO's where there are 80 classes."""
+    names, count = named_classes(state), num_classes_of(state)
+    if names is None and count == len(COCO_CLASSES):
+        names = COCO_CLASSES
+    return names or tuple(f"class_{label}" for label in range(count))
 
 
 def published_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -6,6 +6,8 @@ Module names are the published keys below `base.`.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.npu.errors import UserError
+
 # Convolutions (channels in units of the width) and pools: "M" halves, "C" halves rounding up.
 VGG = (1, 1, "M", 2, 2, "M", 4, 4, 4, "C", 8, 8, 8, "M", 8, 8, 8)
 VGG_WIDTHS = {"vgg16": 64, "vgg16_thin": 8}  # the thin one is for quick tries, it has no weights
@@ -112,4 +114,4 @@ def make_backbone(name: str) -> nn.Module:
         return VGG16(VGG_WIDTHS[name])
     if name in RESNET_BLOCKS:
         return ResNet(RESNET_BLOCKS[name])
-    raise ValueError(f"backbone {name!r} is not one of {', '.join((*VGG_WIDTHS, *RESNET_BLOCKS))}")
+    raise UserError(f"--backbone {name}: is not one of {', '.join((*VGG_WIDTHS, *RESNET_BLOCKS))}")

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     state = cli.checkpoint_to_use(args)
     recipe = own_network(cli.chosen_recipe(args, RECIPES), state)
     model = build_model(recipe, num_classes_of(state)).eval()
-    print(f"{state['path']}: {load_weights(model, state)}")
+    print(f"{state['path']}: {load_weights(model, state).demand_all(state['path'])}")
     outputs = ["offsets", "logits"]
     if args.decoded:
         model, outputs = Decoded(model, recipe).eval(), ["boxes", "scores"]

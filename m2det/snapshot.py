@@ -55,9 +55,9 @@ def restore(run, state: dict) -> None:
     On another number of ranks the running statistics are the averaged ones.
     """
     for what, value in identity(run).items():
-        if state["run"][what] != value:
+        if (was := state["run"].get(what)) != value:
             raise UserError(
-                f"--resume {state['path']}: its {what} was {state['run'][what]}, now {value}; "
+                f"--resume {state['path']}: its {what} was {was}, now {value}; "
                 "go on as it was, or start anew from its weights with --checkpoint_path"
             )
     load_weights(run.model, state)

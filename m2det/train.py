@@ -71,18 +71,19 @@ def main(argv: list[str] | None = None) -> int | None:
     precision = Precision(device, level, recipe.loss_scale, args.amp_dtype, args.amp_backend)
 
     # Read before the output folder makes room: they may lie in it.
-    resumed = checkpoint.to_resume(args.resume, args.output_dir)
+    resumed = checkpoint.to_resume(args.resume, args.output_dir) if ranks.main else None
+    resumed = ranks.from_main(resumed)
     args.checkpoint = args.checkpoint or args.pth_path
     if not args.pretrained and recipe.backbone == "vgg16" and PRETRAINED.is_file():
         args.pretrained = str(PRETRAINED)
     weights = []
     if args.recipe == "finetune" and not resumed:
-        weights = [cli.checkpoint_to_use(args)]
+        weights = [cli.checkpoint_to_use(args, ranks)]
         recipe = own_network(recipe, weights[0])
     elif not resumed:
         weights = [checkpoint.load(path) for path in (args.pretrained, args.checkpoint) if path]
     ranks.barrier()
-    moved = checkpoint.make_room(args.output_dir) if ranks.main and resumed is None else None
+    moved = checkpoint.make_room(args.output_dir, resumed is not None) if ranks.main else None
     ranks.barrier()
     workers = cli.workers_for(args, ranks.local_world_size)
     with RunLog(args.output_dir, ranks, args.device_id, workers) as log:
@@ -321,11 +322,11 @@ class Training:
 
     def save(self, name: str | None = None) -> None:
         """Write the whole state, `iter_<n>.pt` or `name`; never one that is not finite."""
-        if not self.args.save:
-            return
         self.report()
         with self.meter.paused():
             self.demand_finite(self.window.fetch().bad())
+            if not self.args.save:
+                return
             state = snapshot.take(self)
             if state is not None:
                 path = self.args.output_dir / (name or f"iter_{self.iteration}.pt")
@@ -335,26 +336,26 @@ class Training:
             self.ranks.barrier()
 
     def finish(self) -> None:
-        """Save and evaluate the last state, draw the curves, write the summary."""
+        """Save and evaluate the last state, write the summary, draw the curves."""
         self.report()
         self.save()
         if self.due():
             self.evaluate()
         self.log.info(self.meter.formula)
-        if not self.logged_losses:
+        folder = self.args.output_dir
+        if not self.logged_losses and any(folder.glob(f"*p_{self.args.kind}.log")):
             self.log.info("nothing was left to log: curves and summary stay as they were")
         elif self.ranks.main:
-            folder = self.args.output_dir
-            draw_curves(sorted(folder.glob("*.log.json")), folder / "curves.png")
             lines = write_summary(
                 folder,
                 (self.recipe.name, self.recipe.batch_size, self.ranks.world_size, self.args.kind),
                 seconds=time.time() - self.args.started,
-                fps=self.meter.fps_average,
+                fps=self.meter.fps_average if self.logged_losses else None,
                 accuracy=self.accuracy if self.args.kind == "acc" else None,
                 losses=self.logged_losses,
             )
             self.log.info("\n".join(lines))
+            draw_curves(sorted(folder.glob("*.log.json")), folder / "curves.png")
 
 
 if __name__ == "__main__":

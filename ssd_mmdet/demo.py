@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     state = cli.checkpoint_to_use(args)
     recipe, class_names = own_network(RECIPES["1p"], state), class_names_of(state)
     model = build_model(recipe, num_classes_of(state)).eval()
-    print(f"{state['path']}: {load_weights(model, state)}")
+    print(f"{state['path']}: {load_weights(model, state).demand_all(state['path'])}")
     model.to(device, memory_format=memory_format(device))
 
     results = {}

@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     state = cli.checkpoint_to_use(args)
     recipe = own_network(RECIPES["1p"], state)
     model = build_model(recipe, num_classes_of(state)).eval()
-    print(f"{state['path']}: {load_weights(model, state)}")
+    print(f"{state['path']}: {load_weights(model, state).demand_all(state['path'])}")
     if {*args.shape} - {recipe.image_size}:
         raise UserError(f"--shape {args.shape}: this network takes {recipe.image_size} pixels")
     if (*args.mean, *args.std) != (*recipe.mean, 1, 1, 1):

@@ -46,9 +46,9 @@ def identity(run) -> dict:
 def restore(run, state: dict) -> None:
     """Put a state into a new run: in mid-epoch, with the same order and augmentation."""
     for what, value in identity(run).items():
-        if state["run"][what] != value:
+        if (was := state["run"].get(what)) != value:
             raise UserError(
-                f"--resume {state['path']}: its {what} was {state['run'][what]}, now {value}; "
+                f"--resume {state['path']}: its {what} was {was}, now {value}; "
                 "go on as it was, or start anew from its weights with --checkpoint_path"
             )
     load_weights(run.model, state)

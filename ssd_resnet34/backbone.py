@@ -5,6 +5,8 @@ Residual learning paper, section 4; post-activation, stride in the 3x3 convoluti
 
 from torch import Tensor, nn
 
+from common.npu.errors import UserError
+
 # name: (blocks of stages 1 to 3, bottleneck?, width of stage 1). resnet10 is for quick tries: of
 # half width, and nobody has weights for it.
 STAGES = {
@@ -70,7 +72,7 @@ def make_backbone(name: str) -> tuple[nn.Sequential, int]:
     start He-normal (fan out), as torchvision's.
     """
     if name not in STAGES:
-        raise ValueError(f"backbone {name!r} is not one of {', '.join(STAGES)}")
+        raise UserError(f"--backbone {name}: is not one of {', '.join(STAGES)}")
     depths, bottleneck, channels = STAGES[name]
     widths = channels, 2 * channels, 4 * channels
     block = Bottleneck if bottleneck else BasicBlock

@@ -18,7 +18,7 @@ class Recipe:
 
     # Network
     backbone: str = option("resnet34", "resnet18, resnet34, resnet50, or resnet10 for quick tries")
-    image_size: int = option(300, "side of the square network input, pixels; priors fit 300 only")
+    image_size: int = 300  # side of the square network input, pixels; the priors fit no other
 
     # Default boxes ("priors"), SSD paper section 2.2, sizes of the SSD300 COCO model
     prior_sizes: tuple[float, ...] = (21, 45, 99, 153, 207, 261, 315)  # pixels, one more than maps

@@ -127,7 +127,9 @@ def apply_crop(
         moved[row, :2] = (max(x1, left) - left) / across, (max(y1, top) - top) / down
         moved[row, 2:] = (min(x2, right) - left) / across, (min(y2, bottom) - top) / down
     height, width = image.shape[:2]
-    cut = image[int(top * height) : int(bottom * height), int(left * width) : int(right * width)]
+    y, x = int(top * height), int(left * width)
+    # At least a pixel, of an image that is but a few wide or high.
+    cut = image[y : max(y + 1, int(bottom * height)), x : max(x + 1, int(right * width))]
     return cut, moved, labels[kept]
 
 

@@ -52,13 +52,13 @@ def main(argv: list[str] | None = None) -> None:
     say = print if ranks.main else (lambda *_: None)
     say(why)
 
-    state = cli.checkpoint_to_use(args)
+    state = cli.checkpoint_to_use(args, ranks)
     recipe = own_network(cli.chosen_recipe(args, RECIPES), state)
     files = find_coco(args.data, "val", args.val_annotations, args.val_images)
     records = read_index(*files, classes=state.get("classes"))
     cli.check_num_classes(args, len(records.class_names))
     model = build_model(recipe, len(records.class_names))
-    say(f"{state['path']}: {load_weights(model, state)}")
+    say(f"{state['path']}: {load_weights(model, state).demand_all(state['path'])}")
     model.to(device, memory_format=memory_format(device))
 
     precision = Precision(device, getattr(args, "amp", "O0"), recipe.loss_scale, args.amp_dtype)
@@ -167,7 +167,7 @@ def draw_examples(path: Path, records: CocoIndex, rows: np.ndarray, count: int =
     chosen = with_truth if len(with_truth) else np.arange(len(records))
     label = {category: position for position, category in enumerate(records.category_ids)}
     pictures = []
-    for i in chosen[np.linspace(0, len(chosen) - 1, count, dtype=int)]:
+    for i in chosen[np.unique(np.linspace(0, len(chosen) - 1, count, dtype=int))]:
         truth = records.annotations(i)
         found = rows[rows[:, 0] == records.image_ids[i]]
         pictures.append(

@@ -20,7 +20,6 @@ import os
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 
 from common.fps.runlog import RunLog
 from common.npu import checkpoint, cli, distributed, entry
@@ -101,14 +100,6 @@ def demand_files(args) -> None:
             raise UserError(f"--mode={args.mode} needs --{name}")
 
 
-def from_main(value: object, ranks: Ranks) -> object:
-    """The main rank's value, on every rank: its folder may be out of the others' reach."""
-    values = [value]
-    if ranks.world_size > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
-
-
 def train(args, recipe: Recipe, device: torch.device, ranks: Ranks, why: str) -> int | None:
     """Training, and for `train_and_eval` one evaluation; an exit status if a signal ended it."""
     stop = entry.StopRequest()
@@ -123,8 +114,8 @@ def train(args, recipe: Recipe, device: torch.device, ranks: Ranks, why: str) ->
     level = getattr(args, "amp", None) or default_level(device, recipe.amp)
     precision = Precision(device, level, recipe.loss_scale, args.amp_dtype, args.amp_backend)
     resumed = checkpoint.to_resume(args.resume, args.model_dir) if ranks.main else None
-    resumed = from_main(resumed, ranks)
-    moved = checkpoint.make_room(args.model_dir) if ranks.main and resumed is None else None
+    resumed = ranks.from_main(resumed)
+    moved = checkpoint.make_room(args.model_dir, resumed is not None) if ranks.main else None
     ranks.barrier()
     workers = cli.workers_for(args, ranks.local_world_size)
     with RunLog(args.model_dir, ranks, args.device_id, workers) as log:
@@ -160,7 +151,7 @@ def train(args, recipe: Recipe, device: torch.device, ranks: Ranks, why: str) ->
 
 def evaluate(args, recipe: Recipe, device: torch.device, ranks: Ranks, why: str) -> None:
     """Evaluation of the newest checkpoint."""
-    state = from_main(checkpoint.newest(args.model_dir) if ranks.main else None, ranks)
+    state = ranks.from_main(checkpoint.newest(args.model_dir) if ranks.main else None)
     if state is None:
         raise UserError(f"no checkpoint in --model_dir={args.model_dir}; train first")
     kept = tuple(state.get("category_ids", recipe.category_ids))

@@ -18,6 +18,7 @@ import common  # noqa: F401 before torch
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -72,13 +73,14 @@ def main(argv: list[str] | None = None) -> int | None:
     precision = Precision(device, level, recipe.loss_scale, args.amp_dtype, args.amp_backend)
 
     # Read before the output folder makes room: they may lie in it.
-    resumed = checkpoint.to_resume(args.resume, args.output_dir)
+    resumed = checkpoint.to_resume(args.resume, args.output_dir) if ranks.main else None
+    resumed = ranks.from_main(resumed)
     given = [path for path in (args.pretrained, args.checkpoint) if path and not resumed]
     weights = [checkpoint.load(path) for path in given]
     if args.recipe == "finetune" and not (weights or resumed):
-        weights = [cli.checkpoint_to_use(args)]
+        weights = [cli.checkpoint_to_use(args, ranks)]
     ranks.barrier()
-    moved = checkpoint.make_room(args.output_dir) if ranks.main and resumed is None else None
+    moved = checkpoint.make_room(args.output_dir, resumed is not None) if ranks.main else None
     ranks.barrier()
     workers = cli.workers_for(args, ranks.local_world_size)
     with RunLog(args.output_dir, ranks, args.device_id, workers) as log:
@@ -99,6 +101,8 @@ def main(argv: list[str] | None = None) -> int | None:
             args, recipe, device, ranks, precision, log, train_set, val_set, resumed, weights
         )
         log.info(training.plan())
+        exact = replace(recipe, lr_step=0.0).base_lr(ranks.world_size, recipe.batch_size)
+        log.info(f"the rate before rounding: {exact:g}; --lr_step=0 takes it as it is")
         loader = build_loader(
             recipe,
             train_set,
@@ -304,7 +308,8 @@ class Training:
             f"{term} is not finite, first at iteration {step} (epoch "
             f"{step // self.per_epoch + 1}) on rank {rank}, learning rate {self.lr(step):g}, "
             f"images {image_ids}; last good checkpoint: {kept[0] if kept else 'none'}; "
-            "lower --lr, clip with --clip_norm=10, use --loss_scale=dynamic, or see --check_data"
+            "lower --lr (with --lr_step=0), clip with --clip_norm=10, use --loss_scale=dynamic, or "
+            "see --check_data"
         )
 
     def evaluate(self) -> bool:
@@ -337,11 +342,11 @@ class Training:
 
     def save(self, name: str | None = None) -> None:
         """Write the whole state, `iter_<n>.pt` or `name`; never one that is not finite."""
-        if not self.args.save:
-            return
         self.report()
         with self.meter.paused():
             self.demand_finite(self.window.fetch().bad())
+            if not self.args.save:
+                return
             state = snapshot.take(self)
             if state is not None:
                 path = self.args.output_dir / (name or f"iter_{self.iteration}.pt")
@@ -351,7 +356,7 @@ class Training:
             self.ranks.barrier()
 
     def finish(self) -> None:
-        """Save and evaluate the last state, draw the curves, write the summary."""
+        """Save and evaluate the last state, write the summary, draw the curves."""
         self.report()
         self.save()
         if self.due():
@@ -359,22 +364,22 @@ class Training:
         self.summarise()
 
     def summarise(self) -> None:
-        """Draw the curves, write the summary."""
+        """Write the summary, draw the curves."""
         self.log.info(self.meter.formula)
-        if not self.logged_losses:
+        folder = self.args.output_dir
+        if not self.logged_losses and any(folder.glob(f"*p_{self.args.kind}.log")):
             self.log.info("nothing was left to log: curves and summary stay as they were")
         elif self.ranks.main:
-            folder = self.args.output_dir
-            draw_curves(sorted(folder.glob("*.log.json")), folder / "curves.png")
             lines = write_summary(
                 folder,
                 (self.recipe.name, self.recipe.batch_size, self.ranks.world_size, self.args.kind),
                 seconds=time.time() - self.args.started,
-                fps=self.meter.fps_average,
+                fps=self.meter.fps_average if self.logged_losses else None,
                 accuracy=self.accuracy if self.args.kind == "acc" else None,
                 losses=self.logged_losses,
             )
             self.log.info("\n".join(lines))
+            draw_curves(sorted(folder.glob("*.log.json")), folder / "curves.png")
 
 
 if __name__ == "__main__":

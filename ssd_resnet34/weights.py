@@ -40,17 +40,18 @@ class LoadReport:
                 parts.append(f"{len(names)} {what}: {', '.join(names[:3])}{more}")
         return "; ".join(parts)
 
+    def demand_all(self, name: str) -> "LoadReport":
+        """Raise UserError unless every weight was loaded: a network without is not to be judged."""
+        if self.reinitialised or any(key.endswith("weight") for key in self.missing):
+            raise UserError(f"{name}: {self}; give a detector trained on these classes")
+        return self
 
-def load_weights(
-    model: nn.Module,
-    source: str | Path | Mapping[str, Tensor],
-    *,
-    heads: bool = True,
-) -> LoadReport:
+
+def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> LoadReport:
     """Load a file or state dict into the network, whatever of the known layouts it has.
 
-    Tensors of another shape, and with `heads=False` all heads, stay as initialised. Raises
-    UserError for an unreadable file or one of which nothing fits.
+    Tensors of another shape stay as initialised. Raises UserError for an unreadable file or one of
+    which nothing fits.
     """
     state = source if isinstance(source, Mapping) else checkpoint.load(source)
     given = network_keys(state)
@@ -64,7 +65,7 @@ def load_weights(
     for key, value in given.items():
         if key not in own:
             skipped.append(key)
-        elif own[key].shape != value.shape or (key.startswith("mbox.") and not heads):
+        elif own[key].shape != value.shape:
             reinitialised.append(key)
         else:
             loaded[key] = value

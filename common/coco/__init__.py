@@ -1,1 +1,1 @@
-""""""
+"""COCO data: annotations, images, evaluation, pictures, the built-in sample set."""

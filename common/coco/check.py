@@ -12,9 +12,10 @@ from common.npu.errors import UserError
 
 def check_data(*data: tuple[str, str]) -> int:
     """Print what is wrong with each annotation file and its image folder; the exit status."""
-    status = 0
+    status, classes = 0, None
     for files in data:
         index = read_annotations(*files)
+        index.compare(classes := classes or index.class_names)
         with ThreadPool() as pool:
             found = pool.imap(partial(_problem, index), range(len(index)), chunksize=16)
             found = list(tqdm(found, total=len(index), unit="image", disable=None))

@@ -6,9 +6,9 @@ A result row is [image_id, x, y, w, h, score, category_id] in float64, boxes in 
 import contextlib
 import io
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -60,7 +60,7 @@ def gather_rows(rows: Sequence[np.ndarray], ranks) -> np.ndarray | None:
     return np.concatenate([np.empty((0, 7)), *(by_image[i] for i in sorted(by_image))])
 
 
-def save_results(path: str | os.PathLike, rows: np.ndarray) -> None:
+def save_results(path: Path, rows: np.ndarray) -> None:
     """Write result rows as a COCO submission file, atomically."""
     results = [
         {"image_id": int(i), "category_id": int(c), "bbox": box, "score": score}
@@ -125,7 +125,7 @@ def evaluate(annotation_file: str, rows: np.ndarray, faster: bool = False) -> Ev
     return Evaluation(stats, text, per_class, precision)
 
 
-def draw_pr_curves(path: str | os.PathLike, evaluation: Evaluation) -> None:
+def draw_pr_curves(path: Path, evaluation: Evaluation) -> None:
     """Write a PNG of precision over recall, the mean of all classes that have ground truth."""
     from matplotlib.figure import Figure
 

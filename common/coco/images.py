@@ -13,7 +13,6 @@ from common.npu.errors import UserError
 # What Pillow raises for a broken file, beside UnidentifiedImageError (an OSError).
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 REMEDY = "re-download it; --check_data lists all such files"
-Data = bytes | memoryview
 # JPEG's markers (ITU T.81, table B.1): a frame's header, one of row after row, the file's end.
 FRAMES, SEQUENTIAL, END = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}, {0xC0, 0xC1}, b"\xff\xd9"
 
@@ -21,18 +20,17 @@ FRAMES, SEQUENTIAL, END = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}, {0xC0, 0xC1
 class EncodedImage:
     """An image file's bytes, decoded no further down than asked for.
 
-    `image[top:bottom, left:right]` is what an array of `shape` (H, W, 3), uint8 RGB, would give;
-    a JPEG's rows below `bottom` cost nothing, unless it is progressive. `where` and `remedy` make
-    the UserError for a truncated or foreign file.
+    `image[top:bottom, left:right]` as of an array of `shape` (H, W, 3), uint8 RGB; a JPEG's rows
+    below `bottom` cost nothing, unless it is progressive. `where`, `remedy`: of the UserError.
     """
 
-    def __init__(self, data: Data, where: str, remedy: str = REMEDY):
+    def __init__(self, data: bytes | memoryview, where: str, remedy: str = REMEDY):
         self.data, self.where, self.remedy = data, where, remedy
         self.frame = _jpeg_frame(data)
         if self.frame:
             self.shape = *struct.unpack_from(">HH", data, self.frame + 5), 3
         else:
-            self.pixels = self._by_pillow()
+            self.pixels = self.by_pillow()
             self.shape = self.pixels.shape
 
     def __getitem__(self, window: slice | tuple[slice, slice]) -> np.ndarray:
@@ -53,16 +51,16 @@ class EncodedImage:
         with suppress(ValueError):  # also raised for a mere warning: Pillow decides
             # To libjpeg what follows the last row is one.
             return simplejpeg.decode_jpeg(data, "RGB", strict=not cut)
-        return self._by_pillow()
+        return self.by_pillow()
 
-    def _by_pillow(self) -> np.ndarray:
+    def by_pillow(self, turn=lambda image: image) -> np.ndarray:
         try:
-            return np.array(Image.open(io.BytesIO(self.data)).convert("RGB"))
+            return np.array(turn(Image.open(io.BytesIO(self.data))).convert("RGB"))
         except BROKEN as error:
             raise unreadable(self.where, error, self.remedy) from error
 
 
-def _jpeg_frame(data: Data) -> int | None:
+def _jpeg_frame(data: bytes | memoryview) -> int | None:
     """Where the frame header of a JPEG that simplejpeg makes RGB begins; None for other files."""
     place = 2 if data[:2] == b"\xff\xd8" else len(data)
     while place + 10 < len(data) and data[place] == 0xFF:
@@ -93,10 +91,5 @@ def read_image(path: str, ignore_exif: bool = True) -> np.ndarray:
     The EXIF orientation is applied only with `ignore_exif=False`; COCO's boxes refer to the pixels
     as stored. Raises UserError for a missing, truncated or foreign file.
     """
-    if ignore_exif:
-        return open_image(path)[:]
-    try:
-        with Image.open(path) as image:
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except BROKEN as error:
-        raise unreadable(path, error) from error
+    image = open_image(path)
+    return image[:] if ignore_exif else image.by_pillow(ImageOps.exif_transpose)

@@ -1,8 +1,7 @@
 """FPS of a run from its JSON log: `python3 -m common.fps.calc_fps X.log.json GPU_NUMS BATCH_SIZE`.
 
-The rule of the original script: of every train line with `iter` above 50 the rate is
-devices * batch / time; an epoch's figure is the mean of its rates and is printed at its val line;
-the last line printed is the mean over epochs. Where that rule has nothing to divide by: a log
+The original's rule: a train line with `iter` above 50 has the rate devices * batch / time, an epoch
+(closed by its val line) their mean, the last line printed is the mean over epochs. Beyond it: a log
 without val lines is one epoch, and an epoch without a line beyond iteration 50 counts them all.
 """
 
@@ -17,10 +16,11 @@ SKIPPED_ITERATIONS = 50  # of every epoch: worker start and warm-up
 
 
 def read_json_log(path: str | Path) -> list[dict]:
-    """All lines of a `.log.json`; UserError if it is missing or something else."""
+    """All whole lines of a `.log.json`; UserError if it is missing or something else."""
     try:
+        text = Path(path).read_text()  # whose last line a full disk or lost power may have cut
         # dict() refuses JSON that is no object.
-        return [dict(json.loads(line)) for line in Path(path).read_text().splitlines()]
+        return [dict(json.loads(line)) for line in text[: text.rfind("\n") + 1].splitlines()]
     except (OSError, TypeError, ValueError) as error:
         raise UserError(f"cannot read {path} as the .log.json of a run: {error}") from error
 

@@ -33,8 +33,7 @@ class Meter:
         self._origin = clock()
         self._steps = 0
         self._now = 0.0  # run seconds, pauses left out, at the latest step or window
-        self._warm_at = 0.0  # the same when the warm-up ended
-        self._last = (0, 0.0)  # steps and seconds when this window began
+        self._warm = self._last = (0, 0.0)  # steps, seconds when warm-up ended, this window began
         self._data_seconds = 0.0  # of this window
         self.formula = (
             f"FPS = images of all ranks ({images_per_step} a step) / wall seconds, loader wait "
@@ -45,9 +44,8 @@ class Meter:
     @property
     def fps_average(self) -> float:
         """Images a second of the run up to the latest `step` or `window`, of which there is one."""
-        warm = self._steps > self.warmup_steps
-        skipped, since = (self.warmup_steps, self._warm_at) if warm else (0, 0.0)
-        return (self._steps - skipped) * self.images_per_step / (self._now - since)
+        steps, since = self._warm if self._steps > self.warmup_steps else (0, 0.0)
+        return (self._steps - steps) * self.images_per_step / (self._now - since)
 
     def step(self, data_seconds: float) -> None:
         """Book one issued step, `data_seconds` of which were spent waiting for its batch."""
@@ -67,7 +65,7 @@ class Meter:
     def _look(self) -> None:
         self._now = self._clock() - self._origin
         if self._steps == self.warmup_steps:
-            self._warm_at = self._now
+            self._warm = self._steps, self._now
 
     @contextmanager
     def paused(self) -> Iterator[None]:

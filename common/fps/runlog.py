@@ -5,6 +5,7 @@ which reads `step`) works on them. A killed process loses nothing it has logged.
 """
 
 import json
+from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -83,10 +84,11 @@ class RunLog:
 
     def __exit__(self, kind, error, traceback) -> None:
         self.bar.close()
-        if self._events is not None:
-            self._events.close()
-        if error is not None:
-            self._write("ERROR", f"rank {self._ranks.rank}: {kind.__name__}: {error}")
+        with suppress(OSError):  # of a full disk: `error` is the one to be told
+            if error is not None:
+                self._write("ERROR", f"rank {self._ranks.rank}: {kind.__name__}: {error}")
+            if self._events is not None:
+                self._events.close()
 
     def _write(self, level: str, text: str) -> str:
         stamp = datetime.now().isoformat(" ", "milliseconds").replace(".", ",")

@@ -13,9 +13,8 @@ from common.npu.files import write_atomically
 def write_summary(folder: Path, case: tuple, seconds, fps=None, accuracy=None, losses=()) -> list:
     """Write `<CaseName>.log` and, of logged total `losses`, `train_<CaseName>_loss.txt`.
 
-    `case` is network, batch size of a rank, number of ranks and "acc", "perf" or "eval";
-    `seconds` the duration of the whole run. Returns the closing lines, to be printed. A figure
-    that is not given has no line.
+    `case`: network, batch size of a rank, number of ranks, and "acc", "perf" or "eval"; `seconds`
+    of the whole run. Returns the closing lines, to be printed; a figure not given has no line.
     """
     network, batch_size, rank_size, kind = case
     name = f"{network}_bs{batch_size}_{rank_size}p_{kind}"

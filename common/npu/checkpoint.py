@@ -1,8 +1,9 @@
 """Checkpoint files: written whole or not at all, checked before use, never executed."""
 
+import errno
+import fcntl
 import io
 import pickle
-import re
 import sys
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
@@ -16,6 +17,8 @@ from torch.utils._pytree import tree_map_only
 from common.npu.errors import UserError
 from common.npu.files import write_atomically
 
+LOCK, LOCKS = ".lock", []  # a lock's file in its folder; those that this process holds
+
 
 def save(path: Path, state: dict) -> None:
     """Write `state`, its tensors as those of a CPU: any host can read them.
@@ -28,8 +31,7 @@ def save(path: Path, state: dict) -> None:
 
 
 class Placeholder:
-    """Stands for an object of a class that torch does not know, and does nothing. Instead of one
-    that its pickle fills with items there is a `plain` list or OrderedDict."""
+    """Stands for an object of an unknown class, or where it has items a `plain` list or dict."""
 
     plain = None
 
@@ -108,9 +110,9 @@ def load(path: str | Path) -> dict:
 
 def by_age(folder: Path, last: int = sys.maxsize) -> list[Path]:
     """The checkpoints `iter_<n>.pt` of up to `last` steps, newest (most steps) first."""
-    names = ((re.fullmatch(r"iter_(\d+)\.pt", path.name), path) for path in folder.glob("*.pt"))
-    found = {int(match[1]): path for match, path in names if match}
-    return [found[steps] for steps in sorted(found, reverse=True) if steps <= last]
+    named = ((path.stem[5:], path) for path in folder.glob("iter_*.pt"))
+    found = sorted(((int(steps), path) for steps, path in named if steps.isdecimal()), reverse=True)
+    return [path for steps, path in found if steps <= last]
 
 
 def newest(folder: Path) -> dict | None:
@@ -139,18 +141,33 @@ def tidy(folder: Path, last: int, keep: int) -> None:
     Later ones are of a former start and damaged, else it would have been resumed from them: they
     do not count, and this run will overwrite them.
     """
-    for path in (*by_age(folder, last)[keep:], *folder.glob("*.pt.*.tmp")):
+    for path in (*by_age(folder, last)[max(1, keep) :], *folder.glob("*.pt.*.tmp")):
         path.unlink(missing_ok=True)
 
 
-def make_room(folder: Path) -> str | None:
-    """Make an empty folder; one that a former run filled is renamed, and a line says so."""
+def make_room(folder: Path, resumed: bool) -> str | None:
+    """Take a folder for this process alone; unless `resumed`, one that a former run filled is
+    renamed, and a line says so. Raises UserError where another process is at work in it."""
     aside = None
     try:
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()) and not resumed:
             stamp = datetime.fromtimestamp(folder.stat().st_mtime)
+            _lock(folder)
             aside = folder.rename(f"{folder}_{stamp:%Y%m%d_%H%M%S_%f}")
         folder.mkdir(parents=True, exist_ok=True)
+        _lock(folder)
+    except BlockingIOError:
+        raise UserError(f"--output_dir {folder}: a running process uses it; name another") from None
     except OSError as error:
         raise UserError(f"--output_dir {folder} cannot be made: {error}") from None
     return aside and f"the former run in {folder} is now {aside}"
+
+
+def _lock(folder: Path) -> None:
+    """Lock a folder until this process ends; where its file system has locks."""
+    LOCKS.append((folder / LOCK).open("a"))
+    try:
+        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader workers do not inherit it
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise BlockingIOError from error

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common.npu import checkpoint
 from common.npu.device import DEVICES
+from common.npu.distributed import Ranks
 from common.npu.errors import UserError
 
 # Group, names, default (of a list: the first of what there is to choose from), help.
@@ -46,22 +47,28 @@ FLAGS = (
     ("run", "--tag", "", "put before the experiment's name in the logs"),
 )
 
+INDEXED = re.compile(r"(--device[=\0](?:npu|cuda)):(\d+)")
+
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors; `--batch_size` and `--batch-size` are the same flag, and
-    `--device npu:1` is `--device npu --device_id 1`."""
+    """argparse with one-line errors; `--batch_size` and `--batch-size` are the same flag,
+    `--device npu:1` is `--device npu --device_id 1`, `--steps=3,5` is `--steps 3 5`."""
 
     def parse_args(self, argv=None, namespace=None):
+        words = sys.argv[1:] if argv is None else argv
+        words = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in words]
+        line = INDEXED.sub("\\1\0--device-id\0\\2", "\0".join(words))
+        lists = {name for a in self._actions if a.nargs == "*" for name in a.option_strings}
         words = []
-        for word in sys.argv[1:] if argv is None else argv:
-            word = re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), word)
-            indexed = re.fullmatch(r"((?:--device=)?(?:npu|cuda)):(\d+)", word)
-            words += [indexed[1], "--device-id", indexed[2]] if indexed else [word]
+        for word in line.split("\0") if line else ():
+            is_list = word.partition("=")[0] in lists
+            words += filter(None, re.split("[=, ]", word)) if is_list else [word]
         args = super().parse_args(words, namespace)
         for name, value in vars(args).items():
             least = -1 if name in ("num_workers", "local_rank") else 0
-            if isinstance(value, int | float) and not value >= least:
-                self.error(f"--{name} {value}: must be at least {least}")
+            limit = 2**63 if isinstance(value, int) else float("inf")
+            if isinstance(value, int | float) and not least <= value < limit:
+                self.error(f"--{name} {value}: must be at least {least} and below {limit}")
         return args
 
     def error(self, message: str):
@@ -95,6 +102,7 @@ def add(group, names: str, default: object, text: str, given_only: bool = False)
         options = {"type": type(next(iter(default), 0)), "nargs": "*"}
     elif isinstance(default, list):
         options, default = {"choices": default}, default[0]
+    text += "; several: 3 5, or =3,5" if isinstance(default, tuple) else ""
     text += f" (default: {default})" if default != "" else ""
     action = group.add_argument(*names.split(), default=argparse.SUPPRESS, help=text, **options)
     if not given_only:
@@ -118,20 +126,21 @@ def workers_for(args: argparse.Namespace, ranks: int) -> int:
     return args.num_workers if args.num_workers >= 0 else max(0, min(16, cores // ranks - 1))
 
 
-def checkpoint_to_use(args: argparse.Namespace) -> dict:
-    """`--checkpoint`, else the newest whole one of `--output-dir`, else of a folder beside it."""
+def checkpoint_to_use(args: argparse.Namespace, ranks: Ranks | None = None) -> dict:
+    """`--checkpoint`, else the main rank's newest whole one of `--output-dir`, else of a folder
+    beside it or of the launch scripts' in there."""
     if args.checkpoint:
         return checkpoint.load(args.checkpoint)
-    beside = args.output_dir.absolute().parent.glob("*/")
-    for folder in (args.output_dir, *sorted(beside, key=os.path.getmtime, reverse=True)):
-        if state := checkpoint.newest(folder):
-            return state
+    ranks, root = ranks or Ranks(), args.output_dir.absolute().parent
+    beside = filter(Path.is_dir, (*root.glob("*"), *root.glob("test/output/*")))
+    folders = [args.output_dir, *sorted(beside, key=os.path.getmtime, reverse=True)]
+    found = filter(None, map(checkpoint.newest, folders if ranks.main else ()))
+    if state := ranks.from_main(next(found, None)):
+        return state
     raise UserError(f"no checkpoint in {args.output_dir}; give one with --checkpoint_path")
 
 
 def check_num_classes(args: argparse.Namespace, classes: int) -> None:
     """Old scripts give --num-classes, background included; the annotation file decides."""
-    if args.num_classes not in (0, classes, classes + 1):
-        raise UserError(
-            f"--num_classes {args.num_classes}: the annotations have {classes}; omit it"
-        )
+    if (given := args.num_classes) not in (0, classes, classes + 1):
+        raise UserError(f"--num_classes {given}: the annotations have {classes}; omit it")

@@ -52,6 +52,13 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
+    def from_main(self, value: object) -> object:
+        """The main rank's value, on every rank: its folder may be out of the others' reach."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
     def barrier(self) -> None:
         self.any(False)
 

@@ -18,21 +18,27 @@ LOST = re.compile("[Cc]onnection (closed|reset)|[Tt]imed? ?out|Hccl")
 
 def run(main) -> None:
     """Call an entry script's `main` and exit: with its status, or 1 after a UserError's line."""
+    name = f"error (rank {os.environ['RANK']})" if "RANK" in os.environ else "error"
     try:
         status = main()
         if dist.is_initialized():
             gc.collect()  # nothing may keep the group: its threads would outlive it
             dist.destroy_process_group()
     except UserError as error:
-        rank = os.environ.get("RANK")
-        status = f"error{f' (rank {rank})' if rank else ''}: {one_line(error)}"
+        status = f"{name}: {one_line(error)}"
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    except OSError as error:  # such as a full or read-only disk
+        status = f"{name}: {error.strerror or error}: {error.filename or 'see --output_dir'}"
     except RuntimeError as error:
-        if not (dist.is_initialized() and LOST.search(str(error))):
+        if "DataLoader worker" in str(error):
+            hint = "often for want of memory or /dev/shm; lower --num_workers"
+        elif dist.is_initialized() and LOST.search(str(error)):
+            hint = "another rank has ended or does not answer, see its own message"
+        else:
             raise
-        status = (
-            f"error (rank {os.environ.get('RANK')}): another rank has ended or does not answer, "
-            f"see its own message; go on with --resume=auto ({str(error).strip().splitlines()[0]})"
-        )
+        reason = str(error).strip().splitlines()[0]
+        status = f"{name}: {hint}; go on with --resume=auto ({reason})"
     finally:
         # Loader workers that an error left behind sit out a SIGTERM, multiprocessing's too.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -58,24 +58,22 @@ class Precision:
         else:
             self.scaler.scale(loss * self.static_scale).backward()
 
-    def step(
-        self, optimizer: Optimizer, clip_norm: float = 0.0, clip_each: float = 0.0
-    ) -> Tensor | None:
+    def step(self, optimizer: Optimizer, clip_norm=0.0, clip_each=0.0) -> Tensor | None:
         """Unscale, clip each parameter's norm or the global one if asked, update. Nothing is read
         back to the host, but for the one flag of a dynamic scale. Returns the global norm before
         it is clipped, if that is asked."""
-        norm = None
         params = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        grads, norm = [p.grad for p in params], None
         if self.static_scale != 1:
-            torch._foreach_mul_([p.grad for p in params], 1 / self.static_scale)
+            torch._foreach_mul_(grads, 1 / self.static_scale)
         if clip_each:
-            norms = torch.stack(torch._foreach_norm([p.grad for p in params]))
+            norms = torch.stack(torch._foreach_norm(grads))
             factors = self.scaler.scale(torch.full_like(norms, clip_each)) / norms
-            torch._foreach_mul_([p.grad for p in params], list(factors.clamp(max=1)))
+            torch._foreach_mul_(grads, list(factors.clamp(max=1)))
         if clip_norm:
             # The norm is unscaled, the gradients only in the fused update: GradScaler.unscale_
             # would invert the scale in float64, which NPUs are slow at.
-            norm = nn.utils.get_total_norm([p.grad for p in params])
+            norm = nn.utils.get_total_norm(grads)
             norm = norm / self.scaler.scale(torch.ones_like(norm))
             nn.utils.clip_grads_with_norm_(params, clip_norm, norm)
         self.scaler.step(optimizer)
@@ -106,10 +104,11 @@ def build_sgd(params: list, device: torch.device, **options: float) -> torch.opt
 def _half(device: torch.device, wanted: str) -> torch.dtype:
     """float16 on accelerators, bfloat16 on a CPU or as `wanted` ("auto", "fp16", "bf16")."""
     on_cpu = device.type == "cpu"
-    useless = wanted == "fp16" if on_cpu else wanted == "bf16" and not has_bf16(device)
-    if useless:
+    if not on_cpu and wanted != "bf16":
+        return torch.float16
+    if wanted == "fp16" or not (on_cpu or has_bf16(device)):
         raise UserError(f"--amp_dtype {wanted}: of no use on this {device.type}; leave it to auto")
-    return torch.bfloat16 if on_cpu or wanted == "bf16" else torch.float16
+    return torch.bfloat16
 
 
 def _apex():

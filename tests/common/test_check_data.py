@@ -101,6 +101,11 @@ def test_broken_annotations_are_refused(tmp_path, annotation, message):
             {"annotations": [BOX, BOX]},
             "annotation id unusable or repeated: 1 (image 1 annotation 1 category 3)",
         ),
+        ({"images": [{**IMAGE, "width": None}]}, "image id or size unusable"),
+        (
+            {"images": [{key: IMAGE[key] for key in ("id", "height", "file_name")}]},
+            "image id or size unusable, or id repeated: 1 (entry 0 with id 1)",
+        ),
         ({"annotations": {"1": BOX}}, "no images and categories"),
         (
             {"annotations": [[1, 2, 3, 4]]},
@@ -174,13 +179,15 @@ def test_polygons_do_not_matter(tmp_path):
         {"segmentation": polygon, **BOX},
         {**BOX, "id": 2, "segmentation": polygon},
         {"segmentation": [], **BOX, "id": 3},
+        {**BOX, "id": 5, "segmentation": polygon * 2},
+        {"segmentation": polygon * 3, **BOX, "id": 6},
         {**BOX, "id": 4, "segmentation": rle, "iscrowd": 1},
     ]
     path = write(tmp_path, annotations, categories=[{"id": 3, "name": name}])
     index = read_index(path, str(tmp_path))
     assert index.class_names == (name,)
-    assert index.table.id.tolist() == [1, 2, 3, 4]
-    assert index.table.crowd.tolist() == [False, False, False, True]
+    assert index.table.id.tolist() == [1, 2, 3, 5, 6, 4]
+    assert index.table.crowd.tolist() == [*[False] * 5, True]
 
 
 def test_real_data_are_clean(capsys):
@@ -213,3 +220,19 @@ def test_check_data_lists_everything(tmp_path, capsys):
         f"{folder}/5.jpg: cannot read the image (No such file or directory))",
     ]
     assert capsys.readouterr().out.splitlines() == expected * 2
+
+
+def test_check_data_compares_the_classes(tmp_path, capsys):
+    names = [{"id": 3, "name": "dog"}], [{"id": 3, "name": "dog"}, {"id": 5, "name": "cat"}]
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (IMAGE["width"], IMAGE["height"])).save(tmp_path / "images/1.jpg")
+    paths = []
+    for number, categories in enumerate(names):
+        (tmp_path / str(number)).mkdir()
+        images = [{**IMAGE, "file_name": "1.jpg"}]
+        paths.append(write(tmp_path / str(number), images=images, categories=categories))
+    folder = str(tmp_path / "images")
+    assert check_data((paths[1], folder), (paths[0], folder)) == 0
+    assert check_data((paths[0], folder), (paths[1], folder)) == 1
+    printed = capsys.readouterr().out
+    assert "error: category not among the 1 classes trained on: 1 ('cat')" in printed

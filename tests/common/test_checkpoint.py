@@ -1,6 +1,7 @@
 import os
 import pickle
 import resource
+import subprocess
 import sys
 import types
 import zipfile
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 
 from common.npu import checkpoint
 from common.npu.errors import UserError
+
+ROOT = Path(__file__).parents[2]
 
 
 def state(value=1.0):
@@ -320,25 +323,61 @@ def test_tidy_keeps_the_newest_and_the_best(tmp_path):
     assert left == ["best.pt", "iter_20.pt", "iter_3.pt", "iter_30.pt", "note.txt"]
 
 
+def test_tidy_keeps_the_last_one_in_any_case(tmp_path):
+    for name in ("iter_1.pt", "iter_2.pt"):
+        (tmp_path / name).write_bytes(b"x")
+    checkpoint.tidy(tmp_path, 2, keep=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["iter_2.pt"]
+
+
+@pytest.mark.parametrize("resumed", [True, False])
+def test_a_folder_in_use_is_refused(tmp_path, resumed):
+    """A lock of another process; the children of that process do not hold it any longer."""
+    code = (
+        "import os, sys, time; from pathlib import Path; from common.npu import checkpoint\n"
+        "checkpoint.make_room(Path(sys.argv[1]), True)\n"
+        "child = os.fork()\n"
+        "print(child, flush=True) if child else os.close(1)\n"
+        "time.sleep(60)"
+    )
+    folder = tmp_path / "output"
+    folder.mkdir()
+    (folder / "log").write_text("at work")
+    command = [sys.executable, "-c", code, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as other:
+        child = int(other.stdout.readline())
+        try:
+            with pytest.raises(UserError, match=r"output: a running process uses it; name another"):
+                checkpoint.make_room(folder, resumed)
+            assert (folder / "log").read_text() == "at work"
+            other.kill()
+            other.wait()
+            checkpoint.make_room(folder, resumed)
+            assert (folder / "log").exists() == resumed
+        finally:
+            other.kill()
+            os.kill(child, 9)
+
+
 def test_make_room_renames_and_never_deletes(tmp_path):
     folder = tmp_path / "output"
-    assert checkpoint.make_room(folder) is None
-    assert checkpoint.make_room(folder) is None
+    assert checkpoint.make_room(folder, False) is None
+    assert checkpoint.make_room(folder, False) is None
     for text in ("first", "second", "third"):
         (folder / "log").write_text(text)
-        line = checkpoint.make_room(folder)
+        line = checkpoint.make_room(folder, False)
         assert str(folder) in line
-        assert not any(folder.iterdir())
+        assert [path.name for path in folder.iterdir()] == [checkpoint.LOCK]
         assert Path(line.split()[-1], "log").read_text() == text
     kept = sorted(path for path in tmp_path.iterdir() if path != folder)
     assert {path.joinpath("log").read_text() for path in kept} == {"first", "second", "third"}
     (folder / "log").write_text("fourth")
     os.utime(folder, (1.7e9, 1.7e9))
-    clash = Path(checkpoint.make_room(folder).split()[-1])
+    clash = Path(checkpoint.make_room(folder, False).split()[-1])
     assert clash.name.startswith("output_20231114_") or clash.name.startswith("output_20231115_")
     (folder / "log").write_text("fifth")
     os.utime(folder, (1.7e9, 1.7e9))
     with pytest.raises(UserError, match=r"--output_dir .* cannot be made: .*not empty"):
-        checkpoint.make_room(folder)
+        checkpoint.make_room(folder, False)
     assert (folder / "log").read_text() == "fifth"
     assert (clash / "log").read_text() == "fourth"

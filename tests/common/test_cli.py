@@ -61,6 +61,19 @@ def test_a_device_may_have_its_index(words):
     assert (args.device, args.device_id) == ("npu", 3)
 
 
+def test_only_a_device_has_an_index():
+    args = parser().parse_args(["--tag", "cuda:1", "--data=npu:2"])
+    assert (args.tag, args.data, args.device_id) == ("cuda:1", "npu:2", 0)
+
+
+@pytest.mark.parametrize("words", [["--lr=inf"], ["--seed=99999999999999999999"], ["--wd=nan"]])
+def test_numbers_without_sense(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parser().parse_args(words)
+    assert ended.value.code == 2
+    assert "must be at least 0 and below " in capsys.readouterr().err
+
+
 def test_the_command_line_is_the_default(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", "--save_interval", "5"])
     assert parser().parse_args().save_interval == 5
@@ -135,6 +148,14 @@ def test_flags_override_fields_with_their_types():
     for one, other in zip(dataclasses.astuple(found), dataclasses.astuple(expected), strict=True):
         assert type(one) is type(other)
     assert isinstance(found.scales[0], float)
+
+
+def test_a_tuple_may_stand_in_one_word():
+    assert recipe_of("--steps=3,5", "--none-yet", "4", "2").steps == (3, 5)
+    assert recipe_of("--steps=3 5").steps == (3, 5)
+    assert recipe_of("--none_yet=7", "--scales=0.5").none_yet == (7,)
+    assert recipe_of("--steps=").steps == ()
+    assert recipe_of("--name=a,b").name == "a,b"
 
 
 def test_a_tuple_can_be_emptied_and_a_switch_put_out():

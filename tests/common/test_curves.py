@@ -6,6 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from common.fps.calc_fps import read_json_log
 from common.fps.curves import draw_curves
 from common.npu.errors import UserError
 
@@ -70,7 +71,14 @@ def test_a_resumed_run_is_joined_and_the_later_log_wins(tmp_path, figure):
 
 def test_a_broken_log_is_named(tmp_path):
     log = write_log(tmp_path / "a.log.json", [10, 20])
-    log.write_text(log.read_text()[:-5])
+    log.write_text(log.read_text()[:-5] + "\n")
     with pytest.raises(UserError, match=r"a\.log\.json as the"):
         draw_curves([log], tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()
+
+
+def test_a_last_line_cut_by_a_lost_machine_does_not_count(tmp_path):
+    log = write_log(tmp_path / "a.log.json", [10, 20])
+    whole = read_json_log(log)
+    log.write_text(log.read_text() + '{"mode": "train", "ep')
+    assert read_json_log(log) == whole

@@ -82,6 +82,21 @@ def test_a_lost_rank_is_told_in_one_line(monkeypatch, text):
     assert status.endswith(f"--resume=auto ({text.splitlines()[0]})")
 
 
+def test_a_full_disk_and_a_killed_worker_are_told_in_one_line():
+    def fail(error):
+        raise error
+
+    full = OSError(28, "No space left on device")
+    assert status_of(lambda: fail(full)) == "error: No space left on device: see --output_dir"
+    named = OSError(30, "Read-only file system", "out/tensorboard")
+    assert status_of(lambda: fail(named)) == "error: Read-only file system: out/tensorboard"
+    killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    status = status_of(lambda: fail(killed))
+    assert status.startswith("error: often for want of memory or /dev/shm; lower --num_workers")
+    assert status.endswith("(DataLoader worker (pid 7) is killed by signal: Killed.)")
+    assert status_of(lambda: fail(KeyboardInterrupt())) == 130
+
+
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     with pytest.raises(RuntimeError, match="tensor size"):

@@ -130,9 +130,18 @@ def test_heads_of_other_classes_start_anew(filled_state):
     report = load_weights(model, filled_state("gn"))
     assert report.reinitialised == ("bbox_head.conv_cls.weight", "bbox_head.conv_cls.bias")
     assert_holds(model, before, report.reinitialised)
-    report = load_weights(model, filled_state("gn"), heads=False)
-    assert len(report.reinitialised) == 6
     assert_holds(model, filled_state("gn"), ["bbox_head.cls_convs.0.gn.weight"])
+    with pytest.raises(UserError, match=r"f\.pth: .*2 re-initialised .* trained on these classes"):
+        report.demand_all("f.pth")
+
+
+def test_evaluation_demands_a_whole_detector(model, filled_state):
+    state = filled_state("gn")
+    whole = load_weights(model, {k: v for k, v in state.items() if "num_batches" not in k})
+    assert whole.demand_all("f.pth") is whole
+    part = load_weights(model, {k: v for k, v in state.items() if k.startswith("backbone.")})
+    with pytest.raises(UserError, match=r"f\.pth: .* missing, left as initialised"):
+        part.demand_all("f.pth")
 
 
 def test_classes_of_a_checkpoint(filled_state):

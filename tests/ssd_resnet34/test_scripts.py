@@ -124,27 +124,57 @@ def test_8_processes(data, tmp_path):
     assert scripts.checkpoints(tmp_path / "8") == [2]
 
 
-def test_two_nodes(data, tmp_path):
-    shared = (f"--data_path={data}", *SHORT, "--batch_size=2", "--max_iters=2")
+def test_two_nodes_resume_without_a_common_folder(data, tmp_path):
+    shared = (f"--data_path={data}", *SHORT, "--batch_size=2", "--log_interval=1")
     net = ("--nnodes=2", "--nproc_per_node=1", "--local_addr=127.0.0.1", "--master_addr=127.0.0.1")
-    port = f"--master_port={scripts.free_port()}"
-    with ExitStack() as stack:
-        nodes = [
-            stack.enter_context(
-                scripts.running(
-                    "train_performance_multinodes.sh",
-                    *shared,
-                    *net,
-                    port,
-                    f"--node_rank={node}",
-                    f"--output_dir={tmp_path}/{node}",
+
+    def train(*flags):
+        port = f"--master_port={scripts.free_port()}"
+        with ExitStack() as stack:
+            nodes = [
+                stack.enter_context(
+                    scripts.running(
+                        "train_performance_multinodes.sh",
+                        *(*shared, *net, port, *flags),
+                        f"--node_rank={node}",
+                        f"--output_dir={tmp_path}/{node}",
+                    )
                 )
-            )
-            for node in (0, 1)
-        ]
-        assert [node.wait(200) for node in nodes] == [0, 0]
+                for node in (0, 1)
+            ]
+            assert [node.wait(200) for node in nodes] == [0, 0]
+
+    train("--max_iters=2")
     assert summary(tmp_path / "0", "perf")[1]["RankSize"] == "2"
+    train("--max_iters=4", "--resume=auto")
     assert not list(tmp_path.glob("1/iter_*.pt"))
+    whole = ("--max_iters=4", f"--output_dir={tmp_path}/whole")
+    scripts.run("train_performance_8p.sh", *shared, "--nproc_per_node=2", *whole)
+    assert scripts.losses(tmp_path / "0") == scripts.losses(tmp_path / "whole")
+    assert len(scripts.losses(tmp_path / "0")) == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--nproc_per_node=abc"], "give whole numbers"),
+        (["--nproc_per_node=0"], "give whole numbers"),
+        (["--nnodes=-1"], "give whole numbers"),
+        (["--nnodes=2", "--node_rank=2"], "of --nnodes=2 the last is 1"),
+        (["3"], "3 is no flag"),
+    ],
+)
+def test_a_launch_that_cannot_be_is_refused(flags, words):
+    done = scripts.run("train_performance_multinodes.sh", "--data_path=.", *flags, status=2)
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert words in done.stderr
+
+
+def test_an_interpreter_without_torch_is_refused(monkeypatch):
+    monkeypatch.setattr(scripts.sys, "executable", "/nowhere/python3")
+    done = scripts.run("train_full_1p.sh", "--data_path=.", status=2)
+    assert done.stderr.startswith("error: PYTHON=/nowhere/python3 is not there or has no torch")
 
 
 def test_finetuning_on_own_classes(trained, tmp_path):
@@ -179,6 +209,25 @@ def test_the_environment_script_is_silent_and_keeps_what_is_set():
     assert "HCCL_CONNECT_TIMEOUT=77" in done.stdout
     assert "TASK_QUEUE_ENABLE=2" in done.stdout
     assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in done.stdout
+
+
+def test_the_environment_script_bears_with_canns_own(tmp_path):
+    """CANN's script uses what is not set and commands that fail."""
+    (tmp_path / "Ascend/cann").mkdir(parents=True)
+    own = "export LIB=/x:$NOT_SET\nfalse\nexport ASCEND_HOME_PATH=/x\n"
+    (tmp_path / "Ascend/cann/set_env.sh").write_text(own)
+    script = f"set -eu; source {scripts.MODEL}/test/env_npu.sh; env; echo $-; echo $NOT_SET"
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert "ASCEND_HOME_PATH=/x" in done.stdout
+    assert "TASK_QUEUE_ENABLE=2" in done.stdout
+    assert "e" in done.stdout.splitlines()[-1]
+    assert done.returncode == 1
+    assert "NOT_SET: unbound variable" in done.stderr  # `set -u` is back
 
 
 def test_calc_fps_as_a_program(trained):
