@@ -58,7 +58,8 @@ class Parser(argparse.ArgumentParser):
         words = sys.argv[1:] if argv is None else argv
         words = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in words]
         line = INDEXED.sub("\\1\0--device-id\0\\2", "\0".join(words))
-        lists = {name for a in self._actions if a.nargs == "*" for name in a.option_strings}
+        lists = (a for a in self._actions if a.nargs == "*" and a.type is not str)
+        lists = {name for action in lists for name in action.option_strings}
         words = []
         for word in line.split("\0") if line else ():
             is_list = word.partition("=")[0] in lists
@@ -100,9 +101,9 @@ def add(group, names: str, default: object, text: str, given_only: bool = False)
         options = {"action": argparse.BooleanOptionalAction}
     elif isinstance(default, tuple):
         options = {"type": type(next(iter(default), 0)), "nargs": "*"}
+        text += "" if options["type"] is str else "; several: 3 5, or =3,5"
     elif isinstance(default, list):
         options, default = {"choices": default}, default[0]
-    text += "; several: 3 5, or =3,5" if isinstance(default, tuple) else ""
     text += f" (default: {default})" if default != "" else ""
     action = group.add_argument(*names.split(), default=argparse.SUPPRESS, help=text, **options)
     if not given_only:

@@ -23,6 +23,7 @@ class Recipe:
     steps: tuple[int, ...] = option((4, 8))
     scales: tuple[float, ...] = option((0.5, 1.0))
     none_yet: tuple[int, ...] = option(())
+    sides: tuple[str, ...] = option(("1,2",))
     augment: bool = option(True)
     epochs: int = option(9)
     eval_batch_size: int = option(5)
@@ -156,6 +157,7 @@ def test_a_tuple_may_stand_in_one_word():
     assert recipe_of("--none_yet=7", "--scales=0.5").none_yet == (7,)
     assert recipe_of("--steps=").steps == ()
     assert recipe_of("--name=a,b").name == "a,b"
+    assert recipe_of("--sides", "800,1333", "5,6").sides == ("800,1333", "5,6")  # texts are not cut
 
 
 def test_a_tuple_can_be_emptied_and_a_switch_put_out():

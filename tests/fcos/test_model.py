@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from common.npu.errors import UserError
 from fcos.anchors import map_sizes
 from fcos.backbone import ResNet
 from fcos.config import RECIPES
@@ -138,5 +139,5 @@ def test_an_exponent_out_of_range_has_a_finite_distance_and_gradient():
 
 
 def test_unknown_backbone():
-    with pytest.raises(ValueError, match="vgg16"):
+    with pytest.raises(UserError, match="vgg16"):
         build_model(replace(RECIPES["gn"], backbone="vgg16"), 80)

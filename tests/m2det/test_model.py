@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from common.npu.errors import UserError
 from m2det.anchors import make_anchors
 from m2det.backbone import make_backbone
 from m2det.config import RECIPES
@@ -129,5 +130,5 @@ def test_channels_last_and_a_copy_give_the_same():
 
 
 def test_an_unknown_backbone():
-    with pytest.raises(ValueError, match="vgg19"):
+    with pytest.raises(UserError, match="vgg19"):
         build_model(replace(SMALL, backbone="vgg19"), 3)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from common.npu.errors import UserError
 from ssd_resnet34.config import RECIPES
 from ssd_resnet34.model import build_model
 
@@ -41,7 +42,7 @@ def test_published_size():
 
 
 def test_unknown_backbone():
-    with pytest.raises(ValueError, match="vgg16"):
+    with pytest.raises(UserError, match="vgg16"):
         build_model(replace(RECIPE, backbone="vgg16"), 80)
 
 
