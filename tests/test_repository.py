@@ -111,3 +111,14 @@ def test_a_model_folder_with_common_beside_it_runs_elsewhere(tmp_path, model):
             cwd=tmp_path, capture_output=True, text=True, check=True,
         )  # fmt: skip
         assert "--checkpoint" in done.stdout
+
+
+def test_what_is_tracked_is_source_or_data():
+    """No download or build left behind by hand is committed with the rest."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    files = ["git", "ls-files", "--", ".", ":!tests/data", ":!tests/golden"]
+    listed = subprocess.run(files, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    kinds = {Path(name).suffix or Path(name).name for name in listed.splitlines()}
+    code = {".py", ".sh", ".md", ".txt", ".toml", ".json", ".c", ".cpp", ".h"}
+    assert kinds <= code | {"LICENSE", ".gitignore", "run"}, sorted(kinds)

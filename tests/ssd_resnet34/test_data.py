@@ -197,6 +197,7 @@ def test_a_crop_cuts_image_and_boxes():
     boxes = np.array([[0.2, 0.3, 0.6, 0.7], [0.0, 0.0, 0.2, 0.2], [0.5, 0.5, 1, 1]], np.float32)
     window = (0.25, 0.25, 0.79, 0.88)
     cut, moved, labels = apply_crop(image, boxes, np.array([5, 6, 7]), window)
+    assert apply_crop(image[:1], boxes, np.array([5, 6, 7]), window)[0].shape[0] == 1
     np.testing.assert_array_equal(cut, image[5:17, 2:7])
     assert labels.tolist() == [5, 7]
     expected = [

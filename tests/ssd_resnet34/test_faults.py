@@ -130,6 +130,17 @@ def test_divergence_stops_with_everything_named_and_no_bad_checkpoint(tmp_path, 
 
 
 @pytest.mark.slow
+def test_divergence_after_the_last_log_line_is_found_without_checkpoints_too(tmp_path):
+    """Epochs of 5 steps: the rate of the sixth step spoils the seventh, the last one."""
+    data = scripts.subset(tmp_path / "coco", train=10, val=2)
+    where = (f"--data={data}", f"--output_dir={tmp_path}/run", "--num_workers=0", "--kind=perf")
+    rate = ("--lr=1e-3", "--lr_step=0", "--lr_decay_epochs=1", "--lr_decay_factor=1e33")
+    steps = ("--max_iters=7", "--log_interval=2", "--no-save")
+    done = scripts.run("train.py", *scripts.SMALL, *where, *rate, *steps, status=1)
+    assert "not finite, first at iteration 6 (epoch 2)" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
 def test_a_truncated_image_stops_training_with_a_checkpoint_of_that_step(tmp_path):
     data = scripts.subset(tmp_path / "coco", train=8, val=2)
     victim = scripts.cut_short(data, int(epoch_order(8, seed=0, epoch=0, multiple=2)[5]))

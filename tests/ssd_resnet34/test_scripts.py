@@ -57,6 +57,21 @@ def test_full_training_leaves_every_file(trained):
     assert list((output / "tensorboard").iterdir())
 
 
+def test_a_run_that_ended_before_its_summary_gets_it_when_resumed(trained, data, tmp_path):
+    output = tmp_path / "8"
+    shutil.copytree(trained[0], output)
+    for path in (*output.glob("*_acc.log"), output / "curves.png"):
+        path.unlink()
+    flags = (f"--data_path={data}", f"--output_dir={output}", "--nproc_per_node=2", *SHORT)
+    flags = (*flags, "--batch_size=2", "--max_iters=4", "--resume=auto")
+    scripts.run("train_full_8p.sh", *flags)
+    _, values = summary(output, "acc")
+    _, before = summary(trained[0], "acc")
+    assert values["TrainAccuracy"] == before["TrainAccuracy"]
+    assert "ActualFPS" not in values  # of no step
+    assert (output / "curves.png").exists()
+
+
 def test_the_json_log_is_what_the_old_tools_read(trained):
     output, _ = trained
     (path,) = output.glob("*.log.json")
