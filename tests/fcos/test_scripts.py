@@ -10,6 +10,7 @@ from contextlib import ExitStack, suppress
 import pytest
 import torch
 
+from common.coco.index import COCO_CLASSES
 from common.npu import checkpoint
 from fcos.config import RECIPES
 from fcos.model import build_model
@@ -66,7 +67,7 @@ def test_the_evaluation_script_of_the_port_with_mmdetections_checkpoint(data, tm
     """A runner's file of the whole network, as the model zoo has it."""
     torch.manual_seed(0)
     model = build_model(RECIPES["tricks"], 80)
-    state = {"meta": {"epoch": 24, "CLASSES": ("person",) * 80}, "state_dict": model.state_dict()}
+    state = {"meta": {"epoch": 24, "CLASSES": COCO_CLASSES}, "state_dict": model.state_dict()}
     torch.save(state, tmp_path / "epoch_24.pth")
     script = runs.MODEL / "scripts" / "eval.sh"
     flags = (f"--data_path={data}", f"--output_dir={tmp_path}", "--device=cpu")
