@@ -1,6 +1,7 @@
 """Class-wise greedy non-maximum suppression on the host: fp32, exact, no shifted coordinates."""
 
 import functools
+import itertools
 import sys
 
 import numpy as np
@@ -24,8 +25,10 @@ def class_nms(boxes_xyxy, scores, labels, iou_threshold: float, limit=None) -> n
         best = ranked[:few]
         survives = np.zeros(len(best), bool)
         order = np.argsort(labels[best], kind="stable")
-        for rows in np.split(order, np.flatnonzero(np.diff(labels[best[order]])) + 1):
-            survives[rows[nms(boxes[best[rows]], iou_threshold)]] = True
+        by_class, starts = boxes[best[order]], np.flatnonzero(np.diff(labels[best[order]])) + 1
+        parts = itertools.pairwise([0, *starts.tolist(), len(best)])
+        kept = [first + nms(by_class[first:end], iou_threshold) for first, end in parts]
+        survives[order[np.concatenate(kept)]] = True
         if few >= len(ranked) or survives.sum() >= limit:
             return best[survives][:limit]
         few *= 2
@@ -49,7 +52,7 @@ def _torchvision():
 
 
 @np.errstate(all="ignore")  # 0 / 0, of boxes without area, suppresses nothing
-def _greedy(boxes: np.ndarray, iou_threshold: float) -> list[int]:
+def _greedy(boxes: np.ndarray, iou_threshold: float) -> np.ndarray:
     """Positions of the survivors among the boxes (n, 4) of one class, which stand best first."""
     low, high = boxes[:, :2], boxes[:, 2:]
     areas = (high - low).prod(axis=1)
@@ -62,4 +65,4 @@ def _greedy(boxes: np.ndarray, iou_threshold: float) -> list[int]:
         iou = overlap / (areas[best] + areas[left] - overlap)
         # Compared in float64, as torchvision does: the fp32 nearest to 0.3 is above 0.3.
         left = left[~(iou.astype(np.float64) > iou_threshold)]
-    return kept
+    return np.array(kept, np.int64)
