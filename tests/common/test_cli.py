@@ -214,13 +214,17 @@ def test_checkpoint_to_use(tmp_path, capsys):
 
     with pytest.raises(UserError, match="give one with --checkpoint_path"):
         use("output")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    launched = tmp_path / "test" / "output" / "0" / "iter_7.pt"
+    checkpoint.save(launched, {"run": {}})
+    assert use("output") == launched  # of the launch scripts
     for folder, steps in (("output", (1, 2)), ("output_20260101", (9,))):
         for step in steps:
             checkpoint.save(tmp_path / folder / f"iter_{step}.pt", {"run": {}})
     given = str(tmp_path / "output" / "iter_1.pt")
     assert use("output", given) == Path(given)
     assert use("output") == tmp_path / "output" / "iter_2.pt"
-    assert use("elsewhere").parent.parent == tmp_path  # a run beside it
+    assert tmp_path in use("elsewhere").parents  # a run beside it
     (tmp_path / "output" / "iter_3.pt").write_bytes(b"cut")
     assert use("output") == tmp_path / "output" / "iter_2.pt"
     assert "skipping checkpoint" in capsys.readouterr().err
