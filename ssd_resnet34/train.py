@@ -102,7 +102,8 @@ def main(argv: list[str] | None = None) -> int | None:
         )
         log.info(training.plan())
         exact = replace(recipe, lr_step=0.0).base_lr(ranks.world_size, recipe.batch_size)
-        log.info(f"the rate before rounding: {exact:g}; --lr_step=0 takes it as it is")
+        if exact != recipe.base_lr(ranks.world_size, recipe.batch_size):
+            log.info(f"the rate before rounding: {exact:g}; --lr_step=0 takes it as it is")
         loader = build_loader(
             recipe,
             train_set,

@@ -131,13 +131,13 @@ def test_divergence_stops_with_everything_named_and_no_bad_checkpoint(tmp_path, 
 
 @pytest.mark.slow
 def test_divergence_after_the_last_log_line_is_found_without_checkpoints_too(tmp_path):
-    """Epochs of 5 steps: the rate of the sixth step spoils the seventh, the last one."""
-    data = scripts.subset(tmp_path / "coco", train=10, val=2)
+    """Epochs of 6 steps, logged at 3 and 6: the rate of the seventh spoils the eighth, the last."""
+    data = scripts.subset(tmp_path / "coco", train=12, val=2)
     where = (f"--data={data}", f"--output_dir={tmp_path}/run", "--num_workers=0", "--kind=perf")
     rate = ("--lr=1e-3", "--lr_step=0", "--lr_decay_epochs=1", "--lr_decay_factor=1e33")
-    steps = ("--max_iters=7", "--log_interval=2", "--no-save")
+    steps = ("--max_iters=8", "--log_interval=3", "--no-save")
     done = scripts.run("train.py", *scripts.SMALL, *where, *rate, *steps, status=1)
-    assert "not finite, first at iteration 6 (epoch 2)" in done.stderr.splitlines()[-1]
+    assert "not finite, first at iteration 7 (epoch 2)" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow
