@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.npu.errors import UserError
+from common.errors import UserError
 
 # Bottlenecks of the four stages; resnet14 is for quick tries, it has no published weights.
 STAGES = {"resnet50": (3, 4, 6, 3), "resnet14": (1, 1, 1, 1)}

@@ -8,7 +8,7 @@ import re
 from bisect import bisect_right
 from dataclasses import asdict, dataclass, field, replace
 
-from common.npu.errors import UserError
+from common.errors import UserError
 
 
 def _option(default, help_text, *flags):

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from common.coco.images import read_image
 from common.coco.index import CocoIndex
+from common.errors import UserError
 from common.npu.device import compiles_each_shape, memory_format
 from common.npu.distributed import Ranks
-from common.npu.errors import UserError
 from fcos.config import Recipe
 
 STRIDE = 32  # canvases are multiples of it, pixels

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.npu.device import images_at_once
+from common.npu.device import chunk_size
 from fcos.anchors import encode, make_anchors, make_levels, point_strides
 from fcos.config import Recipe
 from fcos.model import Outputs
@@ -31,7 +31,7 @@ class FocalLoss(torch.autograd.Function):
         grads = torch.empty_like(logits)
         total = logits.new_zeros(())
         rows, row_grads = logits.flatten(0, 1), grads.flatten(0, 1)
-        step = POINTS_AT_ONCE * images_at_once(rows)
+        step = POINTS_AT_ONCE * chunk_size(rows)
         for grad, x in zip(row_grads.split(step), rows.split(step), strict=True):
             p, q, cost = _background_cost(x)
             weight = (p * p).mul_(1 - alpha)
@@ -116,7 +116,7 @@ class DetectionLoss(nn.Module):
         distances (N, P, 4) in the unit of the outputs, which mean something where positive."""
         recipe, device = self.recipe, boxes.device
         levels = make_levels(recipe, sizes, device)
-        at_once = images_at_once(boxes)
+        at_once = chunk_size(boxes)
         parts = zip(boxes.split(at_once), labels.split(at_once), valid.split(at_once), strict=True)
         matches = [assign(levels, *part, recipe.center_radius) for part in parts]
         positive, matched, label = (torch.cat(match) for match in zip(*matches, strict=True))

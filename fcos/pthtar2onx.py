@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from common.coco.images import read_image
 from common.coco.sample import write_sample
+from common.errors import UserError
+from common.files import write_atomically
 from common.npu import cli, entry
-from common.npu.errors import UserError
-from common.npu.files import write_atomically
 from fcos.anchors import make_anchors, make_levels, point_strides
 from fcos.config import RECIPES, Recipe
 from fcos.data import normalise, resize

@@ -12,8 +12,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from common.coco.index import COCO_CLASSES
+from common.errors import UserError
 from common.npu import checkpoint
-from common.npu.errors import UserError
 from fcos.config import DETECTRON2_MEAN, DETECTRON_MEAN
 
 EARLY_NAMES = {

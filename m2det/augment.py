@@ -8,7 +8,7 @@ mirror were done by the worker, in the pass that resized.
 import torch
 from torch import Tensor
 
-from common.npu.device import images_at_once
+from common.npu.device import chunk_size
 from m2det.config import Recipe
 from m2det.data import Batch, normalise
 
@@ -17,7 +17,7 @@ def augment(batch: Batch, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """Network input (N, 3, H, W) float32 and boxes (N, M, 4) of a batch."""
     images = batch.images.permute(0, 3, 1, 2)  # (N, H, W, 3)
     if recipe.augment:
-        at_once = images_at_once(images)
+        at_once = chunk_size(images)
         parts = (x.split(at_once) for x in (images, batch.picture, batch.colour))
         images = torch.cat([_recolour(*part) for part in zip(*parts, strict=True)])
     return normalise(images, recipe), batch.boxes

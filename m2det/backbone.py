@@ -6,7 +6,7 @@ Module names are the published keys below `base.`.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.npu.errors import UserError
+from common.errors import UserError
 
 # Convolutions (channels in units of the width) and pools: "M" halves, "C" halves rounding up.
 VGG = (1, 1, "M", 2, 2, "M", 4, 4, 4, "C", 8, 8, 8, "M", 8, 8, 8)

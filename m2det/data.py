@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.coco.images import open_image, read_image
 from common.coco.index import CocoIndex, find_coco, read_index
+from common.errors import UserError
 from common.npu.device import memory_format
 from common.npu.distributed import Ranks
-from common.npu.errors import UserError
 from m2det.config import Recipe
 from m2det.resample import render, resize
 

@@ -30,9 +30,9 @@ from tqdm import tqdm
 from common.coco.draw import draw_boxes
 from common.coco.images import read_image
 from common.coco.sample import write_sample
+from common.errors import UserError
 from common.npu import cli, entry
 from common.npu.device import memory_format, setup_device
-from common.npu.errors import UserError
 from m2det.config import RECIPES, Recipe
 from m2det.data import normalise, resize
 from m2det.evaluate import own_network

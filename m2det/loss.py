@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.npu.device import images_at_once
+from common.npu.device import chunk_size
 from m2det.anchors import encode, make_anchors, to_cxcywh, to_ltrb
 from m2det.config import Recipe
 from m2det.targets import assign
@@ -23,14 +23,14 @@ class SoftmaxCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, classes: Tensor) -> Tensor:
         ctx.save_for_backward(logits, classes)
-        parts = zip(*(x.split(images_at_once(x)) for x in (logits, classes)), strict=True)
+        parts = zip(*(x.split(chunk_size(x)) for x in (logits, classes)), strict=True)
         return torch.cat([-x.log_softmax(2).gather(2, c.unsqueeze(2)).squeeze(2) for x, c in parts])
 
     @staticmethod
     def backward(ctx, weight: Tensor):
         logits, classes = ctx.saved_tensors
         grads = torch.empty_like(logits)
-        parts = (x.split(images_at_once(x)) for x in (grads, logits, classes, weight))
+        parts = (x.split(chunk_size(x)) for x in (grads, logits, classes, weight))
         for grad, x, c, w in zip(*parts, strict=True):
             torch.softmax(x, 2, out=grad).mul_(w.unsqueeze(2))
             grad.scatter_add_(2, c.unsqueeze(2), -w.unsqueeze(2))
@@ -82,7 +82,7 @@ class DetectionLoss(nn.Module):
         self, boxes: Tensor, labels: Tensor, valid: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`positive` (N, P) bool, target offsets (N, P, 4), target channels (N, P) int64."""
-        at_once = images_at_once(boxes)
+        at_once = chunk_size(boxes)
         parts = zip(boxes.split(at_once), labels.split(at_once), valid.split(at_once), strict=True)
         matches = [assign(self.anchors_ltrb, *part, self.recipe.match_iou) for part in parts]
         positive, matched, label = (torch.cat(match) for match in zip(*matches, strict=True))

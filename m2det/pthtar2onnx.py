@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from common.coco.images import read_image
 from common.coco.sample import write_sample
+from common.errors import UserError
+from common.files import write_atomically
 from common.npu import cli, entry
-from common.npu.errors import UserError
-from common.npu.files import write_atomically
 from m2det.anchors import make_anchors
 from m2det.config import RECIPES, Recipe
 from m2det.data import prepare_image

@@ -13,8 +13,8 @@ from types import MappingProxyType
 from torch import Tensor, nn
 
 from common.coco.index import COCO_CLASSES
+from common.errors import UserError
 from common.npu import checkpoint
-from common.npu.errors import UserError
 
 # vgg16_reducedfc.pth numbers its convolutions, torchvision's ResNets name theirs.
 BACKBONE = re.compile(r"(\d+|conv1|bn1|layer[1-4]|fc)\.")

@@ -8,7 +8,7 @@ and leave the canvas around it untouched. Nothing is drawn here: numbers come wi
 import torch
 from torch import Tensor
 
-from common.npu.device import images_at_once, memory_format
+from common.npu.device import chunk_size, memory_format
 from ssd_mmdet.config import Recipe
 from ssd_mmdet.data import Batch, constant, normalise
 
@@ -18,7 +18,7 @@ def augment(batch: Batch, recipe: Recipe) -> tuple[Tensor, Tensor]:
     if not recipe.augment:
         return normalise(batch.images, recipe), batch.boxes
     parts = (batch.images, batch.place, batch.jitter, batch.order, batch.flip)
-    split = (part.split(images_at_once(part)) for part in parts)
+    split = (part.split(chunk_size(part)) for part in parts)
     images = torch.cat([_images(*few, recipe) for few in zip(*split, strict=True)])
     left, top, right, bottom = batch.boxes.unbind(-1)
     size = recipe.image_size

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.coco.images import open_image, read_image
 from common.coco.index import CocoIndex
+from common.errors import UserError
 from common.npu.device import memory_format
 from common.npu.distributed import Ranks
-from common.npu.errors import UserError
 from ssd_mmdet.config import Recipe
 from ssd_mmdet.geometry import (
     canvas_around,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from common.npu.device import images_at_once
+from common.npu.device import chunk_size
 from ssd_mmdet.anchors import encode, make_anchors
 from ssd_mmdet.config import Recipe
 from ssd_mmdet.targets import assign
@@ -82,7 +82,7 @@ class DetectionLoss(nn.Module):
         self, boxes: Tensor, labels: Tensor, valid: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`positive` (N, P) bool, target offsets (N, P, 4), target channels (N, P) int64."""
-        at_once = images_at_once(boxes)
+        at_once = chunk_size(boxes)
         parts = zip(boxes.split(at_once), labels.split(at_once), valid.split(at_once), strict=True)
         matches = [assign(self.anchors, *part, self.recipe.match_iou) for part in parts]
         positive, matched, label = (torch.cat(match) for match in zip(*matches, strict=True))

@@ -7,7 +7,7 @@ is one of theirs.
 import torch
 from torch import Tensor, nn
 
-from common.npu.errors import UserError
+from common.errors import UserError
 from ssd_mmdet.anchors import anchors_per_cell
 from ssd_mmdet.config import Recipe
 from ssd_mmdet.winograd import Conv2d

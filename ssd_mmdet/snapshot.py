@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from common.npu.errors import UserError
+from common.errors import UserError
 from ssd_mmdet.weights import load_weights, published_state_dict
 
 

@@ -24,6 +24,7 @@ import torch
 
 from common.coco import check
 from common.coco.index import CocoIndex, find_coco, read_index
+from common.errors import UserError, one_line
 from common.fps.curves import draw_curves
 from common.fps.meter import Meter
 from common.fps.runlog import RunLog
@@ -38,7 +39,6 @@ from common.npu.device import (
     setup_device,
 )
 from common.npu.distributed import Ranks
-from common.npu.errors import UserError, one_line
 from common.npu.precision import Precision, build_sgd, default_level
 from ssd_mmdet import snapshot
 from ssd_mmdet.augment import augment

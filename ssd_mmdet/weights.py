@@ -12,8 +12,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from common.coco.index import COCO_CLASSES
+from common.errors import UserError
 from common.npu import checkpoint
-from common.npu.errors import UserError
 
 # Beginnings of keys from 2.14 on, and the same in the network: pattern, replacement.
 SINCE_2_14 = (

@@ -8,7 +8,7 @@ is drawn here: factors come with the batch.
 import torch
 from torch import Tensor
 
-from common.npu.device import images_at_once
+from common.npu.device import chunk_size
 from ssd_resnet34.config import Recipe
 from ssd_resnet34.data import Batch, normalise
 
@@ -21,7 +21,7 @@ def augment(batch: Batch, recipe: Recipe) -> tuple[Tensor, Tensor]:
     images, boxes = batch.images, batch.boxes
     if recipe.augment:
         flip = batch.flip
-        at_once = images_at_once(images)
+        at_once = chunk_size(images)
         parts = (x.split(at_once) for x in (images, flip, batch.jitter, batch.order))
         images = torch.cat(
             [_recolour(_flipped(x, f), j, o) for x, f, j, o in zip(*parts, strict=True)]

@@ -5,7 +5,7 @@ Residual learning paper, section 4; post-activation, stride in the 3x3 convoluti
 
 from torch import Tensor, nn
 
-from common.npu.errors import UserError
+from common.errors import UserError
 
 # name: (blocks of stages 1 to 3, bottleneck?, width of stage 1). resnet10 is for quick tries: of
 # half width, and nobody has weights for it.

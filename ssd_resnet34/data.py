@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.coco.images import EncodedImage, open_image, read_image
 from common.coco.index import CocoIndex
+from common.errors import UserError
 from common.npu.device import memory_format
 from common.npu.distributed import Ranks
-from common.npu.errors import UserError
 from ssd_resnet34.config import Recipe
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.npu.device import images_at_once
+from common.npu.device import chunk_size
 from ssd_resnet34.anchors import encode, make_anchors, to_cxcywh, to_ltrb
 from ssd_resnet34.config import Recipe
 from ssd_resnet34.targets import assign
@@ -22,16 +22,16 @@ class SoftmaxCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, classes: Tensor) -> Tensor:
-        parts = logits.split(images_at_once(logits))
+        parts = logits.split(chunk_size(logits))
         lse = torch.cat([part.logsumexp(dim=1) for part in parts])
         ctx.save_for_backward(logits, classes, lse)
         return lse - logits.gather(1, classes.unsqueeze(1)).squeeze(1)
 
     @staticmethod
     def backward(ctx, weight: Tensor):
-        logits, classes, lse = (x.split(images_at_once(x)) for x in ctx.saved_tensors)
+        logits, classes, lse = (x.split(chunk_size(x)) for x in ctx.saved_tensors)
         grads = torch.empty_like(ctx.saved_tensors[0])
-        step = images_at_once(weight)
+        step = chunk_size(weight)
         for grad, x, c, z, w in zip(
             grads.split(step), logits, classes, lse, weight.split(step), strict=True
         ):
@@ -86,7 +86,7 @@ class DetectionLoss(nn.Module):
         self, boxes: Tensor, labels: Tensor, valid: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`positive` (N, P) bool, target offsets (N, 4, P), target channels (N, P) int64."""
-        at_once = images_at_once(boxes)
+        at_once = chunk_size(boxes)
         parts = zip(boxes.split(at_once), labels.split(at_once), valid.split(at_once), strict=True)
         matches = [assign(self.anchors_ltrb, *part, self.recipe.match_iou) for part in parts]
         positive, matched, label = (torch.cat(match) for match in zip(*matches, strict=True))

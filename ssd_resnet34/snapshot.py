@@ -4,8 +4,8 @@ import dataclasses
 
 import torch
 
+from common.errors import UserError
 from common.npu import distributed
-from common.npu.errors import UserError
 from ssd_resnet34.weights import load_weights, published_state_dict
 
 

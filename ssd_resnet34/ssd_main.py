@@ -21,11 +21,11 @@ from dataclasses import replace
 
 import torch
 
+from common.errors import UserError
 from common.fps.runlog import RunLog
 from common.npu import checkpoint, cli, distributed, entry
 from common.npu.device import be_deterministic, environment, memory_format, setup_device
 from common.npu.distributed import Ranks
-from common.npu.errors import UserError
 from common.npu.precision import Precision, default_level
 from ssd_resnet34.evaluate import own_network
 from ssd_resnet34.tfrecord.check import check_records

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from common.coco import check
 from common.coco.evaluation import Evaluation
 from common.coco.index import CocoIndex, find_coco, read_index
+from common.errors import UserError, one_line
 from common.fps.curves import draw_curves
 from common.fps.meter import Meter
 from common.fps.runlog import RunLog
@@ -40,7 +41,6 @@ from common.npu.device import (
     setup_device,
 )
 from common.npu.distributed import Ranks
-from common.npu.errors import UserError, one_line
 from common.npu.precision import Precision, build_sgd, default_level
 from ssd_resnet34 import snapshot
 from ssd_resnet34.augment import augment

@@ -11,8 +11,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from common.coco.index import COCO_CLASSES
+from common.errors import UserError
 from common.npu import checkpoint
-from common.npu.errors import UserError
 
 # torchvision's name: position in the trunk. Its layer4 and fc have no place here.
 TORCHVISION = {"conv1": 0, "bn1": 1, "layer1": 3, "layer2": 4, "layer3": 5}

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.coco.index import CocoIndex
-from common.npu.errors import UserError
+from common.errors import UserError
 from m2det.anchors import decode, make_anchors, to_cxcywh, to_ltrb
 from m2det.config import Recipe
 from m2det.model import M2Det

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from common.coco.images import read_image
 from common.coco.index import CocoIndex, read_annotations
-from common.npu.errors import UserError
+from common.errors import UserError
 
 
 def check_data(*data: tuple[str, str]) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from common.npu.files import write_atomically
+from common.files import write_atomically
 
 PANEL, GAP, TITLE = 400, 18, 20  # of a sheet, in pixels
 MIN_SCORE = 0.3

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from common.coco.index import read_annotations
-from common.npu.errors import UserError
-from common.npu.files import write_atomically
+from common.errors import UserError
+from common.files import write_atomically
 
 STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 MMDET = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")  # names of the first six

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.npu.errors import UserError
+from common.errors import UserError
 
 # The 80 in the order of their category ids, for weights that bring none.
 COCO_CLASSES = (*Path(__file__).with_name("class_names.txt").read_text().splitlines(),)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-from common.npu.errors import UserError
+from common.errors import UserError
 
 # Ids with gaps, as COCO's own: whoever takes an id for a label fails on this set as well.
 CATEGORIES = {"disc": 1, "box": 3, "triangle": 4, "star": 9}

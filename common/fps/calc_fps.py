@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from common.npu.errors import UserError
+from common.errors import UserError
 
 SKIPPED_ITERATIONS = 50  # of every epoch: worker start and warm-up
 

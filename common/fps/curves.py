@@ -6,8 +6,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from common.files import write_atomically
 from common.fps.calc_fps import read_json_log
-from common.npu.files import write_atomically
 
 
 def draw_curves(log_json_paths: Sequence[str | Path], out_png: str | Path) -> None:

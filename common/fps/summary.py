@@ -7,7 +7,7 @@ forgot the number of devices in TrainingTime; here it is the time of one iterati
 import platform
 from pathlib import Path
 
-from common.npu.files import write_atomically
+from common.files import write_atomically
 
 
 def write_summary(folder: Path, case: tuple, seconds, fps=None, accuracy=None, losses=()) -> list:

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_map_only
 
-from common.npu.errors import UserError
-from common.npu.files import write_atomically
+from common.errors import UserError
+from common.files import write_atomically
 
 LOCK, LOCKS = ".lock", []  # a lock's file in its folder; those that this process holds
 

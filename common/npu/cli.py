@@ -8,10 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+from common.errors import UserError
 from common.npu import checkpoint
 from common.npu.device import DEVICES
 from common.npu.distributed import Ranks
-from common.npu.errors import UserError
 
 # Group, names, default (of a list: the first of what there is to choose from), help.
 FLAGS = (

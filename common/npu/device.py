@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from common.npu.errors import UserError
+from common.errors import UserError
 
 DEVICES = ("auto", "npu", "cuda", "cpu")
 _CANN = "source CANN's set_env.sh (bash: `source common/npu/env_npu.sh`)"
@@ -114,7 +114,7 @@ def compiles_each_shape(device: torch.device) -> bool:
     return device.type == "npu"
 
 
-def images_at_once(tensor: torch.Tensor) -> int:
+def chunk_size(tensor: torch.Tensor) -> int:
     """How much of a batch to take at a time: a CPU is fastest on what fits its cache, one image."""
     return 1 if tensor.device.type == "cpu" else len(tensor)
 

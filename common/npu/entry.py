@@ -9,8 +9,8 @@ import sys
 
 import torch.distributed as dist
 
+from common.errors import UserError, one_line
 from common.npu.distributed import Ranks
-from common.npu.errors import UserError, one_line
 
 # What gloo and HCCL say of a rank that is gone or does not come.
 LOST = re.compile("[Cc]onnection (closed|reset)|[Tt]imed? ?out|Hccl")

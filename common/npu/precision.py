@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from common.errors import UserError
 from common.npu.device import has_bf16, has_infinity
-from common.npu.errors import UserError
 
 
 class Precision:

@@ -7,7 +7,7 @@ here: factors come with the batch.
 import torch
 from torch import Tensor
 
-from common.npu.device import images_at_once
+from common.npu.device import chunk_size
 from ssd_resnet34.data import normalise
 from ssd_resnet34.tfrecord.config import Recipe
 from ssd_resnet34.tfrecord.data import Batch
@@ -17,7 +17,7 @@ def augment(batch: Batch, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """Network input (N, 3, H, W) float32, channels last, and boxes (N, M, 4) of a batch."""
     images, boxes, flip = batch.images, batch.boxes, batch.flip
     if recipe.augment:
-        at_once = images_at_once(images)
+        at_once = chunk_size(images)
         parts = zip(*(x.split(at_once) for x in (images, flip, batch.jitter)), strict=True)
         images = torch.cat([_recoloured_bytes(_flipped(x, f), j) for x, f, j in parts])
         left, top, right, bottom = boxes.unbind(-1)

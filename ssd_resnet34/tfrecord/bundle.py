@@ -14,7 +14,7 @@ import torch
 from google.protobuf.message import DecodeError, Message
 from torch import Tensor
 
-from common.npu.errors import UserError
+from common.errors import UserError
 from ssd_resnet34.tfrecord.messages import message_classes, varint
 from ssd_resnet34.tfrecord.records import masked_crc
 

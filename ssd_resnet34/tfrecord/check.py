@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from tqdm import tqdm
 
 from common.coco.images import EncodedImage
-from common.npu.errors import UserError
+from common.errors import UserError
 from ssd_resnet34.tfrecord.config import Recipe
 from ssd_resnet34.tfrecord.data import TrainingSet
 from ssd_resnet34.tfrecord.example import REMEDY

@@ -23,8 +23,8 @@ from contextlib import ExitStack, suppress
 
 from tqdm import tqdm
 
+from common.errors import UserError
 from common.npu import cli, entry
-from common.npu.errors import UserError
 from ssd_resnet34.tfrecord.example import encode
 from ssd_resnet34.tfrecord.records import RecordWriter
 

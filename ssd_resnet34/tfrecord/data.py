@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.coco.images import EncodedImage
+from common.errors import UserError
 from common.npu.distributed import Ranks
-from common.npu.errors import UserError
 from ssd_resnet34.data import epoch_order, normalise, worker_options
 from ssd_resnet34.tfrecord.config import Recipe
 from ssd_resnet34.tfrecord.example import REMEDY, AnnotatedImage

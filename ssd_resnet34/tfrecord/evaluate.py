@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from common.coco.evaluation import STATS, Evaluation
 from common.coco.index import read_annotations
+from common.errors import UserError
 from common.npu.distributed import Ranks
-from common.npu.errors import UserError
 from ssd_resnet34.evaluate import detect_loaded, told
 from ssd_resnet34.tfrecord.config import Recipe
 from ssd_resnet34.tfrecord.data import build_loader

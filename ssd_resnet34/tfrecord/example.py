@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from common.npu.errors import UserError
+from common.errors import UserError
 from ssd_resnet34.tfrecord.messages import message_classes, varint
 
 _MESSAGES = message_classes("""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from common.coco.index import COCO_CLASSES
-from common.npu.errors import UserError
+from common.errors import UserError
 from ssd_resnet34.tfrecord.config import COCO_CATEGORY_IDS
 from ssd_resnet34.tfrecord.example import (
     AnnotatedImage,

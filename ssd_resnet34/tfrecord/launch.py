@@ -26,9 +26,9 @@ import common  # noqa: F401 before torch
 
 # isort: split
 
+from common.errors import UserError
+from common.files import write_atomically
 from common.npu import entry
-from common.npu.errors import UserError
-from common.npu.files import write_atomically
 from ssd_resnet34.tfrecord.rank_table import RankTable, read_rank_table
 
 MODEL = Path(__file__).resolve().parents[1]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.npu.device import images_at_once
+from common.npu.device import chunk_size
 from ssd_resnet34.loss import SoftmaxCrossEntropy
 from ssd_resnet34.tfrecord.anchors import encode, make_anchors
 from ssd_resnet34.tfrecord.config import Recipe
@@ -59,7 +59,7 @@ class DetectionLoss(nn.Module):
         self, boxes: Tensor, labels: Tensor, valid: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`positive` (N, P) bool, target codes (N, 4, P), target channels (N, P) int64."""
-        at_once = images_at_once(boxes)
+        at_once = chunk_size(boxes)
         parts = zip(boxes.split(at_once), labels.split(at_once), valid.split(at_once), strict=True)
         matches = [assign(self.anchors_ltrb, *part, self.recipe.match_iou) for part in parts]
         positive, matched, label = (torch.cat(match) for match in zip(*matches, strict=True))

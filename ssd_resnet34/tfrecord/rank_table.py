@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.npu.errors import UserError
+from common.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 
 import google_crc32c
 
-from common.npu.errors import UserError
+from common.errors import UserError
 
 HEADER = struct.Struct("<QI")
 FOOTER = struct.Struct("<I")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from common.errors import UserError
 from common.npu import checkpoint
-from common.npu.errors import UserError
 from ssd_resnet34.backbone import BasicBlock
 from ssd_resnet34.tfrecord.bundle import Bundle, find_prefix
 from ssd_resnet34.weights import LoadReport, network_keys

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
+from common.errors import UserError
 from common.fps.calc_fps import fps_per_epoch, main
 from common.fps.meter import Window
 from common.fps.runlog import RunLog
 from common.npu.distributed import Ranks
-from common.npu.errors import UserError
 
 
 def entry(mode, epoch, iter, time=None):

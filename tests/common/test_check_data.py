@@ -6,7 +6,7 @@ from PIL import Image
 
 from common.coco.check import check_data
 from common.coco.index import read_annotations, read_index
-from common.npu.errors import UserError
+from common.errors import UserError
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_coco"
 BOX = {"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4]}

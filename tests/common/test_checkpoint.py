@@ -14,8 +14,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from common.errors import UserError
 from common.npu import checkpoint
-from common.npu.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 

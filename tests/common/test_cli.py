@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import UserError
 from common.npu import checkpoint, cli
-from common.npu.errors import UserError
 
 
 def option(default, *flags):

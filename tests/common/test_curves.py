@@ -6,9 +6,9 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from common.errors import UserError
 from common.fps.calc_fps import read_json_log
 from common.fps.curves import draw_curves
-from common.npu.errors import UserError
 
 
 def write_log(path, steps, val_epochs=(), loss=lambda step: 30 / step**0.5):

@@ -7,19 +7,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from common.errors import UserError
 from common.npu import device as module
 from common.npu.device import (
     be_deterministic,
+    chunk_size,
     compiles_each_shape,
     environment,
     has_bf16,
-    images_at_once,
     memory_format,
     memory_mib,
     record_event,
     setup_device,
 )
-from common.npu.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -149,8 +149,8 @@ def test_what_differs_between_devices():
     npu = SimpleNamespace(type="npu")
     assert memory_format(npu) is torch.contiguous_format
     assert memory_format(CPU) is memory_format(torch.device("cuda")) is torch.channels_last
-    assert images_at_once(torch.zeros(7, 2)) == 1
-    assert images_at_once(torch.zeros(7, 2, device="meta")) == 7
+    assert chunk_size(torch.zeros(7, 2)) == 1
+    assert chunk_size(torch.zeros(7, 2, device="meta")) == 7
     assert record_event(CPU) is None
     assert 20 < memory_mib(CPU) < 1 << 20
     assert f"torch {torch.__version__}" in environment()

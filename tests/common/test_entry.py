@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.errors import UserError
 from common.npu.distributed import Ranks
 from common.npu.entry import StopRequest, run
-from common.npu.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,7 +53,7 @@ def test_the_status_is_mains(status, capsys):
 def test_a_user_error_is_one_line_and_status_1():
     code = """
 from common.npu import entry
-from common.npu.errors import UserError
+from common.errors import UserError
 
 def main():
     raise UserError("a.json: no such file; give another")

@@ -13,7 +13,7 @@ from pycocotools.cocoeval import COCOeval
 
 from common.coco.evaluation import draw_pr_curves, evaluate, gather_rows, save_results, to_rows
 from common.coco.index import read_annotations
-from common.npu.errors import UserError
+from common.errors import UserError
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_coco"
 VAL = str(TINY / "annotations" / "instances_val2017.json")

@@ -1,7 +1,7 @@
 import pytest
 
-from common.npu.errors import UserError
-from common.npu.files import write_atomically
+from common.errors import UserError
+from common.files import write_atomically
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):

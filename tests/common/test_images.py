@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from common.coco.images import EncodedImage, open_image, read_image
-from common.npu.errors import UserError
+from common.errors import UserError
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_coco"
 JPEGS = sorted(TINY.glob("*2017/*.jpg"))

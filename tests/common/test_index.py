@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common.coco.index import find_coco, read_annotations, read_index
-from common.npu.errors import UserError
+from common.errors import UserError
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_coco"
 TRAIN = TINY / "annotations" / "instances_train2017.json"

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from common.errors import UserError
 from common.npu import precision as module
-from common.npu.errors import UserError
 from common.npu.precision import Precision, build_sgd, default_level
 
 CPU, CUDA, NPU = torch.device("cpu"), torch.device("cuda", 0), SimpleNamespace(type="npu")

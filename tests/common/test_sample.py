@@ -12,7 +12,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from common.coco import sample
-from common.npu.errors import UserError
+from common.errors import UserError
 
 
 @pytest.fixture(scope="module")

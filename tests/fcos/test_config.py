@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from common.npu.errors import UserError
+from common.errors import UserError
 from fcos.config import RECIPES, Recipe
 
 

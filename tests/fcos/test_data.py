@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from common.coco.images import read_image
+from common.errors import UserError
 from common.npu.distributed import Ranks
-from common.npu.errors import UserError
 from fcos.augment import augment
 from fcos.config import RECIPES
 from fcos.data import (

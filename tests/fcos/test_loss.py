@@ -22,7 +22,7 @@ def one_hot_focal(logits, label, positive, alpha=0.25):
 
 @pytest.mark.parametrize("at_once", [lambda x: 1, len])
 def test_focal_loss_equals_its_definition(monkeypatch, at_once):
-    monkeypatch.setattr(loss, "images_at_once", at_once)
+    monkeypatch.setattr(loss, "chunk_size", at_once)
     monkeypatch.setattr(loss, "POINTS_AT_ONCE", 7)
     random = torch.Generator().manual_seed(0)
     logits = 6 * torch.randn(2, 50, 9, generator=random, dtype=torch.float64)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from common.npu.errors import UserError
+from common.errors import UserError
 from fcos.anchors import map_sizes
 from fcos.backbone import ResNet
 from fcos.config import RECIPES

@@ -87,7 +87,7 @@ def test_a_new_network_without_pretrained_weights(tiny_train, batches):
 
 def test_a_step_with_static_scale_as_on_an_accelerator(tiny_train, batches, monkeypatch):
     # There the whole batch goes through at once, and gradients are scaled.
-    monkeypatch.setattr(loss, "images_at_once", len)
+    monkeypatch.setattr(loss, "chunk_size", len)
     recipe, precision = small("gn"), Precision(CPU, "O1")
     precision.static_scale = 32.0
     run = training(recipe, tiny_train, precision)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from common.coco.images import read_image
+from common.errors import UserError
 from common.npu import checkpoint
-from common.npu.errors import UserError
 from fcos import pthtar2onx
 from fcos.anchors import map_sizes
 from fcos.config import RECIPES

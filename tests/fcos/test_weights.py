@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from common.npu.errors import UserError
+from common.errors import UserError
 from fcos.config import RECIPES
 from fcos.evaluate import own_network
 from fcos.model import build_model

@@ -95,7 +95,7 @@ def test_a_batch_is_its_images_and_no_input_changes(pictures, monkeypatch):
     for n in range(len(pictures)):
         (alone,), _ = augment(Batch(*(part[n : n + 1] for part in together)), RECIPE)
         assert torch.equal(alone, images[n])
-    monkeypatch.setattr(module, "images_at_once", len)  # as on an accelerator
+    monkeypatch.setattr(module, "chunk_size", len)  # as on an accelerator
     assert torch.equal(augment(together, RECIPE)[0], images)
     assert all(torch.equal(a, b) for a, b in zip(together, before, strict=True))
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from common.errors import UserError
 from common.npu.distributed import Ranks
-from common.npu.errors import UserError
 from m2det import data
 from m2det.config import RECIPES
 from m2det.data import (

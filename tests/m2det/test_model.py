@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from common.npu.errors import UserError
+from common.errors import UserError
 from m2det.anchors import make_anchors
 from m2det.backbone import make_backbone
 from m2det.config import RECIPES

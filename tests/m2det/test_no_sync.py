@@ -72,7 +72,7 @@ def test_a_step_waits_for_nothing(recipe, batches, level):
 def test_a_step_with_static_scale_and_clipping_as_on_an_accelerator(recipe, batches, monkeypatch):
     # There the whole batch goes through at once, and gradients are scaled.
     for module in (augment, loss):
-        monkeypatch.setattr(module, "images_at_once", len)
+        monkeypatch.setattr(module, "chunk_size", len)
     precision = Precision(CPU, "O1")
     precision.static_scale = 128.0
     clipped = replace(recipe, clip_norm=10.0, clip_each=1.0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.coco.index import COCO_CLASSES
-from common.npu.errors import UserError
+from common.errors import UserError
 from m2det.config import RECIPES
 from m2det.model import build_model
 from m2det.weights import class_names_of, load_weights, num_classes_of, published_state_dict

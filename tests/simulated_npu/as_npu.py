@@ -18,7 +18,7 @@ import torch
 
 from common.npu import device
 
-device.images_at_once = len
+device.chunk_size = len
 device.memory_format = lambda _: torch.contiguous_format
 sys.argv.pop(0)
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -45,8 +45,8 @@ def model(request, monkeypatch):
         for name in ("augment", "config", "data", "evaluate", "loss", "train")
     }
     for module in modules.values():
-        if hasattr(module, "images_at_once"):
-            monkeypatch.setattr(module, "images_at_once", len)
+        if hasattr(module, "chunk_size"):
+            monkeypatch.setattr(module, "chunk_size", len)
         if hasattr(module, "memory_format"):
             monkeypatch.setattr(module, "memory_format", lambda device: torch.contiguous_format)
     recipe = modules["config"].RECIPES[RECIPE[request.param]]

@@ -157,7 +157,7 @@ def test_a_batch_is_its_images(pictures, monkeypatch):
         image, box = augment(Batch(*(part[n : n + 1] for part in together)), RECIPE)
         assert torch.equal(image[0], images[n])
         assert torch.equal(box[0], boxes[n])
-    monkeypatch.setattr(module, "images_at_once", len)  # as on an accelerator
+    monkeypatch.setattr(module, "chunk_size", len)  # as on an accelerator
     assert_close(augment(together, RECIPE)[0], images, rtol=0, atol=1e-3)
 
 

@@ -10,8 +10,8 @@ from PIL import Image
 from torch.testing import assert_close
 
 from common.coco.index import read_index
+from common.errors import UserError
 from common.npu.distributed import Ranks
-from common.npu.errors import UserError
 from ssd_mmdet.augment import cover
 from ssd_mmdet.config import RECIPES
 from ssd_mmdet.data import (

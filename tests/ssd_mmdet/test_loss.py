@@ -136,10 +136,10 @@ def test_half_precision_outputs_are_computed_in_fp32():
 
 
 @pytest.mark.parametrize("seed", [5, 6])
-def test_all_images_at_once_is_one_at_a_time(monkeypatch, seed):
+def test_all_chunk_size_is_one_at_a_time(monkeypatch, seed):
     outputs, truth = batch(seed, 3)
     one = CRITERION(outputs, *truth)["loss"]
-    monkeypatch.setattr(module, "images_at_once", len)  # as on an accelerator
+    monkeypatch.setattr(module, "chunk_size", len)  # as on an accelerator
     once = CRITERION(outputs, *truth)["loss"]
     assert_close(once, one)
     for a, b in zip(gradients(one, outputs), gradients(once, outputs), strict=True):

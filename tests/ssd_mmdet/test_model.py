@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from common.npu.errors import UserError
+from common.errors import UserError
 from ssd_mmdet.config import RECIPES
 from ssd_mmdet.model import L2Norm, build_model
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from common.coco.images import read_image
+from common.errors import UserError
 from common.npu import checkpoint
-from common.npu.errors import UserError
 from ssd_mmdet import pthtar2onnx
 from ssd_mmdet.anchors import make_anchors
 from ssd_mmdet.config import RECIPES

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from common.coco.index import COCO_CLASSES
-from common.npu.errors import UserError
+from common.errors import UserError
 from ssd_mmdet.config import RECIPES
 from ssd_mmdet.model import build_model
 from ssd_mmdet.weights import class_names_of, load_weights, num_classes_of, published_state_dict

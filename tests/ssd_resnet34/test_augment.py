@@ -141,7 +141,7 @@ def test_a_batch_is_its_images(pictures, monkeypatch):
         image, box = augment(Batch(*(part[n : n + 1] for part in together)), RECIPE)
         assert torch.equal(image[0], images[n])
         assert torch.equal(box[0], boxes[n])
-    monkeypatch.setattr(module, "images_at_once", len)  # as on an accelerator
+    monkeypatch.setattr(module, "chunk_size", len)  # as on an accelerator
     at_once = levels(augment(together, RECIPE))
     # Sums in another order may move a value across a cut between two levels.
     difference = (at_once - levels((images,))).abs()

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.testing import assert_close
 
+from common.errors import UserError
 from common.npu.distributed import Ranks
-from common.npu.errors import UserError
 from ssd_resnet34.config import RECIPES
 from ssd_resnet34.data import (
     TrainingOrder,

@@ -12,8 +12,8 @@ from PIL import Image
 
 from common.coco.images import read_image
 from common.coco.index import COCO_CLASSES
+from common.errors import UserError
 from common.npu import checkpoint
-from common.npu.errors import UserError
 from ssd_resnet34 import demo
 from ssd_resnet34.config import Recipe
 from ssd_resnet34.data import prepare_image

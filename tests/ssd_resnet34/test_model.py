@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from common.npu.errors import UserError
+from common.errors import UserError
 from ssd_resnet34.config import RECIPES
 from ssd_resnet34.model import build_model
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from common.coco.images import read_image
+from common.errors import UserError
 from common.npu import checkpoint
-from common.npu.errors import UserError
 from ssd_resnet34 import pthtar2onnx
 from ssd_resnet34.anchors import make_anchors
 from ssd_resnet34.config import Recipe

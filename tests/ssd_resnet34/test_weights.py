@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from common.npu.errors import UserError
+from common.errors import UserError
 from ssd_resnet34.config import RECIPES
 from ssd_resnet34.model import build_model
 from ssd_resnet34.weights import load_weights, published_state_dict

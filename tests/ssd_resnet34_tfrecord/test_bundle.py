@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
-from common.npu.errors import UserError
+from common.errors import UserError
 from ssd_resnet34.tfrecord import bundle
 from ssd_resnet34.tfrecord.bundle import Bundle, find_prefix
 

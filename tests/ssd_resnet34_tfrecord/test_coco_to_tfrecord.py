@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.npu.errors import UserError
+from common.errors import UserError
 from ssd_resnet34.tfrecord import coco_to_tfrecord
 from ssd_resnet34.tfrecord.example import annotated_image, decode
 from ssd_resnet34.tfrecord.index import read_index

@@ -11,8 +11,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
 from common.coco.images import EncodedImage
+from common.errors import UserError
 from common.npu.distributed import Ranks
-from common.npu.errors import UserError
 from ssd_resnet34.tfrecord import index as index_module
 from ssd_resnet34.tfrecord.augment import augment, recolour
 from ssd_resnet34.tfrecord.config import COCO_CATEGORY_IDS

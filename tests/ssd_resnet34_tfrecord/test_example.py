@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from common.coco.images import EncodedImage
-from common.npu.errors import UserError
+from common.errors import UserError
 from ssd_resnet34.tfrecord import example
 from ssd_resnet34.tfrecord.example import annotated_image, decode, encode, values
 from ssd_resnet34.tfrecord.records import read_records

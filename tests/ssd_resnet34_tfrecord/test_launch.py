@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from common.npu.errors import UserError
+from common.errors import UserError
 from ssd_resnet34 import ssd_main
 from ssd_resnet34.tfrecord import launch
 from ssd_resnet34.tfrecord.evaluate import validation_records

@@ -29,7 +29,7 @@ def records(golden_dir):
 def test_steps_wait_for_nothing_log_steps_too(recipe, records, monkeypatch, all_at_once):
     if all_at_once:  # as on an accelerator
         for module in (augment, loss):
-            monkeypatch.setattr(module, "images_at_once", len)
+            monkeypatch.setattr(module, "chunk_size", len)
     recipe = replace(recipe, backbone="resnet10", batch_size=2, clip_norm=10.0 * all_at_once)
     args = ssd_main.parse(["--log_interval=4", "--max_iters=8"])
     log = SimpleNamespace(info=lambda *text: None)

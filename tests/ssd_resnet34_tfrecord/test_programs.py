@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from common.npu.errors import UserError
+from common.errors import UserError
 from ssd_resnet34 import ssd_main
 from ssd_resnet34.tfrecord.coco_to_tfrecord import convert
 from ssd_resnet34.tfrecord.evaluate import NAMES

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.npu.errors import UserError
+from common.errors import UserError
 from ssd_resnet34.tfrecord.rank_table import read_rank_table
 
 

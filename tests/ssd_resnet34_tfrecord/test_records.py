@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.npu.errors import UserError
+from common.errors import UserError
 from ssd_resnet34.tfrecord import records
 from ssd_resnet34.tfrecord.records import (
     RecordWriter,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from numpy.testing import assert_array_equal
 
-from common.npu.errors import UserError
+from common.errors import UserError
 from ssd_resnet34 import config as first_config
 from ssd_resnet34 import model as first_model
 from ssd_resnet34 import weights as first_weights

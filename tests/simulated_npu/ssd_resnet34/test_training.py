@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _the_npu_way(monkeypatch):
     for module in (augment, loss):
-        monkeypatch.setattr(module, "images_at_once", len)
+        monkeypatch.setattr(module, "chunk_size", len)
     for module in (data, train):
         monkeypatch.setattr(module, "memory_format", lambda device: torch.contiguous_format)
 

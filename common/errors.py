@@ -7,4 +7,4 @@ class UserError(Exception):
 
 def one_line(error: UserError) -> str:
     """Its message. From a loader worker it comes wrapped in a traceback, ours is the last line."""
-    return str(error).strip().split("\n")[-1].removeprefix("common.npu.errors.UserError: ")
+    return str(error).strip().split("\n")[-1].removeprefix("common.errors.UserError: ")

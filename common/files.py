@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from common.npu.errors import UserError
+from common.errors import UserError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
