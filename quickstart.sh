@@ -1,16 +1,22 @@
 #!/usr/bin/env bash
 # From nothing to a trained detector: set up, draw the built-in sample set, train, evaluate, draw.
-#
-#   bash quickstart.sh                 everything into quickstart/, on the best device there is
-#   PYTHON=python3 bash quickstart.sh  with your own interpreter (Ascend image), nothing installed
-#
-# Further flags go to ssd_resnet34/train.py, e.g. --device=cpu --epochs=5.
 set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+From nothing to a trained detector: set up, draw the built-in sample set, train, evaluate, draw.
+
+  bash quickstart.sh                 everything into quickstart/, on the best device there is
+  PYTHON=python3 bash quickstart.sh  with your own interpreter (Ascend image), nothing installed
+
+Further flags go to ssd_resnet34/train.py, e.g. --device=cpu --epochs=5.
+TEXT
+}
+
+case ${1:-} in
+    --help | -h) usage && exit ;;
+esac
 cd "$(dirname "${BASH_SOURCE[0]}")"
-if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
-    sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
-    exit 0
-fi
 export ONESTAGE_LAUNCH_TIME=$(date +%s)
 source common/npu/venv.sh
 find_python requirements.txt

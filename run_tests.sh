@@ -1,12 +1,25 @@
 #!/usr/bin/env bash
 # Set up what the tests need, once, and run every test: bash run_tests.sh [pytest arguments]
-#
-#   bash run_tests.sh                          everything, as CI does
-#   bash run_tests.sh -m "not slow"            the quick ones
-#   bash run_tests.sh tests/common -k nms      some of them
-#   bash run_tests.sh tests/simulated_npu      those on the simulated Ascend NPU, which have an
-#                                              environment of their own (see the README there)
 set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+Set up what the tests need, once, and run them: bash run_tests.sh [pytest arguments]
+
+  bash run_tests.sh                          everything, as CI does
+  bash run_tests.sh -m "not slow"            the quick ones
+  bash run_tests.sh tests/common -k nms      some of them
+  bash run_tests.sh tests/simulated_npu      those on the simulated Ascend NPU, which have an
+                                             environment of their own (see the README there)
+
+Environment: TEST_PROCESSES  test processes side by side (default: one a core)
+             PYTHON          an interpreter that has everything; nothing is installed then
+TEXT
+}
+
+case ${1:-} in
+    --help | -h) usage && exit ;;
+esac
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source common/npu/venv.sh
 source tests/simulated_npu/environment.sh

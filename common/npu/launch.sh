@@ -1,12 +1,22 @@
 # Sourced by every model's test/*.sh: `launch RANKS SCRIPT [FLAGS...] "$@"` runs SCRIPT of the model
-# folder on RANKS devices, output in test/output/<id>/. It ends in one command the user could type.
-#
-# Flags of all launch scripts, as --name=value; any other goes through to the program:
-#   --data_path=DIR        COCO folder: annotations/, train2017/, val2017/ (required)
-#   --device_id=N          card of a one-device run; name of the output folder
-#   --batch_size=N         images a device
-#   --nproc_per_node=N     devices of this node, instead of the script's number
-#   --nnodes=N --node_rank=K --master_addr=IP --master_port=PORT --local_addr=IP   several nodes
+# folder on RANKS devices, with its output in test/output/<id>/. It prints the one command in which
+# it ends, so that a user can repeat it.
+
+# Print the purpose of the launch script $1, which is its first comment, and the flags of all of them.
+_usage() {
+    local line
+    while read -r line; do
+        case $line in '# '*) echo "${line#\# }" && break ;; esac
+    done <"$1"
+    cat <<'TEXT'
+Flags of all launch scripts, as --name=value; any other flag goes through to the program:
+  --data_path=DIR        COCO folder: annotations/, train2017/, val2017/ (required)
+  --device_id=N          card of a one-device run; name of the output folder
+  --batch_size=N         images a device
+  --nproc_per_node=N     devices of this node, instead of the script's number
+  --nnodes=N --node_rank=K --master_addr=IP --master_port=PORT --local_addr=IP   several nodes
+TEXT
+}
 
 launch() {
     local ranks=$1 script=$2 model data='' id='' nodes=1 node=0 master=127.0.0.1 port='' output=''
@@ -26,8 +36,7 @@ launch() {
             --local_addr=* | --local-addr=*) _address "$value" ;;
             --output_dir=* | --output-dir=*) output=$value ;;
             --help | -h)
-                sed -n '2s/^# \{0,1\}//p' "${BASH_SOURCE[1]}"
-                sed -n '4,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+                _usage "${BASH_SOURCE[1]}"
                 echo "Those of $script:"
                 flags+=(--help)
                 data=.
