@@ -20,11 +20,11 @@ def make_anchors(recipe: Recipe) -> Tensor:
     size = recipe.image_size
     priors = []
     levels = zip(
-        recipe.prior_maps,
-        recipe.prior_steps,
-        recipe.prior_sizes[:-1],
-        recipe.prior_sizes[1:],
-        recipe.prior_ratios,
+        recipe.anchor_maps,
+        recipe.anchor_steps,
+        recipe.anchor_sizes[:-1],
+        recipe.anchor_sizes[1:],
+        recipe.anchor_ratios,
         strict=True,
     )
     for cells, step, small, large, ratios in levels:
@@ -41,12 +41,12 @@ def make_anchors(recipe: Recipe) -> Tensor:
     return torch.cat(priors).float().clamp_(0, 1)
 
 
-def priors_per_cell(recipe: Recipe) -> tuple[int, ...]:
+def anchors_per_cell(recipe: Recipe) -> tuple[int, ...]:
     """Number of prior shapes of each feature map."""
-    return tuple(2 + 2 * len(ratios) for ratios in recipe.prior_ratios)
+    return tuple(2 + 2 * len(ratios) for ratios in recipe.anchor_ratios)
 
 
-def to_ltrb(boxes_cxcywh: Tensor) -> Tensor:
+def to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
     """(..., 4) centre form to corner form."""
     center, half = boxes_cxcywh[..., :2], 0.5 * boxes_cxcywh[..., 2:]
     return torch.cat([center - half, center + half], dim=-1)

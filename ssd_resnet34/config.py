@@ -21,10 +21,10 @@ class Recipe:
     image_size: int = 300  # side of the square network input, pixels; the priors fit no other
 
     # Default boxes ("priors"), SSD paper section 2.2, sizes of the SSD300 COCO model
-    prior_sizes: tuple[float, ...] = (21, 45, 99, 153, 207, 261, 315)  # pixels, one more than maps
-    prior_maps: tuple[int, ...] = (38, 19, 10, 5, 3, 1)
-    prior_steps: tuple[int, ...] = (8, 16, 32, 64, 100, 300)  # pixels
-    prior_ratios: tuple[tuple[int, ...], ...] = ((2,), (2, 3), (2, 3), (2, 3), (2,), (2,))
+    anchor_sizes: tuple[float, ...] = (21, 45, 99, 153, 207, 261, 315)  # pixels, one more than maps
+    anchor_maps: tuple[int, ...] = (38, 19, 10, 5, 3, 1)
+    anchor_steps: tuple[int, ...] = (8, 16, 32, 64, 100, 300)  # pixels
+    anchor_ratios: tuple[tuple[int, ...], ...] = ((2,), (2, 3), (2, 3), (2, 3), (2,), (2,))
     center_variance: float = 0.1
     size_variance: float = 0.2
 

@@ -7,7 +7,6 @@ a resumed run changes a sample. Colour, flip and normalisation follow on the dev
 
 import functools
 import random
-import signal
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ from common.coco.index import CocoIndex
 from common.errors import UserError
 from common.npu.device import memory_format
 from common.npu.distributed import Ranks
+from common.npu.loading import loader_options
 from ssd_resnet34.config import Recipe
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
@@ -260,7 +260,7 @@ def build_loader(
     """The loader of this rank: training Batches of iterations `start` to `end` (default: of the
     whole run), or every evaluation image of the rank once."""
     ranks = ranks or Ranks()
-    options = worker_options(workers, pin_memory)
+    options = loader_options(workers, pin_memory)
     if not training:
         mine = records.subset(np.arange(ranks.rank, len(records), ranks.world_size))
         return DataLoader(EvaluationSet(mine, recipe), recipe.eval_batch_size, **options)
@@ -268,17 +268,3 @@ def build_loader(
     end = recipe.epochs * per_epoch if end is None else end
     order = TrainingOrder(len(records), recipe.batch_size, ranks, seed, start, end)
     return DataLoader(TrainingSet(records, recipe, seed), batch_sampler=order, **options)
-
-
-def worker_options(workers: int, pin_memory: bool) -> dict:
-    """What a DataLoader is told of its workers."""
-    ahead = 4 if workers else None
-    options = {"num_workers": workers, "prefetch_factor": ahead, "pin_memory": pin_memory}
-    return {**options, "worker_init_fn": quiet_worker}
-
-
-def quiet_worker(worker: int) -> None:
-    """Ctrl-C and a SIGTERM to the whole process group are the main process's to handle: while it
-    finishes its step and saves, a worker must not die; it does a minute later at the latest."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))

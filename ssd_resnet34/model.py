@@ -7,7 +7,7 @@ that a state dict of ours is one of theirs.
 import torch
 from torch import Tensor, nn
 
-from ssd_resnet34.anchors import priors_per_cell
+from ssd_resnet34.anchors import anchors_per_cell
 from ssd_resnet34.backbone import STAGES, make_backbone
 from ssd_resnet34.config import Recipe
 
@@ -51,7 +51,7 @@ class SSD(nn.Module):
         self.additional_blocks = nn.ModuleList(blocks)
         self.mbox = nn.ModuleList(
             nn.Conv2d(source, shapes * (self.channels + 4), 3, padding=1)
-            for source, shapes in zip(sources, priors_per_cell(recipe), strict=True)
+            for source, shapes in zip(sources, anchors_per_cell(recipe), strict=True)
         )
         # Xavier over the whole fused head, as the port; biases keep PyTorch's default.
         for module in [*self.additional_blocks.modules(), *self.mbox]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from common.coco.nms import class_nms
-from ssd_resnet34.anchors import decode, make_anchors, to_ltrb
+from ssd_resnet34.anchors import decode, make_anchors, to_xyxy
 from ssd_resnet34.config import Recipe
 
 
@@ -26,7 +26,7 @@ def decode_outputs(
 ) -> tuple[Tensor, Tensor]:
     """Boxes (N, P, 4) normalised ltrb and probabilities (N, classes, P), background left out."""
     offsets, logits = (output.float() for output in outputs)
-    boxes = to_ltrb(decode(offsets.transpose(1, 2), anchors, recipe))
+    boxes = to_xyxy(decode(offsets.transpose(1, 2), anchors, recipe))
     return boxes, logits.softmax(dim=1)[:, 1:]
 
 

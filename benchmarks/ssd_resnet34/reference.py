@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from common.coco.index import CocoIndex
-from ssd_resnet34.anchors import make_anchors, to_cxcywh, to_ltrb
+from ssd_resnet34.anchors import make_anchors, to_cxcywh, to_xyxy
 from ssd_resnet34.config import Recipe
 
 
@@ -37,7 +37,7 @@ class Encoder:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self.priors = make_anchors(recipe)
-        self.priors_ltrb = to_ltrb(self.priors)
+        self.priors_ltrb = to_xyxy(self.priors)
 
     def __call__(self, boxes_ltrb: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Boxes (n, 4), labels (n,) from 1, to matched boxes (P, 4) cxcywh and labels (P,)."""
@@ -147,7 +147,7 @@ def reference_detect(outputs: tuple[Tensor, Tensor], recipe: Recipe) -> list[tup
     offsets, logits = (output.transpose(1, 2) for output in outputs)
     center = recipe.center_variance * offsets[..., :2] * priors[:, 2:] + priors[:, :2]
     size = (recipe.size_variance * offsets[..., 2:]).exp() * priors[:, 2:]
-    boxes = to_ltrb(torch.cat([center, size], dim=-1))
+    boxes = to_xyxy(torch.cat([center, size], dim=-1))
     pairs = zip(boxes, logits.softmax(dim=-1), strict=True)
     return [_detect_image(*pair, recipe) for pair in pairs]
 

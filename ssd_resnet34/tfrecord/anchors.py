@@ -1,8 +1,11 @@
-"""Default boxes and box coding of the TFRecord recipe, in corner form; a code is (ty, tx, th, tw).
+"""Anchors and box coding of the TFRecord recipe.
 
-The boxes are the first recipe's in another order. Their corners are rounded once, from double
-precision, and centres and sizes follow from the corners: which default box is the best for a small
-object hangs on the last bit.
+The anchors are those of the first recipe in another order: feature map, row, column, shape. Boxes
+are normalised to the image, in one of two forms: `cxcywh` (centre and size) and `xyxy` (corners).
+Deltas are `(ty, tx, th, tw)`, the order of the port.
+
+As in the port, the corners are rounded once, from double precision, and centres and sizes are
+computed from the rounded corners: the last bit decides which anchor fits a small object best.
 """
 
 import math
@@ -10,58 +13,76 @@ import math
 import torch
 from torch import Tensor
 
-from ssd_resnet34 import anchors as first
-from ssd_resnet34.anchors import to_cxcywh, to_ltrb
+from ssd_resnet34 import anchors as first_recipe
+from ssd_resnet34.anchors import to_cxcywh, to_xyxy
 from ssd_resnet34.tfrecord.config import Recipe
 
 EPSILON = 1e-8  # added to every size before coding
 
 
-def default_boxes(recipe: Recipe) -> Tensor:
-    """Default boxes (8732, 4) float64 `cxcywh`, clipped to 0..1: map, row, column, shape."""
-    size = recipe.image_size
-    levels = zip(
-        recipe.prior_maps,
-        recipe.prior_steps,
-        recipe.prior_sizes[:-1],
-        recipe.prior_sizes[1:],
-        recipe.prior_ratios,
-        strict=True,
-    )
-    boxes = []
-    for cells, step, small, large, ratios in levels:
-        between = math.sqrt(small * large)
-        shapes = [(small, small), (between, between)]
-        for ratio in ratios:
-            wide, narrow = small * math.sqrt(ratio), small / math.sqrt(ratio)
-            shapes += [(wide, narrow), (narrow, wide)]
-        center = (torch.arange(cells, dtype=torch.float64) + 0.5) * step
-        cy, cx = torch.meshgrid(center, center, indexing="ij")
-        centers = torch.stack([cx, cy], dim=-1).reshape(-1, 1, 2).expand(-1, len(shapes), 2)
-        sizes = torch.tensor(shapes, dtype=torch.float64).expand(cells * cells, -1, 2)
-        boxes.append(torch.cat([centers, sizes], dim=-1).reshape(-1, 4) / size)
-    return torch.cat(boxes).clamp_(0, 1)
-
-
 def make_anchors(recipe: Recipe) -> Tensor:
-    """Default boxes (8732, 4) float32 `ltrb`, not clipped, in the order of the raw outputs."""
-    return to_ltrb(default_boxes(recipe)).float()
+    """Return the anchors (8732, 4) float32 `xyxy`, not clipped, in the order of the raw outputs."""
+    return to_xyxy(make_anchors_cxcywh(recipe)).float()
 
 
-def encode(boxes_ltrb: Tensor, anchors_ltrb: Tensor, recipe: Recipe) -> Tensor:
-    """Codes (..., 4) `ty, tx, th, tw` of boxes relative to their default boxes."""
-    boxes, anchors = to_cxcywh(boxes_ltrb), to_cxcywh(anchors_ltrb)
-    size, anchor_size = boxes[..., 2:] + EPSILON, anchors[..., 2:] + EPSILON
-    shift = (boxes[..., :2] - anchors[..., :2]) / anchor_size / recipe.center_variance
-    scale = (size / anchor_size).log() / recipe.size_variance
-    return _swapped(torch.cat([shift, scale], dim=-1))
+def make_anchors_cxcywh(recipe: Recipe) -> Tensor:
+    """Return the anchors (8732, 4) float64 `cxcywh`, clipped to 0..1."""
+    anchors = []
+    for level, cells in enumerate(recipe.anchor_maps):
+        positions = (torch.arange(cells, dtype=torch.float64) + 0.5) * recipe.anchor_steps[level]
+        center_y, center_x = torch.meshgrid(positions, positions, indexing="ij")
+        shapes = anchor_shapes(
+            recipe.anchor_sizes[level],
+            recipe.anchor_sizes[level + 1],
+            recipe.anchor_ratios[level],
+        )
+        centers = torch.stack([center_x, center_y], dim=-1).reshape(-1, 1, 2)
+        centers = centers.expand(-1, len(shapes), 2)
+        sizes = torch.tensor(shapes, dtype=torch.float64).expand(cells * cells, -1, 2)
+        boxes = torch.cat([centers, sizes], dim=-1).reshape(-1, 4)
+        anchors.append(boxes / recipe.image_size)
+    return torch.cat(anchors).clamp_(0, 1)
 
 
-def decode(codes: Tensor, anchors_ltrb: Tensor, recipe: Recipe) -> Tensor:
-    """Boxes (..., 4) `ltrb` of codes: the inverse of `encode`, without its epsilon, not clipped."""
-    return to_ltrb(first.decode(_swapped(codes), to_cxcywh(anchors_ltrb), recipe))
+def anchor_shapes(
+    size: float, next_size: float, ratios: tuple[int, ...]
+) -> list[tuple[float, float]]:
+    """Return (width, height) in pixels of the anchors of a cell; SSD paper section 2.2.
+
+    These are a square, a square halfway to the size of the next feature map, and for each ratio a
+    wide and a tall box.
+    """
+    between = math.sqrt(size * next_size)
+    shapes = [(size, size), (between, between)]
+    for ratio in ratios:
+        long_side = size * math.sqrt(ratio)
+        short_side = size / math.sqrt(ratio)
+        shapes.append((long_side, short_side))
+        shapes.append((short_side, long_side))
+    return shapes
 
 
-def _swapped(pairs: Tensor) -> Tensor:
-    """(y, x, h, w) to (x, y, w, h) and back."""
-    return pairs.unflatten(-1, (2, 2)).flip(-1).flatten(-2)
+def encode(boxes_xyxy: Tensor, anchors_xyxy: Tensor, recipe: Recipe) -> Tensor:
+    """Return the deltas (..., 4) of boxes relative to their anchors; SSD paper equation 2."""
+    boxes = to_cxcywh(boxes_xyxy)
+    anchors = to_cxcywh(anchors_xyxy)
+    box_sizes = boxes[..., 2:] + EPSILON
+    anchor_sizes = anchors[..., 2:] + EPSILON
+    center_deltas = (boxes[..., :2] - anchors[..., :2]) / anchor_sizes / recipe.center_variance
+    size_deltas = (box_sizes / anchor_sizes).log() / recipe.size_variance
+    return _swap_x_and_y(torch.cat([center_deltas, size_deltas], dim=-1))
+
+
+def decode(deltas: Tensor, anchors_xyxy: Tensor, recipe: Recipe) -> Tensor:
+    """Return the boxes (..., 4) `xyxy` of deltas, not clipped.
+
+    This is the inverse of `encode` but for the epsilon, which the port leaves out here.
+    """
+    boxes = first_recipe.decode(_swap_x_and_y(deltas), to_cxcywh(anchors_xyxy), recipe)
+    return to_xyxy(boxes)
+
+
+def _swap_x_and_y(deltas: Tensor) -> Tensor:
+    """Turn (ty, tx, th, tw) into (tx, ty, tw, th), and back."""
+    pairs = deltas.unflatten(-1, (2, 2))
+    return pairs.flip(-1).flatten(-2)

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from common.coco.images import EncodedImage
 from common.errors import UserError
 from common.npu.distributed import Ranks
-from ssd_resnet34.data import epoch_order, normalise, worker_options
+from common.npu.loading import loader_options
+from ssd_resnet34.data import epoch_order, normalise
 from ssd_resnet34.tfrecord.config import Recipe
 from ssd_resnet34.tfrecord.example import REMEDY, AnnotatedImage
 from ssd_resnet34.tfrecord.index import RecordIndex
@@ -274,7 +275,7 @@ def build_loader(
     """The loader of this rank: training Batches of iterations `start` to `end` (default: of the
     whole run), or every evaluation image of the rank once."""
     ranks = ranks or Ranks()
-    options = worker_options(workers, pin_memory)
+    options = loader_options(workers, pin_memory)
     if not training:
         mine = records.subset(np.arange(ranks.rank, len(records), ranks.world_size))
         return DataLoader(EvaluationSet(mine, recipe), recipe.eval_batch_size, **options)

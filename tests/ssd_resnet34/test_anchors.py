@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from ssd_resnet34.anchors import (
+    anchors_per_cell,
     decode,
     encode,
     make_anchors,
-    priors_per_cell,
     to_cxcywh,
-    to_ltrb,
+    to_xyxy,
 )
 from ssd_resnet34.config import RECIPES
 
@@ -42,7 +42,7 @@ def test_decode_undoes_encode(seed, smallest):
 @given(seed=st.integers(0, 10**6))
 def test_box_forms_are_inverse(seed):
     boxes = random_boxes(seed, 50, 1e-3)
-    assert_close(to_ltrb(to_cxcywh(boxes)), boxes, rtol=0, atol=2e-7)
+    assert_close(to_xyxy(to_cxcywh(boxes)), boxes, rtol=0, atol=2e-7)
     left, top, right, bottom = boxes.unbind(-1)
     expected = [(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]
     assert_close(to_cxcywh(boxes), torch.stack(expected, dim=-1))
@@ -66,7 +66,7 @@ def test_a_box_without_size_has_finite_offsets():
 
 def test_priors_stand_in_the_order_of_the_outputs():
     anchors = make_anchors(RECIPE)
-    assert priors_per_cell(RECIPE) == (4, 6, 6, 6, 4, 4)
+    assert anchors_per_cell(RECIPE) == (4, 6, 6, 6, 4, 4)
     second = anchors[5776 : 5776 + 2166].view(6, 19, 19, 4)  # shape, row, column
     assert_close(second[0, 3, 5, :2], torch.tensor([5.5, 3.5]) * 16 / 300)
     assert_close(second[0, 0, 0, 2:], torch.tensor([45.0, 45.0]) / 300)
@@ -88,10 +88,10 @@ def test_priors_are_clamped_to_the_image():
 def test_priors_follow_the_recipe(step):
     recipe = replace(
         RECIPE,
-        prior_maps=(2,),
-        prior_steps=(step,),
-        prior_sizes=(30, 60),
-        prior_ratios=((2,),),
+        anchor_maps=(2,),
+        anchor_steps=(step,),
+        anchor_sizes=(30, 60),
+        anchor_ratios=((2,),),
     )
     anchors = make_anchors(recipe)
     assert anchors.shape == (16, 4)

@@ -80,7 +80,7 @@ def test_the_listing_names_every_field():
 @pytest.mark.parametrize("name", RECIPES)
 def test_presets_are_recipes_of_this_network(name):
     recipe = RECIPES[name]
-    levels = len(recipe.prior_maps)
-    assert len(recipe.prior_sizes) == levels + 1
-    assert len(recipe.prior_steps) == len(recipe.prior_ratios) == levels
+    levels = len(recipe.anchor_maps)
+    assert len(recipe.anchor_sizes) == levels + 1
+    assert len(recipe.anchor_steps) == len(recipe.anchor_ratios) == levels
     assert max((*recipe.evaluation, *recipe.lr_decay_epochs)) < recipe.epochs

@@ -15,7 +15,7 @@ from common.coco.images import read_image
 from common.npu import cli
 from common.npu.precision import build_sgd
 from ssd_resnet34 import data, postprocess
-from ssd_resnet34.anchors import make_anchors, to_cxcywh, to_ltrb
+from ssd_resnet34.anchors import make_anchors, to_cxcywh, to_xyxy
 from ssd_resnet34.augment import augment
 from ssd_resnet34.config import RECIPES, Recipe
 from ssd_resnet34.data import Batch, TrainingSet, apply_crop, crop_window, prepare_image
@@ -55,7 +55,7 @@ def test_anchors(golden, recipe):
     anchors = make_anchors(recipe)
     assert anchors.dtype == torch.float32
     assert_allclose(anchors.numpy(), golden("anchors")["xywh"], rtol=0, atol=1e-7)
-    assert_allclose(to_ltrb(anchors).numpy(), golden("anchors")["ltrb"], rtol=0, atol=1e-7)
+    assert_allclose(to_xyxy(anchors).numpy(), golden("anchors")["ltrb"], rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("case", ["random", "real"])
