@@ -1,6 +1,7 @@
-"""COCO evaluation of boxes: result rows, submission files, the 12 numbers, precision-recall curves.
+"""COCO evaluation of boxes: result rows, submission files, the 12 metrics, precision-recall curves.
 
-A result row is [image_id, x, y, w, h, score, category_id] in float64, boxes in pixels.
+A result row is [image_id, x, y, width, height, score, category_id] in float64, with the box in
+pixels of the original image.
 """
 
 import contextlib
@@ -9,71 +10,145 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from common.coco.index import read_annotations
+from common.coco.index import CocoIndex, read_annotations
 from common.errors import UserError
 from common.files import write_atomically
 
 STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-MMDET = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")  # names of the first six
+MMDET_NAMES = {
+    "AP": "bbox_mAP",
+    "AP50": "bbox_mAP_50",
+    "AP75": "bbox_mAP_75",
+    "APs": "bbox_mAP_s",
+    "APm": "bbox_mAP_m",
+    "APl": "bbox_mAP_l",
+}
+# Positions in the precision array of pycocotools, (IoU, recall, class, area range, max detections).
+ALL_AREAS = 0
+MAX_100_DETECTIONS = 2
+# Positions among its IoU thresholds 0.50, 0.55, ... 0.95, and its recalls.
+IOU_50 = 0
+IOU_75 = 5
+RECALLS = np.linspace(0, 1, 101)
+
+
+class EvaluationOptions(NamedTuple):
+    """How detections are evaluated and reported."""
+
+    per_class: bool  # report the AP of every class
+    faster: bool  # evaluate with faster-coco-eval instead of pycocotools
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What `evaluate` found; -1 stands for "no ground truth of this kind"."""
+    """The result of `evaluate`; -1 stands for "no ground truth of this kind"."""
 
     stats: dict[str, float]  # keys of STATS
     text: str  # the 12 lines that pycocotools prints; a 13th where masks have no areas
-    per_class: list[tuple[str, float]]  # name, AP; by category id
+    per_class: list[tuple[str, float]]  # name and AP, by category id
     precision: np.ndarray  # (10 IoU thresholds, 101 recalls, classes) for all areas
 
     def mmdet(self) -> dict[str, float | str]:
-        """The keys of MMDetection's log, rounded to 3 decimals."""
-        scores = zip(MMDET, self.stats.values(), strict=False)
-        log = {f"bbox_{name}": round(score, 3) for name, score in scores}
-        return {**log, "bbox_mAP_copypaste": " ".join(f"{score:.3f}" for score in log.values())}
+        """Return the keys of MMDetection's log, rounded to 3 decimals."""
+        entries = {}
+        for stat, name in MMDET_NAMES.items():
+            entries[name] = round(self.stats[stat], 3)
+        copypaste = " ".join(f"{value:.3f}" for value in entries.values())
+        return {**entries, "bbox_mAP_copypaste": copypaste}
 
 
-def to_rows(image_id: int, boxes_xyxy, scores, labels, category_ids) -> np.ndarray:
-    """Result rows (n, 7) of one image; classes that the file does not have (id -1) are skipped.
+def to_result_rows(image_id: int, boxes_xyxy, scores, labels, category_ids) -> np.ndarray:
+    """Return the result rows (n, 7) of one image.
 
-    boxes_xyxy (n, 4) pixels of the original image, scores (n,), labels (n,) 0-based.
+    boxes_xyxy (n, 4) pixels of the original image, scores (n,), labels (n,) 0-based. Classes that
+    the annotation file does not have (category id -1) are left out.
     """
     boxes = np.asarray(boxes_xyxy, dtype=np.float64).reshape(-1, 4)
-    categories = np.asarray(category_ids)[np.asarray(labels, dtype=np.int64)]
-    image_ids, sizes = np.full(len(boxes), image_id), boxes[:, 2:] - boxes[:, :2]
-    rows = np.column_stack([image_ids, boxes[:, :2], sizes, scores, categories])
-    return rows[categories >= 0]
+    labels = np.asarray(labels, dtype=np.int64)
+    categories = np.asarray(category_ids)[labels]
+    image_ids = np.full(len(boxes), image_id)
+    corners = boxes[:, :2]
+    sizes = boxes[:, 2:] - boxes[:, :2]
+    result_rows = np.column_stack([image_ids, corners, sizes, scores, categories])
+    return result_rows[categories >= 0]
 
 
-def gather_rows(rows: Sequence[np.ndarray], ranks) -> np.ndarray | None:
-    """All ranks' rows by image id on rank 0 (None on the others), each image once.
+def gather_result_rows(result_rows: Sequence[np.ndarray], ranks) -> np.ndarray | None:
+    """Return all ranks' result rows by image id on rank 0, each image once; None on other ranks.
 
-    rows: one array of `to_rows` for each image of this rank, which may repeat images of others.
+    result_rows: one array of `to_result_rows` for each image of this rank. Ranks may have repeated
+    images of others to fill their batches.
     """
-    gathered = ranks.all_gather_objects(rows)
+    gathered = ranks.all_gather_objects(result_rows)
     if not ranks.main:
         return None
-    by_image = {part[0, 0]: part for rank in gathered for part in rank if len(part)}
-    return np.concatenate([np.empty((0, 7)), *(by_image[i] for i in sorted(by_image))])
+    rows_of_image = {}
+    for rows_of_rank in gathered:
+        for rows in rows_of_rank:
+            if len(rows):
+                image_id = rows[0, 0]
+                rows_of_image[image_id] = rows
+    in_order = [rows_of_image[image_id] for image_id in sorted(rows_of_image)]
+    return np.concatenate([np.empty((0, 7)), *in_order])
 
 
-def save_results(path: Path, rows: np.ndarray) -> None:
+def save_results(path: Path, result_rows: np.ndarray) -> None:
     """Write result rows as a COCO submission file, atomically."""
-    results = [
-        {"image_id": int(i), "category_id": int(c), "bbox": box, "score": score}
-        for i, *box, score, c in rows.tolist()
-    ]
+    results = []
+    for image_id, x, y, width, height, score, category_id in result_rows.tolist():
+        results.append(
+            {
+                "image_id": int(image_id),
+                "category_id": int(category_id),
+                "bbox": [x, y, width, height],
+                "score": score,
+            }
+        )
     write_atomically(path, json.dumps(results, allow_nan=False).encode())
 
 
-def evaluate(annotation_file: str, rows: np.ndarray, faster: bool = False) -> Evaluation:
-    """COCO's bbox evaluation of result rows; images without a row count as without detections.
+def evaluate(annotation_file: str, result_rows: np.ndarray, faster: bool = False) -> Evaluation:
+    """Run COCO's evaluation of boxes; an image without a result row has no detections.
 
-    faster: by faster-coco-eval, of equal result. Raises UserError for a broken annotation file,
-    rows of images or categories that it does not have, or an absent package.
+    faster: use faster-coco-eval, whose result is equal. Raise UserError for a broken annotation
+    file, result rows of images or categories that it does not have, and an absent package.
+    """
+    coco_class, evaluator_class, summarize = _import_evaluator(faster)
+    ground_truth = read_annotations(annotation_file)
+    ground_truth.raise_errors()
+    _require_known(result_rows, ground_truth)
+    has_area = _has_mask_area(ground_truth.table.area)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        coco = coco_class()
+        coco.dataset = _to_coco_dataset(ground_truth, has_area)
+        coco.createIndex()
+        detections = coco.loadRes(result_rows) if len(result_rows) else coco_class()
+        evaluator = evaluator_class(coco, detections, "bbox")
+        evaluator.evaluate()
+        evaluator.accumulate()
+        summarize(evaluator)
+    lines = printed.getvalue().splitlines()[-len(STATS) :]
+    if not has_area.all():
+        lines.append(
+            f"{annotation_file} has no mask areas: AP and AR by size go by the boxes' areas"
+        )
+    precision = evaluator.eval["precision"][..., ALL_AREAS, MAX_100_DETECTIONS]
+    return Evaluation(
+        stats=dict(zip(STATS, evaluator.stats.tolist(), strict=True)),
+        text="\n".join(lines),
+        per_class=_per_class_ap(ground_truth, precision),
+        precision=precision,
+    )
+
+
+def _import_evaluator(faster: bool):
+    """Return the COCO class, the evaluator's class and the function that prints its result.
+
+    pycocotools prints the result of both evaluators, so that the lines are the same.
     """
     try:
         from pycocotools.coco import COCO
@@ -81,48 +156,69 @@ def evaluate(annotation_file: str, rows: np.ndarray, faster: bool = False) -> Ev
 
         if faster:
             from faster_coco_eval import COCOeval_faster
+
+            return COCO, COCOeval_faster, COCOeval.summarize
     except ImportError as error:
         raise UserError(f"{error}; pip install pycocotools faster-coco-eval") from error
-    truth = read_annotations(annotation_file)
-    truth.raise_errors()
-    known = np.isin(rows[:, 0], truth.image_ids) & np.isin(rows[:, 6], truth.category_ids)
-    if not known.all():
-        image, *_, category = rows[~known][0]
-        raise UserError(f"{annotation_file} has no image {image:.0f} or no category {category:.0f}")
+    return COCO, COCOeval, COCOeval.summarize
 
-    table = truth.table
-    # MLPerf's slim files have no area, or 1.0 everywhere.
-    real = np.isfinite(table.area) & ~np.all(table.area == 1)
+
+def _require_known(result_rows: np.ndarray, ground_truth: CocoIndex) -> None:
+    """Raise UserError for a result row of an image or a category that the file does not have."""
+    known_image = np.isin(result_rows[:, 0], ground_truth.image_ids)
+    known_category = np.isin(result_rows[:, 6], ground_truth.category_ids)
+    unknown = result_rows[~(known_image & known_category)]
+    if len(unknown):
+        image_id = unknown[0, 0]
+        category_id = unknown[0, 6]
+        raise UserError(
+            f"{ground_truth.annotation_file} has no image {image_id:.0f} "
+            f"or no category {category_id:.0f}"
+        )
+
+
+def _has_mask_area(area: np.ndarray) -> np.ndarray:
+    """True for the annotations (A,) that have the area of a mask.
+
+    MLPerf's slim files have no area, or 1.0 everywhere.
+    """
+    return np.isfinite(area) & ~np.all(area == 1)
+
+
+def _to_coco_dataset(index: CocoIndex, has_area: np.ndarray) -> dict:
+    """Return the ground truth as the dictionary that pycocotools reads from a file.
+
+    The annotations are numbered anew from 1: a match with number 0 is no match to pycocotools.
+    """
+    table = index.table
+    categories = np.array(index.category_ids)[table.label]
+    widths = table.box_xywh[:, 2]
+    heights = table.box_xywh[:, 3]
+    areas = np.where(has_area, table.area, widths * heights)
     columns = {
-        "id": np.arange(1, 1 + len(table)),  # a match with number 0 is no match to pycocotools
+        "id": np.arange(1, 1 + len(table)),
         "image_id": table.image_id,
-        "category_id": np.array(truth.category_ids)[table.label],
+        "category_id": categories,
         "bbox": table.box_xywh,
-        "area": np.where(real, table.area, table.box_xywh[:, 2:].prod(axis=1)),
+        "area": areas,
         "iscrowd": table.crowd.astype(int),
     }
-    values = zip(*(column.tolist() for column in columns.values()), strict=True)
-    coco = COCO()
-    coco.dataset = {
-        "images": [{"id": i} for i in truth.image_ids.tolist()],
-        "categories": [{"id": i} for i in truth.category_ids],
-        "annotations": [dict(zip(columns, row, strict=True)) for row in values],
+    columns_as_lists = [column.tolist() for column in columns.values()]
+    annotations = []
+    for values in zip(*columns_as_lists, strict=True):
+        annotations.append(dict(zip(columns, values, strict=True)))
+    return {
+        "images": [{"id": image_id} for image_id in index.image_ids.tolist()],
+        "categories": [{"id": category_id} for category_id in index.category_ids],
+        "annotations": annotations,
     }
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        coco.createIndex()
-        detected = coco.loadRes(rows) if len(rows) else COCO()
-        run = (COCOeval_faster if faster else COCOeval)(coco, detected, "bbox")
-        run.evaluate()
-        run.accumulate()
-        COCOeval.summarize(run)
-    stats = dict(zip(STATS, run.stats.tolist(), strict=True))
-    text = "\n".join(printed.getvalue().splitlines()[-len(STATS) :])
-    if not real.all():
-        text += f"\n{annotation_file} has no mask areas: AP and AR by size go by the boxes' areas"
-    precision = run.eval["precision"][..., 0, 2]  # of (IoU, recall, class, area, max_dets)
-    names = [name for _, name in sorted(zip(truth.category_ids, truth.class_names, strict=True))]
-    per_class = list(zip(names, precision.mean(axis=(0, 1)).tolist(), strict=True))
-    return Evaluation(stats, text, per_class, precision)
+
+
+def _per_class_ap(ground_truth: CocoIndex, precision: np.ndarray) -> list[tuple[str, float]]:
+    """Return name and AP of every class by category id, which is the order in `precision`."""
+    by_category_id = np.argsort(ground_truth.category_ids)
+    names = [ground_truth.class_names[label] for label in by_category_id]
+    return list(zip(names, precision.mean(axis=(0, 1)).tolist(), strict=True))
 
 
 def draw_pr_curves(path: Path, evaluation: Evaluation) -> None:
@@ -130,13 +226,21 @@ def draw_pr_curves(path: Path, evaluation: Evaluation) -> None:
     from matplotlib.figure import Figure
 
     present = evaluation.precision[0, 0] > -1
-    curves = evaluation.precision[..., present].sum(axis=2) / max(1, present.sum())
-    curves = {"AP50": curves[0], "AP75": curves[5], "AP": curves.mean(axis=0)}
-    axes = (figure := Figure(figsize=(6, 5), layout="constrained")).subplots()
-    for key, curve in curves.items():
-        axes.plot(np.linspace(0, 1, 101), curve, label=f"{key} {evaluation.stats[key]:.3f}")
-    axes.set(xlabel="recall", ylabel="precision", title=f"mean of {present.sum()} classes")
+    num_present = present.sum()
+    # (10 IoU thresholds, 101 recalls); zeros where no class has ground truth.
+    precision = evaluation.precision[..., present].sum(axis=2) / max(1, num_present)
+    curves = {
+        "AP50": precision[IOU_50],
+        "AP75": precision[IOU_75],
+        "AP": precision.mean(axis=0),
+    }
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    axes = figure.subplots()
+    for stat, curve in curves.items():
+        axes.plot(RECALLS, curve, label=f"{stat} {evaluation.stats[stat]:.3f}")
+    axes.set(xlabel="recall", ylabel="precision", title=f"mean of {num_present} classes")
     axes.legend(loc="lower left")
     axes.grid(alpha=0.3)
-    figure.savefig(picture := io.BytesIO(), format="png", dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
     write_atomically(path, picture.getvalue())

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.coco.draw import MIN_SCORE, draw_boxes, draw_pairs
+from common.coco.draw import MIN_SCORE, Example, draw_boxes, draw_sheet
 
 NAMES = ("disc", "box", "triangle", "star")
 GREY = np.full((120, 200, 3), 128, np.uint8)
@@ -55,15 +55,15 @@ def test_labels_and_scores_of_other_lengths_are_refused():
         draw_boxes(GREY, np.zeros((2, 4)), [0, 1], NAMES, [0.5])
 
 
-def test_sheet_has_truth_at_left_and_detections_at_right(tmp_path):
+def test_sheet_has_ground_truth_at_left_and_detections_at_right(tmp_path):
     box, label, none = np.array([[20, 20, 100, 100.0]]), np.array([0]), np.zeros(0)
     tall = np.ascontiguousarray(GREY.transpose(1, 0, 2))
-    rows = [
-        (GREY, box, label, NO_BOXES, NO_LABELS, none),
-        (tall, NO_BOXES, NO_LABELS, box, label, np.array([0.9])),
-        (GREY, box, label, box, label, np.array([MIN_SCORE - 0.1])),
+    examples = [
+        Example(GREY, box, label, NO_BOXES, NO_LABELS, none),
+        Example(tall, NO_BOXES, NO_LABELS, box, label, np.array([0.9])),
+        Example(GREY, box, label, box, label, np.array([MIN_SCORE - 0.1])),
     ]
-    draw_pairs(tmp_path / "sheet.png", rows, NAMES)
+    draw_sheet(tmp_path / "sheet.png", examples, NAMES)
     assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.format == "PNG"

@@ -11,7 +11,13 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from common.coco.evaluation import draw_pr_curves, evaluate, gather_rows, save_results, to_rows
+from common.coco.evaluation import (
+    draw_pr_curves,
+    evaluate,
+    gather_result_rows,
+    save_results,
+    to_result_rows,
+)
 from common.coco.index import read_annotations
 from common.errors import UserError
 
@@ -34,7 +40,9 @@ def detections(seed):
         keep = rng.random(len(labels)) < 0.7
         scores = rng.random(len(labels)).round(2)  # with ties
         ids = index.category_ids
-        rows.append(to_rows(index.image_ids[i], boxes[keep], scores[keep], labels[keep], ids))
+        rows.append(
+            to_result_rows(index.image_ids[i], boxes[keep], scores[keep], labels[keep], ids)
+        )
     return rows
 
 
@@ -75,7 +83,9 @@ def test_perfect_detections_and_per_class():
         corners = truth.box_xywh.copy()
         corners[:, 2:] += corners[:, :2]
         rows.append(
-            to_rows(index.image_ids[i], corners, 1 - truth.crowd, truth.label, index.category_ids)
+            to_result_rows(
+                index.image_ids[i], corners, 1 - truth.crowd, truth.label, index.category_ids
+            )
         )
     evaluation = evaluate(VAL, np.concatenate(rows))
     assert evaluation.stats["AP"] == pytest.approx(1)
@@ -137,7 +147,7 @@ def test_annotation_number_0_counts(tmp_path):
     box = {"id": 0, "image_id": 5, "category_id": 2, "bbox": [1, 1, 50, 60]}
     content = {"images": [image], "annotations": [box], "categories": [{"id": 2, "name": "a"}]}
     (tmp_path / "a.json").write_text(json.dumps(content))
-    rows = to_rows(5, np.array([[1, 1, 51, 61]]), [0.5], [0], (2,))
+    rows = to_result_rows(5, np.array([[1, 1, 51, 61]]), [0.5], [0], (2,))
     assert evaluate(str(tmp_path / "a.json"), rows).stats["AP"] == pytest.approx(1)
 
 
@@ -173,15 +183,17 @@ def test_mmdet_keys():
 
 def test_rows_skip_classes_that_the_file_lacks():
     boxes = np.array([[1, 2, 4, 8]] * 3, dtype=np.float32)
-    rows = to_rows(9, boxes, np.array([0.9, 0.8, 0.7]), np.array([2, 0, 1]), (7, -1, 5))
+    rows = to_result_rows(9, boxes, np.array([0.9, 0.8, 0.7]), np.array([2, 0, 1]), (7, -1, 5))
     assert rows.tolist() == [[9, 1, 2, 3, 6, 0.9, 5], [9, 1, 2, 3, 6, 0.8, 7]]
-    assert to_rows(9, np.empty((0, 4)), [], [], (7,)).shape == (0, 7)
+    assert to_result_rows(9, np.empty((0, 4)), [], [], (7,)).shape == (0, 7)
 
 
 def gathered(parts):
-    """`gather_rows` as it runs on all ranks at once; the answer of rank 0."""
+    """`gather_result_rows` as it runs on all ranks at once; the answer of rank 0."""
     answers = [
-        gather_rows(part, SimpleNamespace(all_gather_objects=lambda _: parts, main=rank == 0))
+        gather_result_rows(
+            part, SimpleNamespace(all_gather_objects=lambda _: parts, main=rank == 0)
+        )
         for rank, part in enumerate(parts)
     ]
     assert answers[1:] == [None] * (len(parts) - 1)

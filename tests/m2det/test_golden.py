@@ -8,7 +8,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
-from common.coco.evaluation import to_rows
+from common.coco.evaluation import to_result_rows
 from common.coco.images import read_image
 from common.npu import cli
 from common.npu.precision import build_sgd
@@ -287,7 +287,7 @@ def test_detections(golden, recipe, case):
     clipped = np.clip(expected["box"], 0, scale.numpy())
     assert_allclose(found.boxes[order], clipped, rtol=0, atol=1e-3)
     if case == "soft2":
-        rows = to_rows(
+        rows = to_result_rows(
             1, submission_boxes(found.boxes.numpy(), recipe), found.scores, found.labels, range(80)
         )
         theirs = expected["coco_bbox_xywh"].copy()

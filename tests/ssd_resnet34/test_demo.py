@@ -115,37 +115,6 @@ def test_upright_as_the_camera_meant_it(weights, tmp_path):
     assert Image.open(tmp_path / "out/turned.jpg").size == turned.size[::-1]
 
 
-def test_the_same_name_in_two_folders_is_two_pictures(tmp_path):
-    for name in ("a/1.jpg", "a/2.PNG", "b/c/1.jpg", "b/notes.txt", "a/out/1.jpg"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    a, b, out = (tmp_path / name for name in ("a", "b", "a/out"))
-    assert list(demo.find_images([a], out)) == ["1.jpg", "2.PNG"]
-    assert list(demo.find_images([a / "2.PNG", b, a / "1.jpg", b], out)) == [
-        "a/2.PNG",
-        "b/c/1.jpg",
-        "a/1.jpg",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("given", "reason"),
-    [
-        ("nowhere", "does not exist"),
-        ("empty", "no image"),
-        ("notes.txt", "no image"),
-        ("out/1.jpg", "lies in --show_dir"),
-    ],
-)
-def test_an_input_without_images_is_an_error(tmp_path, given, reason):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "out").mkdir()
-    for name in ("notes.txt", "out/1.jpg"):
-        (tmp_path / name).touch()
-    with pytest.raises(UserError, match=reason):
-        demo.find_images([PHOTOS[0], tmp_path / given], tmp_path / "out")
-
-
 def test_coco_names_are_those_of_the_annotation_file():
     file = PHOTOS[0].parents[1] / "annotations/instances_val2017.json"
     categories = json.loads(file.read_text())["categories"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
-from common.coco.evaluation import to_rows
+from common.coco.evaluation import to_result_rows
 from common.npu.precision import build_sgd
 from ssd_resnet34.tfrecord.anchors import default_boxes, make_anchors
 from ssd_resnet34.tfrecord.config import Recipe
@@ -224,7 +224,7 @@ def test_coco_rows(golden, recipe, raw_outputs):
     sizes = torch.from_numpy(golden("detect")["raw_shape_h_w_c"][:, :2].astype(np.int64))
     for i, found in enumerate(detect(raw_outputs, sizes, recipe)):
         image_id = int(golden("detect")["source_id"][i])
-        rows = to_rows(image_id, *(part.numpy() for part in found), recipe.category_ids)
+        rows = to_result_rows(image_id, *(part.numpy() for part in found), recipe.category_ids)
         expected = golden("detect")[f"port_coco_rows_{i}"][::-1]  # best first
         assert_array_equal(rows[:, [0, 6]], expected[:, [0, 6]])
         assert_allclose(rows[:, 1:5], expected[:, 1:5], rtol=0, atol=2e-6 * sizes.max().item())

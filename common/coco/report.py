@@ -1,0 +1,86 @@
+"""The report of an evaluation: metrics in the log, results and pictures in the output folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from common.coco.draw import Example, draw_sheet
+from common.coco.evaluation import (
+    Evaluation,
+    EvaluationOptions,
+    draw_pr_curves,
+    evaluate,
+    save_results,
+)
+from common.coco.images import read_image
+from common.coco.index import CocoIndex
+
+RESULTS_FILE = "results.bbox.json"  # in COCO's submission format
+PR_CURVES_FILE = "pr_curves.png"
+
+
+def report_results(
+    result_rows: np.ndarray,
+    annotation_file: str,
+    num_images: int,
+    folder: Path,
+    options: EvaluationOptions,
+    log: Callable[[str], None],
+) -> Evaluation:
+    """Evaluate result rows, log the metrics, and save the rows and their curves in the folder.
+
+    The rows are saved first, so that they are there if the evaluation fails. Raise UserError as
+    `evaluate` does.
+    """
+    results_path = folder / RESULTS_FILE
+    save_results(results_path, result_rows)
+    evaluation = evaluate(annotation_file, result_rows, options.faster)
+    count = f"{len(result_rows)} detections in {num_images} images"
+    log(f"{evaluation.text}\n{count}: {results_path}")
+    if options.per_class:
+        log(per_class_lines(evaluation))
+    draw_pr_curves(folder / PR_CURVES_FILE, evaluation)
+    return evaluation
+
+
+def per_class_lines(evaluation: Evaluation) -> str:
+    """Return the AP of every class, a line each, in columns."""
+    width = max(len(name) for name, _ in evaluation.per_class)
+    lines = [f"{name:<{width}}  AP {ap:.3f}" for name, ap in evaluation.per_class]
+    return "\n".join(lines)
+
+
+def draw_examples(path: Path, records: CocoIndex, result_rows: np.ndarray, count: int = 8) -> None:
+    """Write a picture of up to `count` images, spread over the set: ground truth and detections.
+
+    Images without ground truth are taken only where no image has any.
+    """
+    candidates = np.flatnonzero(np.diff(records.offsets))
+    if len(candidates) == 0:
+        candidates = np.arange(len(records))
+    spread = np.linspace(0, len(candidates) - 1, count, dtype=int)
+    label_of = {category_id: label for label, category_id in enumerate(records.category_ids)}
+    examples = []
+    for i in candidates[np.unique(spread)]:
+        ground_truth = records.annotations(i)
+        rows = result_rows[result_rows[:, 0] == records.image_ids[i]]
+        labels = [label_of[category_id] for category_id in rows[:, 6]]
+        examples.append(
+            Example(
+                image=read_image(records.path(i)),
+                gt_boxes_xyxy=to_xyxy(ground_truth.box_xywh),
+                gt_labels=ground_truth.label,
+                boxes_xyxy=to_xyxy(rows[:, 1:5]),
+                labels=np.array(labels, np.int64),
+                scores=rows[:, 5],
+            )
+        )
+    draw_sheet(path, examples, records.class_names)
+
+
+def to_xyxy(boxes_xywh: np.ndarray) -> np.ndarray:
+    """Convert boxes (n, 4) from corner and size to two corners."""
+    corners = boxes_xywh[:, :2]
+    sizes = boxes_xywh[:, 2:]
+    return np.concatenate([corners, corners + sizes], axis=1)

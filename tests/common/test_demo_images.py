@@ -1,0 +1,136 @@
+"""What the demos read and write: which files, in which batches, and what is said of them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.coco.demo_images import DemoOutput, find_images, read_images, visible
+from common.coco.images import read_image
+from common.errors import UserError
+
+PHOTOS = sorted(Path(__file__).parents[1].glob("data/tiny_coco/val2017/*.jpg"))[:3]
+NAMES = ("cat", "dog", "émeu")
+
+
+def test_the_same_name_in_two_folders_is_two_pictures(tmp_path):
+    for name in ("a/1.jpg", "a/2.PNG", "b/c/1.jpg", "b/notes.txt", "a/out/1.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    a, b, out = (tmp_path / name for name in ("a", "b", "a/out"))
+    assert list(find_images([a], out)) == ["1.jpg", "2.PNG"]
+    assert list(find_images([a / "2.PNG", b, a / "1.jpg", b], out)) == [
+        "a/2.PNG",
+        "b/c/1.jpg",
+        "a/1.jpg",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ("nowhere", "does not exist"),
+        ("empty", "no image"),
+        ("notes.txt", "no image"),
+        ("out/1.jpg", "lies in --show_dir"),
+    ],
+)
+def test_an_input_without_images_is_an_error(tmp_path, given, reason):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "out").mkdir()
+    for name in ("notes.txt", "out/1.jpg"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=reason):
+        find_images([PHOTOS[0], tmp_path / given], tmp_path / "out")
+
+
+def test_batches_are_filled_and_broken_files_left_out(tmp_path, capsys):
+    for photo in PHOTOS:
+        shutil.copy(photo, tmp_path)
+    broken = tmp_path / "000000000001.jpg"
+    broken.write_bytes(PHOTOS[0].read_bytes()[:2000])
+    files = find_images([tmp_path], tmp_path / "out")
+    batches = list(read_images(files, batch_size=2))
+    names = [photo.name for photo in PHOTOS]
+    assert [batch_names for batch_names, _ in batches] == [names[:2], names[2:]]
+    for _, images in batches:
+        for image in images:
+            assert image.dtype == np.uint8
+    np.testing.assert_array_equal(batches[1][1][0], read_image(PHOTOS[2]))
+    out, err = capsys.readouterr()
+    reason = "cannot read the image (truncated, or not an image)"
+    assert (out, err) == ("", f"skipped: {broken}: {reason}\n")
+
+
+def test_full_batches_leave_no_empty_one(tmp_path):
+    files = find_images(PHOTOS, tmp_path)
+    assert [len(images) for _, images in read_images(files, 3)] == [3]
+    assert [len(images) for _, images in read_images(files, 1)] == [1, 1, 1]
+    assert list(read_images({}, 4)) == []
+
+
+def test_images_are_upright(tmp_path):
+    turned = Image.open(PHOTOS[0])
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be shown turned by a quarter
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    ((_, (image,)),) = read_images({"turned.jpg": tmp_path / "turned.jpg"}, 8)
+    assert image.shape == (turned.width, turned.height, 3)
+
+
+BOXES = torch.tensor([[-5.0, 2.004, 30, 90], [1, 1, 9, 9], [3, 4, 70, 8]])
+SCORES = torch.tensor([0.9, 0.5, 0.49999])
+LABELS = torch.tensor([2, 0, 1])
+
+
+def test_visible_boxes_are_good_enough_and_cut_at_the_border():
+    boxes, scores, labels = visible(BOXES, SCORES, LABELS, (50, 60), 0.5)
+    torch.testing.assert_close(boxes, torch.tensor([[0, 2.004, 30, 50], [1, 1, 9, 9]]))
+    assert scores.tolist() == SCORES[:2].tolist()
+    assert labels.tolist() == [2, 0]
+    boxes, scores, labels = visible(BOXES, SCORES, LABELS, (50, 60), 1.0)
+    assert (len(boxes), len(scores), len(labels)) == (0, 0, 0)
+
+
+def test_pictures_and_results(tmp_path):
+    image = np.full((50, 60, 3), 128, np.uint8)
+    output = DemoOutput(tmp_path / "out", NAMES, min_score=0.5)
+    output.add("b/1.png", image, BOXES, SCORES, LABELS)
+    output.add("2.jpg", image, BOXES[:0], SCORES[:0], LABELS[:0])
+    assert len(output) == 2
+    output.write()
+    text = (tmp_path / "out/results.json").read_text(encoding="utf-8")
+    assert "émeu" in text
+    assert list(json.loads(text).items()) == [
+        (
+            "b/1.png",
+            {
+                "boxes": [[0, 2, 30, 50], [1, 1, 9, 9]],
+                "scores": [0.9, 0.5],
+                "classes": ["émeu", "cat"],
+            },
+        ),
+        ("2.jpg", {"boxes": [], "scores": [], "classes": []}),
+    ]
+    drawn = np.asarray(Image.open(tmp_path / "out/b/1.png"))
+    assert (drawn != image).any()
+    empty = np.asarray(Image.open(tmp_path / "out/2.jpg"), int)
+    assert abs(empty - image).max() < 3
+
+
+def test_no_picture_no_file(tmp_path):
+    output = DemoOutput(tmp_path / "out", NAMES, min_score=0.5)
+    output.write()
+    assert len(output) == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "out").touch()
+    output = DemoOutput(tmp_path / "out", NAMES, min_score=0.5)
+    with pytest.raises(UserError, match=r"out/1\.jpg cannot be written"):
+        output.add("1.jpg", np.zeros((9, 9, 3), np.uint8), BOXES, SCORES, LABELS)

@@ -1,0 +1,113 @@
+"""The report of an evaluation: what is logged, and the files in the output folder."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.coco import report
+from common.coco.evaluation import EvaluationOptions, evaluate, save_results, to_result_rows
+from common.coco.index import read_index
+from common.errors import UserError
+
+TINY = Path(__file__).parents[1] / "data" / "tiny_coco"
+VAL = str(TINY / "annotations" / "instances_val2017.json")
+PLAIN = EvaluationOptions(per_class=False, faster=False)
+
+
+@pytest.fixture(scope="module")
+def records():
+    return read_index(VAL, str(TINY / "val2017"))
+
+
+@pytest.fixture(scope="module")
+def result_rows(records):
+    """The ground truth itself, with falling scores."""
+    rows = []
+    for i in range(len(records)):
+        gt = records.annotations(i)
+        boxes = report.to_xyxy(gt.box_xywh)
+        scores = np.linspace(0.9, 0.1, len(gt))
+        ids = records.category_ids
+        rows.append(to_result_rows(records.image_ids[i], boxes, scores, gt.label, ids))
+    return np.concatenate(rows)
+
+
+def test_metrics_are_logged_and_files_written(result_rows, tmp_path):
+    lines = []
+    folder = tmp_path / "out"
+    evaluation = report.report_results(result_rows, VAL, 50, folder, PLAIN, lines.append)
+    expected = evaluate(VAL, result_rows)
+    assert evaluation.stats == expected.stats
+    path = folder / "results.bbox.json"
+    assert lines == [f"{expected.text}\n{len(result_rows)} detections in 50 images: {path}"]
+    assert sorted(file.name for file in folder.iterdir()) == ["pr_curves.png", "results.bbox.json"]
+    assert Image.open(folder / "pr_curves.png").format == "PNG"
+    save_results(tmp_path / "again.json", result_rows)
+    assert path.read_bytes() == (tmp_path / "again.json").read_bytes()
+
+
+def test_the_ap_of_every_class_comes_in_columns(result_rows, tmp_path):
+    lines = []
+    options = EvaluationOptions(per_class=True, faster=False)
+    evaluation = report.report_results(result_rows, VAL, 50, tmp_path, options, lines.append)
+    assert len(lines) == 2
+    table = lines[1].splitlines()
+    assert len(table) == 80
+    assert table[0] == f"person          AP {evaluation.per_class[0][1]:.3f}"
+    assert len({line.index("  AP ") for line in table if "  AP " in line}) == 1
+
+
+def test_the_backend_of_the_options_is_used(result_rows, tmp_path, monkeypatch):
+    asked = []
+
+    def remember(annotation_file, rows, faster):
+        asked.append(faster)
+        return evaluate(annotation_file, rows)
+
+    monkeypatch.setattr(report, "evaluate", remember)
+    for faster in (False, True):
+        options = EvaluationOptions(per_class=False, faster=faster)
+        report.report_results(result_rows, VAL, 50, tmp_path, options, print)
+    assert asked == [False, True]
+
+
+def test_results_are_saved_even_if_the_evaluation_fails(result_rows, tmp_path):
+    with pytest.raises(UserError, match=r"none\.json"):
+        report.report_results(result_rows, str(tmp_path / "none.json"), 50, tmp_path, PLAIN, print)
+    assert len(json.loads((tmp_path / "results.bbox.json").read_text())) == len(result_rows)
+
+
+def test_examples_are_spread_and_show_boxes_by_label(records, result_rows, tmp_path, monkeypatch):
+    sheets = []
+
+    def remember(path, examples, class_names):
+        sheets.append(examples)
+        assert (path, class_names) == (tmp_path / "detections.png", records.class_names)
+
+    monkeypatch.setattr(report, "draw_sheet", remember)
+    report.draw_examples(tmp_path / "detections.png", records, result_rows, count=5)
+    (examples,) = sheets
+    with_gt = np.flatnonzero(np.diff(records.offsets))
+    chosen = with_gt[np.linspace(0, len(with_gt) - 1, 5, dtype=int)]
+    assert len(examples) == 5
+    for i, example in zip(chosen, examples, strict=True):
+        gt = records.annotations(i)
+        assert example.image.shape[:2] == tuple(records.sizes[i])
+        np.testing.assert_array_equal(example.gt_boxes_xyxy[:, :2], gt.box_xywh[:, :2])
+        np.testing.assert_array_equal(example.gt_labels, gt.label)
+        # The rows are the ground truth.
+        np.testing.assert_allclose(example.boxes_xyxy, example.gt_boxes_xyxy)
+        np.testing.assert_array_equal(example.labels, example.gt_labels)
+        assert example.scores[0] == 0.9
+
+
+def test_examples_without_detections_and_without_ground_truth(records, tmp_path):
+    few = records.subset([3, 4])
+    without_gt = replace(few, offsets=np.zeros(3, np.int64), table=few.table[:0])
+    for name, subset in (("a.png", few), ("b.png", without_gt)):
+        report.draw_examples(tmp_path / name, subset, np.empty((0, 7)))
+        assert Image.open(tmp_path / name).format == "PNG"
