@@ -101,6 +101,10 @@ def read_records(
         classes = parts[0].class_names
     if len(parts) == 1:
         return parts[0]
+    report = {}
+    for part in parts:
+        for rule, entries in part.report.items():
+            report[rule._replace(file=part.annotation_file)] = entries
     ends = np.cumsum([part.offsets[-1] for part in parts[:-1]])
     offsets = [part.offsets[1:] + end for part, end in zip(parts[1:], ends, strict=True)]
     return replace(
@@ -113,9 +117,7 @@ def read_records(
         ),
         offsets=np.concatenate([parts[0].offsets, *offsets]),
         table=np.concatenate([part.table for part in parts]).view(np.recarray),
-        report={
-            f"{part.annotation_file}: {k}": v for part in parts for k, v in part.report.items()
-        },
+        report=report,
     )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.coco.index import find_coco, read_annotations, read_index
+from common.coco.index import Rule, Severity, find_coco, read_annotations, read_index
 from common.errors import UserError
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_coco"
@@ -107,6 +107,29 @@ def test_classes_of_a_checkpoint_map_by_name(coco):
     assert index.table.label.tolist() == [1, 1, 2]
     with pytest.raises(UserError, match=r"not among the 2 classes.*'cat'"):
         read_index(*coco(), classes=("dog", "bird"))
+
+
+def test_the_severity_of_a_rule_decides_and_not_its_text(coco):
+    index = read_index(*coco())
+    index.report[Rule("error: kept", Severity.KEEP)] = ["b"]
+    index.report[Rule("error: skipped", Severity.SKIP)] = ["c"]
+    index.report[Rule("of a file", Severity.SKIP, file="b.json")] = ["d"]
+    index.raise_errors()
+    index.report[Rule("a note that is kept", Severity.ERROR)] = list("abcd")
+    index.report[Rule("nothing is wrong", Severity.ERROR)] = []
+    index.report[Rule("another", Severity.ERROR)] = ["e"]
+    assert index.lines(limit=2) == [
+        "note: error: kept: 1 (b)",
+        "note: error: skipped: 1 (c)",
+        "b.json: note: of a file: 1 (d)",
+        "error: a note that is kept: 4 (a; b)",
+        "error: another: 1 (e)",
+    ]
+    with pytest.raises(UserError) as raised:
+        index.raise_errors()
+    hint = "train.py --check_data lists them in full"
+    errors = "a note that is kept: 4 (a; b; c); another: 1 (e)"
+    assert str(raised.value) == f"{index.annotation_file}: {errors}; {hint}"
 
 
 def test_file_without_annotations_is_legal(coco):
