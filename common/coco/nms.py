@@ -3,40 +3,64 @@
 import functools
 import itertools
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
+# Takes the boxes (n, 4) of one class, best first, and the IoU threshold; returns the positions of
+# the survivors.
+NmsOfOneClass = Callable[[np.ndarray, float], np.ndarray]
 
-def class_nms(boxes_xyxy, scores, labels, iou_threshold: float, limit=None) -> np.ndarray:
-    """Positions (int64) of the boxes that survive, best first; equal scores keep their order.
+
+def class_nms(
+    boxes_xyxy, scores, labels, iou_threshold: float, limit: int | None = None
+) -> np.ndarray:
+    """Return the positions (int64) of the boxes that survive, best first.
 
     boxes_xyxy (n, 4), scores (n,), labels (n,) integer. A box goes when its IoU with a kept better
-    box of its class is greater than `iou_threshold`, or when it or its score is not finite. At most
-    the `limit` best survivors are returned.
+    box of its class is greater than `iou_threshold`, or when it or its score is not finite. Equal
+    scores keep their order. At most the `limit` best survivors are returned.
     """
-    nms, boxes = _torchvision() or _greedy, np.asarray(boxes_xyxy, np.float32).reshape(-1, 4)
-    scores, labels = np.asarray(scores, np.float32), np.asarray(labels)
-    ranked = np.flatnonzero(np.isfinite(boxes).all(axis=1) & np.isfinite(scores))
-    ranked = ranked[np.argsort(-scores[ranked], kind="stable")]
-    # Only better boxes decide about a box: the best few are enough if enough of them survive.
-    few = len(ranked) if limit is None else 2 * limit
+    boxes = np.asarray(boxes_xyxy, np.float32).reshape(-1, 4)
+    scores = np.asarray(scores, np.float32)
+    labels = np.asarray(labels)
+    is_finite = np.isfinite(boxes).all(axis=1) & np.isfinite(scores)
+    ranked = np.flatnonzero(is_finite)
+    by_falling_score = np.argsort(-scores[ranked], kind="stable")
+    ranked = ranked[by_falling_score]
+    if limit is None:
+        limit = len(ranked)
+    # Only better boxes decide about a box: the best ones are enough if enough of them survive.
+    num_considered = 2 * limit
     while True:
-        best = ranked[:few]
-        survives = np.zeros(len(best), bool)
-        order = np.argsort(labels[best], kind="stable")
-        by_class, starts = boxes[best[order]], np.flatnonzero(np.diff(labels[best[order]])) + 1
-        parts = itertools.pairwise([0, *starts.tolist(), len(best)])
-        kept = [first + nms(by_class[first:end], iou_threshold) for first, end in parts]
-        survives[order[np.concatenate(kept)]] = True
-        if few >= len(ranked) or survives.sum() >= limit:
+        best = ranked[:num_considered]
+        survives = _survives(boxes[best], labels[best], iou_threshold)
+        if num_considered >= len(ranked) or survives.sum() >= limit:
             return best[survives][:limit]
-        few *= 2
+        num_considered *= 2
+
+
+def _survives(boxes: np.ndarray, labels: np.ndarray, iou_threshold: float) -> np.ndarray:
+    """True for the boxes (n, 4), best first, that survive among those of their class."""
+    nms_of_one_class = torchvision_nms() or greedy_nms
+    by_class = np.argsort(labels, kind="stable")
+    boxes = boxes[by_class]
+    class_starts = np.flatnonzero(np.diff(labels[by_class])) + 1
+    borders = [0, *class_starts.tolist(), len(boxes)]
+    survives = np.zeros(len(boxes), bool)
+    for start, end in itertools.pairwise(borders):
+        kept = nms_of_one_class(boxes[start:end], iou_threshold)
+        survives[by_class[start + kept]] = True
+    return survives
 
 
 @functools.cache
-def _torchvision():
-    """`_greedy` by torchvision; None where that is absent or built for another torch."""
+def torchvision_nms() -> NmsOfOneClass | None:
+    """Return torchvision's suppression.
+
+    None where torchvision is absent or built for another torch, and beside torch_npu.
+    """
     if "torch_npu" in sys.modules:
         return None
     try:
@@ -44,25 +68,31 @@ def _torchvision():
     except (ImportError, RuntimeError):
         return None
 
-    def torchvision_nms(boxes: np.ndarray, iou_threshold: float) -> np.ndarray:
-        falling = torch.arange(0.0, -len(boxes), -1.0)  # as scores
-        return torch.ops.torchvision.nms(torch.from_numpy(boxes), falling, iou_threshold).numpy()
+    def nms_of_one_class(boxes: np.ndarray, iou_threshold: float) -> np.ndarray:
+        falling_scores = torch.arange(0.0, -len(boxes), -1.0)
+        boxes = torch.from_numpy(boxes)
+        return torch.ops.torchvision.nms(boxes, falling_scores, iou_threshold).numpy()
 
-    return torchvision_nms
+    return nms_of_one_class
 
 
 @np.errstate(all="ignore")  # 0 / 0, of boxes without area, suppresses nothing
-def _greedy(boxes: np.ndarray, iou_threshold: float) -> np.ndarray:
-    """Positions of the survivors among the boxes (n, 4) of one class, which stand best first."""
-    low, high = boxes[:, :2], boxes[:, 2:]
-    areas = (high - low).prod(axis=1)
-    left, kept = np.arange(len(boxes)), []
-    while len(left):
-        best, left = left[0], left[1:]
+def greedy_nms(boxes: np.ndarray, iou_threshold: float) -> np.ndarray:
+    """Return the positions of the survivors among boxes (n, 4) of one class, best first."""
+    top_left = boxes[:, :2]
+    bottom_right = boxes[:, 2:]
+    areas = (bottom_right - top_left).prod(axis=1)
+    candidates = np.arange(len(boxes))
+    kept = []
+    while len(candidates):
+        best = candidates[0]
+        others = candidates[1:]
         kept.append(best)
-        sides = np.minimum(high[best], high[left]) - np.maximum(low[best], low[left])
-        overlap = np.maximum(sides, 0).prod(axis=1)
-        iou = overlap / (areas[best] + areas[left] - overlap)
+        shared_end = np.minimum(bottom_right[best], bottom_right[others])
+        shared_start = np.maximum(top_left[best], top_left[others])
+        overlap = np.maximum(shared_end - shared_start, 0).prod(axis=1)
+        iou = overlap / (areas[best] + areas[others] - overlap)
         # Compared in float64, as torchvision does: the fp32 nearest to 0.3 is above 0.3.
-        left = left[~(iou.astype(np.float64) > iou_threshold)]
+        is_suppressed = iou.astype(np.float64) > iou_threshold
+        candidates = others[~is_suppressed]
     return np.array(kept, np.int64)

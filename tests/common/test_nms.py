@@ -9,7 +9,7 @@ from common.coco.nms import class_nms
 
 def with_numpy(monkeypatch, *args):
     with monkeypatch.context() as patch:
-        patch.setattr(nms, "_torchvision", lambda: None)
+        patch.setattr(nms, "torchvision_nms", lambda: None)
         return class_nms(*args)
 
 
@@ -65,7 +65,7 @@ def test_both_paths_follow_the_definition(seed, n, classes, grid, threshold, hol
 
 def test_torchvision_is_the_path_taken_here():
     pytest.importorskip("torchvision")
-    assert nms._torchvision() is not None
+    assert nms.torchvision_nms() is not None
 
 
 def test_paths_agree_on_many_boxes(monkeypatch):

@@ -27,31 +27,26 @@ def open_split(folder, split):
         return COCO(folder / "annotations" / f"instances_{split}2017.json")
 
 
-def drawn_again(split, position, seed=0):
-    """The picture at `position` and its objects, (class, where it is seen (H, W) bool)."""
-    rng = np.random.default_rng([seed, sample.FIRST_ID[split], position])
-    return sample._draw(rng, empty=position % 30 == 14, crowd=position % 20 == 9)
-
-
 @pytest.mark.parametrize(("split", "count"), [("train", 45), ("val", 20)])
 def test_every_record_describes_its_picture(folder, split, count):
     coco = open_split(folder, split)
     assert [category["id"] for category in coco.dataset["categories"]] == [1, 3, 4, 9]
     assert len(coco.imgs) == count == len(list((folder / f"{split}2017").iterdir()))
     for position, (image_id, record) in enumerate(coco.imgs.items()):
-        picture, shown = drawn_again(split, position)
+        picture, objects = sample.draw_picture(split, position)
         with Image.open(folder / f"{split}2017" / record["file_name"]) as image:
             assert (image.mode, image.format) == ("RGB", "JPEG")
             assert image.size == picture.size == (record["width"], record["height"])
             assert all(240 <= side <= 400 for side in image.size)
             assert np.abs(np.asarray(image, int) - np.asarray(picture, int)).mean() < 10
         annotations = coco.imgToAnns[image_id]
-        assert len(annotations) == len(shown) <= 8
-        assert np.sum([seen for _, seen in shown], 0).max(initial=0) <= 1  # a pixel, an object
-        for annotation, (kind, seen) in zip(annotations, shown, strict=True):
-            assert sample.CATEGORIES[kind] == annotation["category_id"]
-            assert annotation["area"] == seen.sum() > 0
-            rows, columns = np.nonzero(seen)
+        assert len(annotations) == len(objects) <= 8
+        seen = np.sum([drawn.visible for drawn in objects], 0)
+        assert seen.max(initial=0) <= 1  # a pixel, an object
+        for annotation, drawn in zip(annotations, objects, strict=True):
+            assert sample.CATEGORIES[drawn.kind] == annotation["category_id"]
+            assert annotation["area"] == drawn.visible.sum() > 0
+            rows, columns = np.nonzero(drawn.visible)
             corner, end = (columns.min(), rows.min()), (columns.max() + 1, rows.max() + 1)
             assert annotation["bbox"] == [*corner, *np.subtract(end, corner)]
 
@@ -67,22 +62,24 @@ def test_the_set_has_its_rare_cases(folder):
 
 def test_shapes_differ_from_what_they_lie_on():
     """Else no detector could find them: mean colour of an object against all around it."""
-    drawn = (drawn_again("train", position) for position in range(120))
-    alone = [(picture, shown) for picture, shown in drawn if len(shown) == 1]
+    pictures = (sample.draw_picture("train", position) for position in range(120))
+    alone = [(picture, objects[0]) for picture, objects in pictures if len(objects) == 1]
     assert len(alone) > 10
-    for picture, [(_, seen)] in alone:
+    for picture, drawn in alone:
         pixels = np.asarray(picture, np.float32)
+        seen = drawn.visible
         assert np.linalg.norm(pixels[seen].mean(0) - pixels[~seen].mean(0)) > 45
 
 
 def test_half_of_every_object_stays_in_sight(monkeypatch):
-    masks, draw = [], sample._mask
-    monkeypatch.setattr(sample, "_mask", lambda *args: masks.append(draw(*args)) or masks[-1])
+    masks, draw = [], sample.draw_mask
+    monkeypatch.setattr(sample, "draw_mask", lambda *args: masks.append(draw(*args)) or masks[-1])
     hidden = 0
     for position in range(60):
         masks.clear()
-        _, shown = drawn_again("val", position)
-        for _, seen in shown:
+        _, objects = sample.draw_picture("val", position)
+        for drawn in objects:
+            seen = drawn.visible
             # The object's whole mask is the smallest that was tried and holds what is seen of it.
             tried = [np.asarray(mask) > 127 for mask in masks]
             whole = min(mask.sum() for mask in tried if not (seen & ~mask).any())
@@ -127,7 +124,7 @@ def test_full_folder_is_refused_and_an_empty_one_is_filled(tmp_path):
 
 
 def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
-    draw = sample._draw
+    draw = sample.draw_picture
     calls = []
 
     def interrupted(*args, **flags):
@@ -136,7 +133,7 @@ def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return draw(*args, **flags)
 
-    monkeypatch.setattr(sample, "_draw", interrupted)
+    monkeypatch.setattr(sample, "draw_picture", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sample.write_sample(tmp_path / "set", train=5, val=1)
     assert list(tmp_path.iterdir()) == []
@@ -156,17 +153,21 @@ def test_command_line(tmp_path, capsys):
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(list(sample.CATEGORIES)), st.integers(0, 1000))
 def test_size_and_place_say_nothing_about_the_class(kind, seed):
-    points = sample._shape(np.random.default_rng(seed), kind)
+    points = sample.random_shape(np.random.default_rng(seed), kind)
     assert np.ptp(points, axis=0).max() == pytest.approx(1)
     np.testing.assert_allclose(points.max(0), -points.min(0), atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", list(sample.CATEGORIES))
 def test_masks_are_the_shapes(monkeypatch, kind):
-    shapes, shape, whole = [], sample._shape, 0
-    monkeypatch.setattr(sample, "_shape", lambda *args: shapes.append(shape(*args)) or shapes[-1])
+    shapes, shape, whole = [], sample.random_shape, 0
+    monkeypatch.setattr(
+        sample, "random_shape", lambda *args: shapes.append(shape(*args)) or shapes[-1]
+    )
     for seed in range(30):
-        mask = np.asarray(sample._mask(np.random.default_rng(seed), (400, 400), kind, False)) / 255
+        mask = (
+            np.asarray(sample.draw_mask(np.random.default_rng(seed), (400, 400), kind, False)) / 255
+        )
         rows, columns = np.flatnonzero(mask.sum(1) > 1), np.flatnonzero(mask.sum(0) > 1)
         if min(rows[0], columns[0]) == 0 or max(rows[-1], columns[-1]) == 399:
             continue  # cut off
