@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from common.coco.images import EncodedImage, open_image, read_image
+from common.coco.images import EncodedImage, decode_image, open_image, read_image, to_array
 from common.errors import UserError
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_coco"
@@ -90,6 +90,61 @@ def test_a_truncated_file_is_found_though_the_part_is_there():
         EncodedImage(data[: len(data) * 9 // 10], "file", "again")[:10]
 
 
+JPEG_OPTIONS = {
+    "subsampling": st.sampled_from(["4:4:4", "4:2:2", "4:2:0"]),
+    "progressive": st.booleans(),
+    "optimize": st.booleans(),
+    "restart_marker_blocks": st.integers(0, 5),
+}
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    width=st.integers(1, 70),
+    height=st.integers(1, 70),
+    mode=st.sampled_from(["RGB", "L", "CMYK"]),
+    options=st.fixed_dictionaries(JPEG_OPTIONS),
+)
+def test_every_kind_of_jpeg_has_pillows_pixels(width, height, mode, options):
+    encoded = jpeg(width, height, mode, **options)
+    image = decode_image(encoded, "file")
+    np.testing.assert_array_equal(image, np.array(Image.open(io.BytesIO(encoded)).convert("RGB")))
+    assert image.dtype == np.uint8
+    assert image.flags.c_contiguous
+    assert image.flags.writeable
+    np.testing.assert_array_equal(decode_image(memoryview(encoded), "file"), image)
+
+
+@pytest.mark.parametrize("sampling", ["440", "411"])
+def test_rare_samplings_have_pillows_pixels(sampling):
+    encoded = simplejpeg.encode_jpeg(read_image(str(JPEGS[5])), colorsubsampling=sampling)
+    expected = np.array(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    np.testing.assert_array_equal(decode_image(encoded, "file"), expected)
+
+
+def test_bytes_that_are_no_image_name_file_and_remedy():
+    data = JPEGS[0].read_bytes()
+    with pytest.raises(UserError, match=r"file: cannot read the image \(truncated.*; again"):
+        decode_image(data[: len(data) * 9 // 10], "file", "again")
+    with pytest.raises(UserError, match=r"file: .*re-download"):
+        decode_image(b"", "file")
+
+
+def test_arrays_of_whatever_a_user_has(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    path = save(tmp_path / "turned.jpg", Image.open(JPEGS[0]).resize((40, 24)), exif=exif)
+    upright = read_image(path, ignore_exif=False)
+    np.testing.assert_array_equal(to_array(path), upright)
+    np.testing.assert_array_equal(to_array(Path(path)), upright)
+    np.testing.assert_array_equal(to_array(upright), upright)
+    grey = Image.fromarray(upright).convert("L")
+    np.testing.assert_array_equal(to_array(grey), np.array(grey.convert("RGB")))
+    for wrong in (upright[:, :, 0], upright.astype(np.float32), upright[None]):
+        with pytest.raises(UserError, match=r"give \(H, W, 3\) uint8 RGB"):
+            to_array(wrong)
+
+
 @pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "LA", "1"])
 def test_every_colour_mode_becomes_rgb(tmp_path, mode):
     suffix = "jpg" if mode in ("L", "CMYK") else "png"
@@ -147,8 +202,7 @@ def test_damaged_bytes_never_raise_anything_else(tmp_path, data):
         damaged[rng.integers(2, min(len(data), 4000), 6)] = rng.integers(0, 256, 6)
         path.write_bytes(damaged.tobytes())
         try:
-            image = open_image(str(path))
-            assert image[: image.shape[0] // 2].shape[2] == image[:].shape[2] == 3
+            assert read_image(str(path)).shape[2] == 3
         except UserError:
             refused += 1
     assert refused > 0
