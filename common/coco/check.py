@@ -40,7 +40,7 @@ def check_data(*data: tuple[str, str]) -> int:
 
 
 def _bad_image_files(index: CocoIndex) -> list[str]:
-    """Decode all images, and describe those that are not as the annotation file says."""
+    """Decode all images, and describe those that cannot be read or have another size."""
 
     def describe_problem(i: int) -> str | None:
         path = index.path(i)

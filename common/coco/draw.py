@@ -116,7 +116,7 @@ def draw_sheet(path: Path, examples: Sequence[Example], class_names: Sequence[st
 def _draw_panels(example: Example, class_names: Sequence[str]) -> tuple[Image.Image, Image.Image]:
     """Return the example's image with its ground truth, and with its detections.
 
-    The image is resized before drawing: lines and letters keep one size over the whole sheet.
+    The image is resized before drawing: lines and letters have one size all over the sheet.
     """
     height, width = example.image.shape[:2]
     scale = PANEL_SIDE / max(height, width)

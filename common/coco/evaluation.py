@@ -45,7 +45,7 @@ class EvaluationOptions(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """The result of `evaluate`; -1 stands for "no ground truth of this kind"."""
+    """The result of `evaluate`; a metric is -1 where the file has no ground truth for it."""
 
     stats: dict[str, float]  # keys of STATS
     text: str  # the 12 lines that pycocotools prints; a 13th where masks have no areas

@@ -39,7 +39,7 @@ def read_image(path: str | Path, ignore_exif: bool = True) -> np.ndarray:
 def decode_image(data: bytes, where: str, remedy: str = REMEDY) -> np.ndarray:
     """Decode the bytes of an image file to uint8 (H, W, 3) RGB, C-contiguous and writable.
 
-    Raise UserError for bytes that are no whole image; `where` (the file) and `remedy` (what the
+    Raise UserError for bytes that are no complete image; `where` (the file) and `remedy` (what the
     user can do) are named in its message.
     """
     if bytes(data[:2]) == JPEG_START:

@@ -19,7 +19,7 @@ class Severity(Enum):
 
     ERROR = "the run stops"
     SKIP = "the annotation is left out"
-    KEEP = "the annotation is used, and the log says so"
+    KEEP = "the annotation is used"
 
 
 class Rule(NamedTuple):
@@ -72,7 +72,7 @@ TABLE_COLUMNS = [
     ("usable", np.bool_),  # the box has an area, inside its image
 ]
 SIZE_LIMIT = 2**31  # pixels: sizes are kept as int32
-EXACT_LIMIT = 2**53  # float64 holds all whole numbers below
+EXACT_LIMIT = 2**53  # float64 holds all integers below
 BOXES_MULTIPLE = 16
 
 
@@ -318,17 +318,17 @@ def _boxes(annotations: list[dict]) -> np.ndarray:
 
 
 def _number(value: object) -> float:
-    """Return a number that float64 holds exactly where it is whole; -inf for everything else."""
+    """Return the value; -inf where it is no number, or so large that float64 may not hold it."""
     if type(value) not in (int, float, bool) or abs(value) >= EXACT_LIMIT:
         return -np.inf
     return value
 
 
 def _unusable_ids(ids: np.ndarray) -> np.ndarray:
-    """True where an id is no whole number from 0 on, or comes again later."""
+    """True where an id is no integer from 0 on, or comes again later."""
     is_last = _positions(ids, ids) == np.arange(len(ids))
-    is_whole = (ids >= 0) & (ids % 1 == 0)
-    return ~(is_last & is_whole)
+    is_natural = (ids >= 0) & (ids % 1 == 0)
+    return ~(is_last & is_natural)
 
 
 def _unusable_names(names: list[str]) -> np.ndarray:

@@ -3,8 +3,8 @@
     python3 -m common.coco.sample DIR [--train N] [--val N]
 
 Four classes that differ in geometry only, on textured backgrounds, with occlusion, cut-off and
-tiny shapes, crowd regions and images without objects. Every image has its own random stream, of
-(seed, split, position): a larger set begins with the images of a smaller one.
+tiny shapes, crowd regions and images without objects. Every image has a random stream that
+depends on (seed, split, position): a larger set begins with the images of a smaller one.
 """
 
 import argparse
@@ -39,7 +39,7 @@ OVERSAMPLING = 4  # masks are drawn larger and reduced, for soft edges
 class DrawnObject(NamedTuple):
     """An object in a picture."""
 
-    kind: str
+    category: str
     area: int  # pixels that it covers, hidden ones included
     visible: np.ndarray  # (H, W) bool: where it is seen
 
@@ -89,7 +89,7 @@ def _write_split(root: Path, split: str, count: int, seed: int) -> None:
                     "id": len(annotations) + 1,
                     "image_id": image_id,
                     "area": int(drawn.visible.sum()),
-                    "category_id": CATEGORIES[drawn.kind],
+                    "category_id": CATEGORIES[drawn.category],
                     "iscrowd": int(has_crowd(position) and number == 0),
                     "bbox": [left, top, right - left, bottom - top],
                 }
@@ -117,9 +117,9 @@ def draw_picture(split: str, position: int, seed: int = 0) -> tuple[Image.Image,
     else:
         count = 1 + rng.choice(len(OBJECTS_PER_IMAGE), p=OBJECTS_PER_IMAGE)
     objects = []
-    for kind in rng.choice(list(CATEGORIES), count).tolist():
+    for category in rng.choice(list(CATEGORIES), count).tolist():
         is_crowd = has_crowd(position) and not objects
-        objects = _add_object(rng, picture, objects, kind, is_crowd)
+        objects = _add_object(rng, picture, objects, category, is_crowd)
     return _blur_and_add_noise(rng, picture), objects
 
 
@@ -135,7 +135,7 @@ def _add_object(
     rng: np.random.Generator,
     picture: Image.Image,
     objects: list[DrawnObject],
-    kind: str,
+    category: str,
     is_crowd: bool,
 ) -> list[DrawnObject]:
     """Draw an object over the others, and return all of them with what is then visible.
@@ -144,12 +144,12 @@ def _add_object(
     the objects stay as they are.
     """
     for _ in range(TRIES):
-        mask = draw_mask(rng, picture.size, kind, is_crowd)
+        mask = draw_mask(rng, picture.size, category, is_crowd)
         covered = np.asarray(mask) > 127
         tried = []
         for other in objects:
             tried.append(other._replace(visible=other.visible & ~covered))
-        tried.append(DrawnObject(kind, covered.sum(), covered))
+        tried.append(DrawnObject(category, covered.sum(), covered))
         if all(2 * drawn.visible.sum() > drawn.area for drawn in tried):
             behind = np.asarray(picture)[covered].mean(axis=0)
             colour = _colour_unlike(rng, behind)
@@ -187,7 +187,7 @@ def _texture(rng: np.random.Generator, size: tuple[int, int], colour: np.ndarray
 
 
 def draw_mask(
-    rng: np.random.Generator, size: tuple[int, int], kind: str, is_crowd: bool
+    rng: np.random.Generator, size: tuple[int, int], category: str, is_crowd: bool
 ) -> Image.Image:
     """Draw where a shape, or the small shapes of a crowd, cover the pixels: 0..255.
 
@@ -206,16 +206,16 @@ def draw_mask(
     width, height = size
     mask = Image.new("L", (OVERSAMPLING * width, OVERSAMPLING * height))
     for offset in offsets:
-        outline = side * random_shape(rng, kind) + centre + offset
+        outline = side * random_shape(rng, category) + centre + offset
         # Pillow names a pixel by its centre: without the half, shapes grow by a quarter pixel.
         corners = OVERSAMPLING * outline - 0.5
         ImageDraw.Draw(mask).polygon(corners.ravel().tolist(), fill=255)
     return mask.reduce(OVERSAMPLING)
 
 
-def random_shape(rng: np.random.Generator, kind: str) -> np.ndarray:
+def random_shape(rng: np.random.Generator, category: str) -> np.ndarray:
     """Return a polygon (P, 2): a randomly turned shape about the origin; its longer side is 1."""
-    num_corners, inner_radius = OUTLINES[kind]
+    num_corners, inner_radius = OUTLINES[category]
     points = np.exp(2j * np.pi * (np.arange(num_corners) + 0.5) / num_corners)
     points[1::2] *= inner_radius
     points.real *= rng.uniform(0.7, 1)

@@ -44,7 +44,7 @@ def test_every_record_describes_its_picture(folder, split, count):
         seen = np.sum([drawn.visible for drawn in objects], 0)
         assert seen.max(initial=0) <= 1  # a pixel, an object
         for annotation, drawn in zip(annotations, objects, strict=True):
-            assert sample.CATEGORIES[drawn.kind] == annotation["category_id"]
+            assert sample.CATEGORIES[drawn.category] == annotation["category_id"]
             assert annotation["area"] == drawn.visible.sum() > 0
             rows, columns = np.nonzero(drawn.visible)
             corner, end = (columns.min(), rows.min()), (columns.max() + 1, rows.max() + 1)
