@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from common.coco.images import EncodedImage, decode_image, open_image, read_image, to_array
+from common.coco.images import decode_image, read_image, to_array
 from common.errors import UserError
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_coco"
@@ -34,60 +34,6 @@ def jpeg(width: int, height: int, mode: str = "RGB", **options) -> bytes:
     file = io.BytesIO()
     Image.open(JPEGS[3]).resize((width, height)).convert(mode).save(file, "JPEG", **options)
     return file.getvalue()
-
-
-@settings(max_examples=150, deadline=None)
-@given(data=st.data())
-def test_a_part_of_an_encoded_image_is_that_of_the_array(data):
-    options = {
-        "subsampling": data.draw(st.sampled_from(["4:4:4", "4:2:2", "4:2:0"])),
-        "progressive": data.draw(st.booleans()),
-        "optimize": data.draw(st.booleans()),
-        "restart_marker_blocks": data.draw(st.integers(0, 5)),
-    }
-    width, height = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70))
-    encoded = jpeg(width, height, data.draw(st.sampled_from(["RGB", "L", "CMYK"])), **options)
-    image, expected = (
-        EncodedImage(encoded, "file"),
-        np.array(Image.open(io.BytesIO(encoded)).convert("RGB")),
-    )
-    assert image.shape == expected.shape
-    top, bottom = sorted((data.draw(st.integers(0, height)), data.draw(st.integers(0, height))))
-    left, right = sorted((data.draw(st.integers(0, width)), data.draw(st.integers(0, width))))
-    window = slice(top, bottom), slice(left, right)
-    np.testing.assert_array_equal(image[window], expected[window])
-    np.testing.assert_array_equal(image[top:], expected[top:])
-
-
-@pytest.mark.parametrize("sampling", ["440", "411"])
-def test_a_part_in_rare_samplings(sampling):
-    pixels = read_image(str(JPEGS[5]))
-    encoded = simplejpeg.encode_jpeg(pixels, colorsubsampling=sampling)
-    image, whole = EncodedImage(encoded, "file"), simplejpeg.decode_jpeg(encoded, "RGB")
-    for bottom in range(1, len(pixels), 13):
-        np.testing.assert_array_equal(image[:bottom], whole[:bottom])
-
-
-def test_parts_of_real_images_and_what_they_cost(monkeypatch):
-    """Half the rows are all that is decoded: for speed, what `decode_jpeg` gives is looked at."""
-    given, decode = [], simplejpeg.decode_jpeg
-    monkeypatch.setattr(
-        simplejpeg,
-        "decode_jpeg",
-        lambda *args, **how: given.append(decode(*args, **how)) or given[-1],
-    )
-    for path in JPEGS[::10]:
-        whole, image = read_image(str(path)), open_image(str(path))
-        half = len(whole) // 2
-        np.testing.assert_array_equal(image[5:half, 7:-9], whole[5:half, 7:-9])
-        assert len(given[-1]) == half + 2
-        np.testing.assert_array_equal(image[:], whole)
-
-
-def test_a_truncated_file_is_found_though_the_part_is_there():
-    data = JPEGS[0].read_bytes()
-    with pytest.raises(UserError, match=r"file: cannot read the image \(truncated.*; again"):
-        EncodedImage(data[: len(data) * 9 // 10], "file", "again")[:10]
 
 
 JPEG_OPTIONS = {
