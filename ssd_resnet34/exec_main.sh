@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# One rank of a run: `bash exec_main.sh RANK SIZE FOLDER [FLAGS...]`, FOLDER the one of ssd_main.py.
-# Set the paths and the mode here; absolute paths, for a rank runs in training/D<RANK>. Flags given
-# to run_npu_*.sh come last and win.
+# Run one rank: `bash exec_main.sh RANK SIZE FOLDER [FLAGS...]`, where FOLDER contains ssd_main.py.
+# Set the paths and the mode here. Paths must be absolute, because a rank runs in training/D<RANK>.
+# Flags of run_npu_*.sh come last and override those below.
 path_to_tfrecord=${path_to_tfrecord:-/path/to/tfrecord}
 path_to_pretrain=${path_to_pretrain:-/path/to/pretrain}
 path_to_annotations=${path_to_annotations:-/path/to/annotations}

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Records and input pipeline of the TFRecord recipe on real images, on one core.
 
-Reading against plain reading of the same files; a training sample against its parts and against
-one of the first recipe, which reads a folder of JPEG files. The folder is converted first.
+Reading is compared with plain reading of the same files; a training sample with its steps and with
+a sample of the first recipe, which reads a folder of JPEG files. The folder is converted first.
 """
 
 import argparse
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,22 +21,26 @@ import numpy as np
 import torch
 
 from benchmarks.timing import print_speeds, print_table, race, ratio
-from common.coco.images import EncodedImage
+from common.coco.images import decode_image
 from common.coco.index import find_coco, read_index
 from ssd_resnet34 import config as first_config
-from ssd_resnet34 import data as first
+from ssd_resnet34 import data as first_recipe
 from ssd_resnet34.tfrecord import index as record_index
 from ssd_resnet34.tfrecord.coco_to_tfrecord import convert
-from ssd_resnet34.tfrecord.config import RECIPES
+from ssd_resnet34.tfrecord.config import RECIPES, Recipe
 from ssd_resnet34.tfrecord.data import (
     TrainingSet,
-    crop_and_resize,
+    crop_image,
     crop_window,
+    resize_crop,
     training_records,
 )
+from ssd_resnet34.tfrecord.index import RecordIndex
 from ssd_resnet34.tfrecord.records import match_files, read_records
 
-PASSES = 20  # over the files, a round: one alone is too short to time
+PASSES = 20  # over the files in a round: one alone is too short to time
+PLAIN_READING = "plain reading of the files"
+FIRST_RECIPE = "first recipe: a sample from a folder of JPEG files"
 
 
 def main() -> None:
@@ -44,113 +49,125 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    annotations, images = find_coco(args.data, "train")
+    annotation_file, image_dir = find_coco(args.data, "train")
     with tempfile.TemporaryDirectory() as folder:
-        convert(Path(images), Path(annotations), Path(folder) / "train2017", 4)
+        convert(Path(image_dir), Path(annotation_file), Path(folder) / "train2017", 4)
         pattern = f"{folder}/train2017*"
-        reading(pattern, args.rounds)
-        samples(pattern, annotations, images, args.rounds)
+        measure_reading(pattern, args.rounds)
+        measure_samples(pattern, annotation_file, image_dir, args.rounds)
 
 
-def reading(pattern: str, rounds: int) -> None:
-    """Records a second and MB a second of a core, files in the page cache."""
+def measure_reading(pattern: str, rounds: int) -> None:
+    """Print records and MB a second of a core, with the files in the page cache."""
     files = match_files(pattern, "pattern")
-    size = sum(Path(path).stat().st_size for path in files)
+    num_bytes = sum(Path(path).stat().st_size for path in files)
     index = record_index.read_index(pattern, "pattern")
 
-    def passes(read):
-        def run() -> None:
-            for _ in range(PASSES):
-                read()
-
-        return run
-
-    def plain() -> None:
+    def read_plainly() -> None:
         for path in files:
             Path(path).read_bytes()
 
-    def sequential() -> None:
+    def read_in_file_order() -> None:
         for path in files:
             for _ in read_records(path):
                 pass
 
-    def at_random() -> None:
-        for i in range(len(index)):
-            index.read(i)
+    def read_one_by_one() -> None:
+        for record in range(len(index)):
+            index.read(record)
 
-    def places() -> None:
+    def read_the_index() -> None:
         record_index.read_index(pattern, "pattern")
 
     peers = {
-        "plain reading of the files": plain,
-        "records in file order, checksums verified": sequential,
-        "records one by one, verified and parsed, as training reads": at_random,
-        "index of a start: headers verified, images skipped": places,
+        PLAIN_READING: several_passes(read_plainly),
+        "records in file order, checksums verified": several_passes(read_in_file_order),
+        "records one by one, verified and parsed, as in training": several_passes(read_one_by_one),
+        "index at the start of a run: headers verified, records parsed": several_passes(
+            read_the_index
+        ),
     }
-    times = race({name: passes(read) for name, read in peers.items()}, rounds)
+    times = race(peers, rounds)
     rows = []
     for name, timing in times.items():
         seconds = np.median(timing.cpu) / PASSES
-        against = ratio(timing.cpu, times["plain reading of the files"].cpu)
-        speed = (f"{len(index) / seconds:,.0f}", f"{size / seconds / 1e6:,.0f}")
-        rows.append((name, *speed, f"{against:.2f}"))
+        records_per_second = f"{len(index) / seconds:,.0f}"
+        megabytes_per_second = f"{num_bytes / seconds / 1e6:,.0f}"
+        relative_time = f"{ratio(timing.cpu, times[PLAIN_READING].cpu):.2f}"
+        rows.append((name, records_per_second, megabytes_per_second, relative_time))
     header = ("", "records/s a core", "MB/s a core", "time, plain = 1")
-    print_table(f"Reading {len(index)} records, {size / 1e6:.1f} MB", header, rows)
+    print_table(f"Reading {len(index)} records, {num_bytes / 1e6:.1f} MB", header, rows)
 
 
-def samples(pattern: str, annotations: str, images: str, rounds: int) -> None:
-    """A training sample of both recipes, and the parts of ours."""
-    recipe, folder_recipe = RECIPES["port"], first_config.RECIPES["1p"]
+def several_passes(read: Callable[[], None]) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(PASSES):
+            read()
+
+    return run
+
+
+def measure_samples(pattern: str, annotation_file: str, image_dir: str, rounds: int) -> None:
+    """Print the time of a training sample of both recipes, and of the steps of ours."""
+    recipe = RECIPES["port"]
     records = training_records(record_index.read_index(pattern, "pattern"))
-    ours, keys = TrainingSet(records, recipe, seed=0), range(len(records))
-    folder_records = first.training_records(read_index(annotations, images))
-    folder = first.TrainingSet(folder_records, folder_recipe, seed=0)
-    if len(folder) != len(ours):
+    images = first_recipe.training_records(read_index(annotation_file, image_dir))
+    if len(images) != len(records):
         raise SystemExit("the two recipes do not train on the same images of this folder")
-    read = [records.read(k) for k in keys]
-    decoded = [EncodedImage(found.encoded, "record")[:] for found in read]
-    # Draws of a round: some crops are the whole image, and rounds should not all have the same.
-    epochs = {"ours": 0, "folder": 0, "window": 0}
-
-    def next_epoch(name: str) -> int:
-        epochs[name] += 1
-        return epochs[name]
-
-    def our_samples() -> None:
-        epoch = next_epoch("ours")
-        for k in keys:
-            ours[epoch, k, k]
-
-    def folder_samples() -> None:
-        epoch = next_epoch("folder")
-        for k in keys:
-            folder[epoch, k, k]
-
-    def reads() -> None:
-        for k in keys:
-            records.read(k)
-
-    def decodes() -> None:
-        for found in read:
-            EncodedImage(found.encoded, "record")[:]
-
-    def crops() -> None:
-        rng = np.random.default_rng(next_epoch("window"))
-        for found, image in zip(read, decoded, strict=True):
-            window = crop_window(found.boxes_ltrb, image.shape, recipe, rng)
-            crop_and_resize(image, window, recipe.image_size)
-
+    first_set = first_recipe.TrainingSet(images, first_config.RECIPES["1p"], seed=0)
     peers = {
-        "first recipe: a sample from a folder of JPEG files": folder_samples,
-        "this recipe: a sample from records": our_samples,
-        "part of it: read, verify and parse": reads,
-        "part of it: decode": decodes,
-        "part of it: choose the window, crop and resize": crops,
+        FIRST_RECIPE: draw_epochs(first_set),
+        "this recipe: a sample from records": draw_epochs(TrainingSet(records, recipe, seed=0)),
+        **steps_of_a_sample(records, recipe),
     }
     times = race(peers, rounds, warmup=2)
-    base = "first recipe: a sample from a folder of JPEG files"
     title = f"Input pipeline, {len(records)} images"
-    print_speeds(title, times, len(records), base, "first recipe")
+    print_speeds(title, times, len(records), FIRST_RECIPE, "first recipe")
+
+
+def draw_epochs(dataset: torch.utils.data.Dataset) -> Callable[[], None]:
+    """Return a function that draws another epoch at each call: crops differ from round to round."""
+    epoch = 0
+
+    def run() -> None:
+        nonlocal epoch
+        epoch += 1
+        for record in range(len(dataset)):
+            dataset[epoch, record, record]
+
+    return run
+
+
+def steps_of_a_sample(records: RecordIndex, recipe: Recipe) -> dict[str, Callable[[], None]]:
+    annotated = [records.read(record) for record in range(len(records))]
+    decoded = [decode_image(image.encoded, "record") for image in annotated]
+    rng = np.random.default_rng(0)
+
+    def read() -> None:
+        for record in range(len(records)):
+            records.read(record)
+
+    def decode() -> None:
+        for image in annotated:
+            decode_image(image.encoded, "record")
+
+    def choose_windows() -> None:
+        for image, pixels in zip(annotated, decoded, strict=True):
+            crop_window(image.boxes_xyxy, pixels.shape, recipe, rng)
+
+    def crop_and_resize() -> None:
+        for image, pixels in zip(annotated, decoded, strict=True):
+            window = crop_window(image.boxes_xyxy, pixels.shape, recipe, rng)
+            if window is not None:
+                pixels = crop_image(pixels, window)
+            resize_crop(pixels, recipe.image_size)
+
+    return {
+        "of which: read, verify and parse": read,
+        "of which: decode": decode,
+        "of which: choose the window": choose_windows,
+        "of which: choose the window, crop and resize": crop_and_resize,
+    }
 
 
 if __name__ == "__main__":

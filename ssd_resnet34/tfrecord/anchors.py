@@ -8,13 +8,11 @@ As in the port, the corners are rounded once, from double precision, and centres
 computed from the rounded corners: the last bit decides which anchor fits a small object best.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from ssd_resnet34 import anchors as first_recipe
-from ssd_resnet34.anchors import to_cxcywh, to_xyxy
+from ssd_resnet34.anchors import anchors_of_map, anchors_per_cell, to_cxcywh, to_xyxy
 from ssd_resnet34.tfrecord.config import Recipe
 
 EPSILON = 1e-8  # added to every size before coding
@@ -28,38 +26,11 @@ def make_anchors(recipe: Recipe) -> Tensor:
 def make_anchors_cxcywh(recipe: Recipe) -> Tensor:
     """Return the anchors (8732, 4) float64 `cxcywh`, clipped to 0..1."""
     anchors = []
-    for level, cells in enumerate(recipe.anchor_maps):
-        positions = (torch.arange(cells, dtype=torch.float64) + 0.5) * recipe.anchor_steps[level]
-        center_y, center_x = torch.meshgrid(positions, positions, indexing="ij")
-        shapes = anchor_shapes(
-            recipe.anchor_sizes[level],
-            recipe.anchor_sizes[level + 1],
-            recipe.anchor_ratios[level],
-        )
-        centers = torch.stack([center_x, center_y], dim=-1).reshape(-1, 1, 2)
-        centers = centers.expand(-1, len(shapes), 2)
-        sizes = torch.tensor(shapes, dtype=torch.float64).expand(cells * cells, -1, 2)
-        boxes = torch.cat([centers, sizes], dim=-1).reshape(-1, 4)
-        anchors.append(boxes / recipe.image_size)
+    for level, num_shapes in enumerate(anchors_per_cell(recipe)):
+        by_shape = anchors_of_map(recipe, level).unflatten(0, (num_shapes, -1))
+        by_cell = by_shape.transpose(0, 1)
+        anchors.append(by_cell.flatten(0, 1))
     return torch.cat(anchors).clamp_(0, 1)
-
-
-def anchor_shapes(
-    size: float, next_size: float, ratios: tuple[int, ...]
-) -> list[tuple[float, float]]:
-    """Return (width, height) in pixels of the anchors of a cell; SSD paper section 2.2.
-
-    These are a square, a square halfway to the size of the next feature map, and for each ratio a
-    wide and a tall box.
-    """
-    between = math.sqrt(size * next_size)
-    shapes = [(size, size), (between, between)]
-    for ratio in ratios:
-        long_side = size * math.sqrt(ratio)
-        short_side = size / math.sqrt(ratio)
-        shapes.append((long_side, short_side))
-        shapes.append((short_side, long_side))
-    return shapes
 
 
 def encode(boxes_xyxy: Tensor, anchors_xyxy: Tensor, recipe: Recipe) -> Tensor:

@@ -2,7 +2,8 @@
 
 A worker reads, decodes and crops; it draws every number of a sample's augmentation from
 (seed, epoch, position in the epoch), so that neither the number of workers nor that of ranks nor a
-resumed run changes a sample. Flip, colour and normalisation follow on the device (augment.py).
+resumed run changes a sample. Flip, colour jitter and normalisation follow on the device
+(augment.py).
 """
 
 from collections.abc import Iterator
@@ -14,23 +15,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.coco.images import EncodedImage
+from common.coco.images import decode_image
 from common.errors import UserError
 from common.npu.distributed import Ranks
 from common.npu.loading import loader_options
 from ssd_resnet34.data import epoch_order, normalise
 from ssd_resnet34.tfrecord.config import Recipe
-from ssd_resnet34.tfrecord.example import REMEDY, AnnotatedImage
+from ssd_resnet34.tfrecord.example import REMEDY
 from ssd_resnet34.tfrecord.index import RecordIndex
 
-WHOLE = np.array([0, 0, 1, 1], np.float32)  # the window of the whole image, which keeps every box
+NO_JITTER = (0, 1, 1, 0)  # the `jitter` of a Batch that changes nothing
+MIN_AREA = 1e-12  # the IoU of two empty boxes is 0
 
 
 class Batch(NamedTuple):
     """N samples; `boxes` are padded to M rows, `valid` marks the real ones."""
 
     images: Tensor  # (N, H, W, 3) uint8 RGB
-    boxes: Tensor  # (N, M, 4) float32 normalised ltrb
+    boxes: Tensor  # (N, M, 4) float32 normalised xyxy
     labels: Tensor  # (N, M) int64 0-based classes
     valid: Tensor  # (N, M) bool
     flip: Tensor  # (N,) bool
@@ -38,224 +40,267 @@ class Batch(NamedTuple):
     image_ids: Tensor  # (N,) int64, -1 for none
 
     def to(self, device: torch.device) -> "Batch":
-        """On the device, asynchronously where pinned; the ids stay on the host."""
-        moved = (part.to(device, non_blocking=True) for part in self[:-1])
-        return Batch(*moved, self.image_ids)
+        """Copy to a device, asynchronously from pinned memory; the ids stay on the host."""
+        copies = [tensor.to(device, non_blocking=True) for tensor in self[:-1]]
+        return Batch(*copies, self.image_ids)
 
 
-def training_records(index: RecordIndex) -> RecordIndex:
-    """The records with at least one box, crowd included."""
-    return index.subset(index.boxes > 0)
+def training_records(records: RecordIndex) -> RecordIndex:
+    """Return the records with at least one box, crowd included."""
+    return records.subset(records.num_boxes > 0)
 
 
 def sample(image: np.ndarray, rows: Tensor, columns: Tensor) -> Tensor:
-    """Bilinear values (h, w, 3) float32 of an image (H, W, 3) uint8 where h rows and w columns
-    cross, in pixels from the first one's centre; beyond the last one, its value."""
+    """Interpolate an image (H, W, 3) uint8 bilinearly where h rows and w columns cross.
+
+    `rows` (h,) and `columns` (w,) are in pixels, from the centre of the first pixel; beyond the
+    last pixel its value continues. The result (h, w, 3) is float32.
+    """
     height, width = image.shape[:2]
-    top, below, down = _neighbours(rows, height)
-    left, right, across = _neighbours(columns, width)
-    first, last = int(left[0]), int(right[-1]) + 1
-    # Whole rows of plain numbers are quick to pick and to blend.
-    pixels = torch.from_numpy(image).view(height, -1)[:, 3 * first : 3 * last]
-    lines = pixels.index_select(0, top).float()
-    lines.lerp_(pixels.index_select(0, below).float(), down.view(-1, 1))
-    channel = torch.arange(3)
-    before, after = ((3 * (side - first).view(-1, 1) + channel).view(-1) for side in (left, right))
-    blended = lines.index_select(1, before)
-    blended.lerp_(lines.index_select(1, after), across.repeat_interleave(3))
-    return blended.view(len(rows), len(columns), 3)
+    above, below, down = neighbours(rows, height)
+    left, right, across = neighbours(columns, width)
+    pixels = torch.from_numpy(image)
+    # index_select takes a third of the time of indexing with brackets.
+    upper_lines = pixels.index_select(0, above).float()
+    lower_lines = pixels.index_select(0, below).float()
+    lines = torch.lerp(upper_lines, lower_lines, down.view(-1, 1, 1))
+    left_values = lines.index_select(1, left)
+    right_values = lines.index_select(1, right)
+    return torch.lerp(left_values, right_values, across.view(1, -1, 1))
 
 
-def _neighbours(places: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows (or columns) before and after each place, and how far it is towards the second."""
-    before = places.floor()
-    share = places - before
+def neighbours(positions: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the pixel before each position, the one after it, and the weight of the second."""
+    before = positions.floor()
+    weight = positions - before
     before = before.long().clamp(max=count - 1)
-    return before, (before + 1).clamp(max=count - 1), share
+    after = (before + 1).clamp(max=count - 1)
+    return before, after, weight
 
 
 def resize(image: np.ndarray, size: int) -> Tensor:
-    """Image (H, W, 3) uint8 to (size, size, 3) float32 in 0..255: bilinear without antialias,
-    sampled from the upper left corner of each cell, not its centre."""
+    """Resize an image (H, W, 3) uint8 for evaluation, to (size, size, 3) float32 in 0..255.
+
+    Bilinear without antialias, sampled at the upper left corner of each cell, not at its centre, as
+    TensorFlow does unless told otherwise.
+    """
+    height, width = image.shape[:2]
     steps = torch.arange(size, dtype=torch.float32)
-    rows, columns = (steps * (torch.tensor(float(side)) / size) for side in image.shape[:2])
+    rows = steps * (torch.tensor(float(height)) / size)
+    columns = steps * (torch.tensor(float(width)) / size)
     return sample(image, rows, columns)
 
 
-def crop_and_resize(image: np.ndarray | EncodedImage, window: np.ndarray, size: int) -> Tensor:
-    """A window (left, top, right, bottom), normalised, of an image as (size, size, 3) uint8.
+def resize_crop(image: np.ndarray, size: int) -> Tensor:
+    """Resize an image (H, W, 3) uint8 for training, to (size, size, 3) uint8.
 
-    Bilinear without antialias: the window's edges, to the nearest pixel, are the centres of the
-    first and the last pixel of the result.
+    Bilinear without antialias: the first and the last pixel of the result are those of the image,
+    as TensorFlow's `crop_and_resize` has it.
     """
-    left, top, right, bottom = np.rint(window * _reach(image.shape)).astype(int)
-    cut = torch.from_numpy(image[top : bottom + 1, left : right + 1])
-    # Permuted after the batch axis is there: torch then sees channels last and keeps it.
-    planes = cut.unsqueeze(0).permute(0, 3, 1, 2)
+    # Permuted after the batch axis is there, torch sees channels last and keeps it.
+    planes = torch.from_numpy(image).unsqueeze(0).permute(0, 3, 1, 2)
     resized = F.interpolate(planes, (size, size), mode="bilinear", align_corners=True)
     return resized.permute(0, 2, 3, 1).squeeze(0).contiguous()
 
 
-def _reach(shape: tuple[int, ...]) -> np.ndarray:
-    """From the first to the last pixel's centre, for each of left, top, right, bottom."""
-    height, width = shape[:2]
-    return np.maximum([width - 1, height - 1, width - 1, height - 1], 1)
-
-
 def prepare_image(image: np.ndarray, recipe: Recipe) -> Tensor:
-    """The evaluation input (3, 300, 300) float32 of an image (H, W, 3) uint8 RGB."""
-    return normalise(resize(image, recipe.image_size).unsqueeze(0), recipe).squeeze(0)
+    """Return the evaluation input (3, 300, 300) float32 of an image (H, W, 3) uint8 RGB."""
+    resized = resize(image, recipe.image_size)
+    return normalise(resized.unsqueeze(0), recipe).squeeze(0)
 
 
 def crop_window(
-    boxes_ltrb: np.ndarray, shape: tuple[int, ...], recipe: Recipe, rng: np.random.Generator
-) -> np.ndarray:
-    """A random window (left, top, right, bottom) float32, normalised; the whole image at times.
+    boxes_xyxy: np.ndarray, image_shape: tuple[int, ...], recipe: Recipe, rng: np.random.Generator
+) -> np.ndarray | None:
+    """Draw a window to crop, (4,) float32 normalised xyxy, or None for the whole image.
 
-    Its edges lie on centres of pixels of the image, of which `shape` is height, width.
-    Every box must overlap the window by more than the drawn IoU, and at least one centre lie in
-    it. Of a try's `crop_windows` the last such one is taken; a try without one is followed by
-    another, and each may be the whole image instead.
+    `boxes_xyxy` (n, 4) normalised; `image_shape` begins with height, width. Each attempt either
+    takes the whole image or draws a limit and several windows, of which it takes the last one that
+    every box overlaps by an IoU above the limit and that contains the centre of a box. Where there
+    is no such window, another attempt follows (SSD paper section 2.2, TensorFlow's form).
     """
-    tries = rng.geometric(recipe.whole_probability) - 1  # before the one that takes the whole
-    if not tries:
-        return WHOLE
-    limits = np.array(recipe.crop_ious)[rng.integers(len(recipe.crop_ious), size=tries)]
-    size = rng.uniform(*recipe.crop_scale, (2, tries * recipe.crop_windows))
-    low = rng.random(size.shape) * (1 - size)
-    reach = _reach(shape)[:2].reshape(2, 1)
-    low, high = np.rint(low * reach) / reach, np.rint((low + size) * reach) / reach
+    while rng.random() >= recipe.uncropped_probability:
+        min_iou = recipe.crop_ious[rng.integers(len(recipe.crop_ious))]
+        windows = draw_windows(image_shape, recipe, rng)
+        overlapping = (pairwise_iou(windows, boxes_xyxy) > min_iou).all(axis=1)
+        usable = overlapping & contains_center(windows, boxes_xyxy).any(axis=1)
+        if usable.any():
+            last = np.flatnonzero(usable)[-1]
+            return windows[last].astype(np.float32)
+    return None
 
-    # What is quick to see first: the shape, then that every box reaches into the window.
-    box_low, box_high = boxes_ltrb.T.reshape(2, 2, -1, 1)  # (x and y, boxes, 1)
+
+def draw_windows(
+    image_shape: tuple[int, ...], recipe: Recipe, rng: np.random.Generator
+) -> np.ndarray:
+    """Draw windows (w, 4) float64 normalised xyxy, at most `crop_windows`.
+
+    Those of an aspect ratio that the recipe excludes are left out. The edges of the others are
+    moved to the nearest centres of pixels.
+    """
+    sizes = rng.uniform(*recipe.crop_scale, (recipe.crop_windows, 2))
+    top_left = rng.random(sizes.shape) * (1 - sizes)
+    windows = np.concatenate([top_left, top_left + sizes], axis=1)
     narrowest, widest = recipe.crop_ratio
-    fit = (size[0] > narrowest * size[1]) & (size[0] < widest * size[1])
-    x, y = (low < box_high.min(axis=1)) & (high > box_low.max(axis=1))
-    fit = np.flatnonzero(fit & x & y)
-    low, high, attempt = low[:, None, fit], high[:, None, fit], fit // recipe.crop_windows
-    overlap = _area(np.maximum(low, box_low), np.minimum(high, box_high))
-    union = _area(low, high) + _area(box_low, box_high) - overlap
-    fit = np.flatnonzero((overlap > limits[attempt] * union).all(axis=0))  # IoU, no division
-    low, high, attempt = low[..., fit], high[..., fit], attempt[fit]
-    center = (box_low + box_high) / 2
-    x, y = (low < center) & (center < high)
-    fit = (x & y).any(axis=0)
-    if not fit.any():
-        return WHOLE
-    last = np.flatnonzero(fit & (attempt == attempt[fit][0]))[-1]
-    return np.concatenate([low[:, 0, last], high[:, 0, last]]).astype(np.float32)
+    ratios = sizes[:, 0] / sizes[:, 1]
+    windows = windows[(ratios > narrowest) & (ratios < widest)]
+    last_pixel = last_pixel_xyxy(image_shape)
+    return np.rint(windows * last_pixel) / last_pixel
 
 
-def _area(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    width, height = high - low
-    return width * height
+def last_pixel_xyxy(image_shape: tuple[int, ...]) -> np.ndarray:
+    """Return the pixel coordinates that 1 stands for in each coordinate of a window, at least 1."""
+    height, width = image_shape[:2]
+    return np.maximum([width - 1, height - 1, width - 1, height - 1], 1)
 
 
-def crop_boxes(boxes_ltrb: np.ndarray, window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes (n, 4) float32 relative to a window, and which of all (m,) they are: those whose centre
-    lies inside, clipped."""
-    low, high = window[:2], window[2:]
-    centers = (boxes_ltrb[:, :2] + boxes_ltrb[:, 2:]) / 2
-    inside = ((centers > low) & (centers < high)).all(axis=1)
-    corners = boxes_ltrb[inside].reshape(-1, 2, 2).clip(low, high)
-    return ((corners - low) / (high - low)).reshape(-1, 4).astype(np.float32), inside
+def pairwise_iou(windows_xyxy: np.ndarray, boxes_xyxy: np.ndarray) -> np.ndarray:
+    """Return the IoU (w, n) of windows (w, 4) with boxes (n, 4)."""
+    left, top, right, bottom = windows_xyxy.T[..., np.newaxis]
+    box_left, box_top, box_right, box_bottom = boxes_xyxy.T
+    width = np.minimum(right, box_right) - np.maximum(left, box_left)
+    height = np.minimum(bottom, box_bottom) - np.maximum(top, box_top)
+    intersection = np.maximum(width, 0) * np.maximum(height, 0)
+    window_area = (right - left) * (bottom - top)
+    box_area = (box_right - box_left) * (box_bottom - box_top)
+    union = window_area + box_area - intersection
+    return intersection / np.maximum(union, MIN_AREA)
 
 
-class _Records(Dataset):
-    """What training and evaluation share: records, classes by category id."""
+def contains_center(windows_xyxy: np.ndarray, boxes_xyxy: np.ndarray) -> np.ndarray:
+    """Return (w, n) bool: whether a window (w, 4) has the centre of a box (n, 4) inside."""
+    left, top, right, bottom = windows_xyxy.T[..., np.newaxis]
+    box_left, box_top, box_right, box_bottom = boxes_xyxy.T
+    center_x = (box_left + box_right) / 2
+    center_y = (box_top + box_bottom) / 2
+    inside_x = (center_x > left) & (center_x < right)
+    inside_y = (center_y > top) & (center_y < bottom)
+    return inside_x & inside_y
 
-    def __init__(self, records: RecordIndex, recipe: Recipe):
-        self.records, self.recipe = records, recipe
-        self.label_of = {category: k for k, category in enumerate(records.category_ids)}
+
+def crop_image(image: np.ndarray, window_xyxy: np.ndarray) -> np.ndarray:
+    """Cut an image (H, W, 3) to a window, normalised xyxy, the pixels at its edges included."""
+    pixels = np.rint(window_xyxy * last_pixel_xyxy(image.shape)).astype(int)
+    left, top, right, bottom = pixels
+    return image[top : bottom + 1, left : right + 1]
+
+
+def crop_boxes(boxes_xyxy: np.ndarray, window_xyxy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Keep the boxes (n, 4) with their centre in a window, clipped to it and relative to it.
+
+    Return them, (k, 4) float32, and the mask (n,) bool that selects them.
+    """
+    inside = contains_center(window_xyxy[np.newaxis], boxes_xyxy)[0]
+    top_left = window_xyxy[:2]
+    bottom_right = window_xyxy[2:]
+    corners = boxes_xyxy[inside].reshape(-1, 2, 2).clip(top_left, bottom_right)
+    corners = (corners - top_left) / (bottom_right - top_left)
+    return corners.reshape(-1, 4).astype(np.float32), inside
+
+
+def draw_jitter(recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
+    """Draw the colour jitter (4,) of an image, as in a Batch."""
+    largest = (recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
+    return np.array(NO_JITTER) + rng.uniform(-1, 1, 4) * largest
+
+
+class TrainingSet(Dataset):
+    """`dataset[epoch, position, record]` is a sample, the fields of a Batch without N."""
+
+    def __init__(self, records: RecordIndex, recipe: Recipe, seed: int):
+        self.records = records
+        self.recipe = recipe
+        self.seed = seed
+        self.max_boxes = records.max_boxes()
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def image(self, found: AnnotatedImage, where: str) -> EncodedImage:
-        return EncodedImage(found.encoded, where, REMEDY)
-
-
-class TrainingSet(_Records):
-    """`dataset[epoch, position, record]` is a sample, the fields of a Batch without N."""
-
-    def __init__(self, records: RecordIndex, recipe: Recipe, seed: int):
-        super().__init__(records, recipe)
-        self.seed, self.slots = seed, records.max_boxes()
-
     def __getitem__(self, key: tuple[int, int, int]) -> Batch:
         epoch, position, record = key
-        recipe, where = self.recipe, self.records.where(record)
-        found = self.records.read(record)
-        image, boxes = self.image(found, where), found.boxes_ltrb
-        labels = self.labels(found.category_ids, where)
+        annotated = self.records.read(record)
+        boxes = annotated.boxes_xyxy
+        labels = self.records.labels(annotated, record)
+        image = decode_image(annotated.encoded, self.records.where(record), REMEDY)
+
         rng = np.random.default_rng((self.seed, epoch, position))
-        window, flip, jitter = WHOLE, False, np.array([0, 1, 1, 0])
-        if recipe.augment:
-            window = crop_window(boxes, image.shape, recipe, rng)
-            flip = rng.random() < recipe.flip_probability
-            spans = (recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
-            jitter = jitter + rng.uniform(-1, 1, 4) * spans
-            if window is not WHOLE:
+        flip = False
+        jitter = np.array(NO_JITTER)
+        if self.recipe.augment:
+            window = crop_window(boxes, image.shape, self.recipe, rng)
+            if window is not None:
+                image = crop_image(image, window)
                 boxes, inside = crop_boxes(boxes, window)
                 labels = labels[inside]
-        padded_boxes = np.zeros((self.slots, 4), np.float32)
-        padded_labels = np.zeros(self.slots, np.int64)
+            flip = rng.random() < self.recipe.flip_probability
+            jitter = draw_jitter(self.recipe, rng)
+
+        padded_boxes = np.zeros((self.max_boxes, 4), np.float32)
         padded_boxes[: len(boxes)] = boxes
+        padded_labels = np.zeros(self.max_boxes, np.int64)
         padded_labels[: len(labels)] = labels
         return Batch(
-            crop_and_resize(image, window, recipe.image_size),
-            torch.from_numpy(padded_boxes),
-            torch.from_numpy(padded_labels),
-            torch.arange(self.slots) < len(boxes),
-            torch.tensor(flip),
-            torch.tensor(jitter, dtype=torch.float32),
-            torch.tensor(found.image_id),
+            images=resize_crop(image, self.recipe.image_size),
+            boxes=torch.from_numpy(padded_boxes),
+            labels=torch.from_numpy(padded_labels),
+            valid=torch.arange(self.max_boxes) < len(boxes),
+            flip=torch.tensor(flip),
+            jitter=torch.tensor(jitter, dtype=torch.float32),
+            image_ids=torch.tensor(annotated.image_id),
         )
 
-    def labels(self, category_ids: np.ndarray, where: str) -> np.ndarray:
-        """0-based classes. Raises UserError for a category that the recipe does not know."""
-        ids = category_ids.tolist()
-        if strange := set(ids) - self.label_of.keys():
-            raise UserError(f"{where}: category {min(strange)} is none of the recipe's")
-        return np.array([self.label_of[category] for category in ids], np.int64)
 
-
-class EvaluationSet(_Records):
+class EvaluationSet(Dataset):
     """Resized float32 images (H, W, 3) in 0..255, original (height, width) and image id."""
 
+    def __init__(self, records: RecordIndex, recipe: Recipe):
+        self.records = records
+        self.recipe = recipe
+
+    def __len__(self) -> int:
+        return len(self.records)
+
     def __getitem__(self, record: int) -> tuple[Tensor, Tensor, Tensor]:
-        where, found = self.records.where(record), self.records.read(record)
-        image = self.image(found, where)
+        annotated = self.records.read(record)
+        image = decode_image(annotated.encoded, self.records.where(record), REMEDY)
         size = torch.tensor(image.shape[:2])
-        return resize(image[:], self.recipe.image_size), size, torch.tensor(found.image_id)
+        image_id = torch.tensor(annotated.image_id)
+        return resize(image, self.recipe.image_size), size, image_id
 
 
 class TrainingOrder(Sampler):
-    """This rank's batches of (epoch, position, record), from any iteration to the run's last.
+    """This rank's batches of (epoch, position, record), from iteration `start` up to `end`.
 
-    The epochs' permutations follow one another without a gap: every record is seen once an epoch,
-    and a batch may end one epoch and begin the next. Rank r takes every world-size-th of them.
+    The permutations of the epochs follow one another without a gap: every record is seen once an
+    epoch, and a batch may end one epoch and begin the next. Rank r takes every world-size-th
+    element, from the r-th on.
     """
 
     def __init__(self, length: int, batch_size: int, ranks: Ranks, seed: int, start: int, end: int):
-        if not length:
+        if length == 0:
             raise UserError("no record has a box; check --training_file_pattern")
-        self.length, self.batch_size, self.ranks, self.seed = length, batch_size, ranks, seed
-        self.start, self.end = start, end
+        self.length = length
+        self.batch_size = batch_size
+        self.ranks = ranks
+        self.seed = seed
+        self.start = start
+        self.end = end
 
     def __len__(self) -> int:
         return self.end - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        step = self.batch_size * self.ranks.world_size
-        current, order = -1, []
+        world_size = self.ranks.world_size
+        global_batch_size = self.batch_size * world_size
+        order_epoch = None
         for iteration in range(self.start, self.end):
             batch = []
-            first = iteration * step + self.ranks.rank
-            for place in range(first, first + step, self.ranks.world_size):
-                epoch, position = divmod(place, self.length)
-                if epoch != current:
-                    current, order = epoch, epoch_order(self.length, self.seed, epoch, 1).tolist()
+            for index_in_batch in range(self.ranks.rank, global_batch_size, world_size):
+                index_in_run = iteration * global_batch_size + index_in_batch
+                epoch, position = divmod(index_in_run, self.length)
+                if epoch != order_epoch:
+                    order = epoch_order(self.length, self.seed, epoch, multiple=1).tolist()
+                    order_epoch = epoch
                 batch.append((epoch, position, order[position]))
             yield batch
 
@@ -272,13 +317,18 @@ def build_loader(
     end: int | None = None,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """The loader of this rank: training Batches of iterations `start` to `end` (default: of the
-    whole run), or every evaluation image of the rank once."""
+    """Return the loader of this rank.
+
+    For training it yields the Batches of iterations `start` up to `end` (by default that of a
+    complete run), else every evaluation image of the rank once.
+    """
     ranks = ranks or Ranks()
     options = loader_options(workers, pin_memory)
     if not training:
-        mine = records.subset(np.arange(ranks.rank, len(records), ranks.world_size))
-        return DataLoader(EvaluationSet(mine, recipe), recipe.eval_batch_size, **options)
-    end = recipe.total_steps(ranks.world_size) if end is None else end
+        of_this_rank = np.arange(ranks.rank, len(records), ranks.world_size)
+        images = EvaluationSet(records.subset(of_this_rank), recipe)
+        return DataLoader(images, recipe.eval_batch_size, **options)
+    if end is None:
+        end = recipe.total_steps(ranks.world_size)
     order = TrainingOrder(len(records), recipe.batch_size, ranks, seed, start, end)
     return DataLoader(TrainingSet(records, recipe, seed), batch_sampler=order, **options)

@@ -1,97 +1,135 @@
-"""Place, image id and number of boxes of every record of a set of shards: read once, at the start.
+"""Position, image id and number of boxes of every record of a set of files, read at the start.
 
-Headers are verified; images are skipped over, their pages stay unread. So an epoch can be shuffled
-as a whole, shared out evenly over any number of ranks whatever the number of files, and taken up at
-any record. Contents are verified when they are read.
+With it an epoch can be shuffled as a whole, shared evenly by any number of ranks whatever the
+number of files, and resumed at any record. Checksums of contents are verified when a record is
+used.
 """
 
-import mmap
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
+from common.arithmetic import round_up
 from common.coco.index import COCO_CLASSES
 from common.errors import UserError
 from ssd_resnet34.tfrecord.config import COCO_CATEGORY_IDS
 from ssd_resnet34.tfrecord.example import (
+    CATEGORY,
     AnnotatedImage,
     annotated_image,
     decode,
-    image_apart,
     image_id,
     values,
 )
-from ssd_resnet34.tfrecord.records import HEADER, Span, match_files, read_record, read_spans
-
-CATEGORY = "image/object/class/label"
+from ssd_resnet34.tfrecord.records import Span, describe, match_files, read_record, read_spans
 
 
 @dataclass(frozen=True, eq=False)
 class RecordIndex:
-    """R records in the order of sorted files; flat arrays, which forked workers share."""
+    """R records in the order of the sorted files.
 
-    files: np.ndarray  # (F,) 'U'
-    file: np.ndarray  # (R,) int32 position in files
+    Flat arrays only: a forked worker reads them without touching a reference count, so the memory
+    stays shared.
+    """
+
+    files: np.ndarray  # (F,) str
+    file_of_record: np.ndarray  # (R,) int32 index in files
     spans: np.ndarray  # (R, 2) int64 offset of the header, length of the payload
     image_ids: np.ndarray  # (R,) int64; -1 where the record has none
-    boxes: np.ndarray  # (R,) int64 number of boxes
+    num_boxes: np.ndarray  # (R,) int64
     category_ids: tuple[int, ...]  # of each class
 
     def __len__(self) -> int:
-        return len(self.file)
+        return len(self.file_of_record)
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """COCO's, else the category ids."""
+        """COCO's names for COCO's category ids, else the ids."""
         if self.category_ids == COCO_CATEGORY_IDS:
             return COCO_CLASSES
-        return tuple(map(str, self.category_ids))
+        return tuple(str(category_id) for category_id in self.category_ids)
 
-    def read(self, i: int) -> AnnotatedImage:
-        """Record `i`, verified. Raises UserError for a damaged one."""
-        return annotated_image(read_record(self.path(i), Span(*self.spans[i])), self.where(i))
+    def read(self, record: int) -> AnnotatedImage:
+        """Read a record and verify its checksum. Raise UserError for a damaged one."""
+        span = Span(*self.spans[record])
+        payload = read_record(self.path(record), span)
+        return annotated_image(payload, self.where(record))
 
-    def path(self, i: int) -> str:
-        return str(self.files[self.file[i]])
+    def path(self, record: int) -> str:
+        return str(self.files[self.file_of_record[record]])
 
-    def where(self, i: int) -> str:
-        """File and place of a record, as error messages begin."""
-        return f"{self.path(i)}: record at byte {self.spans[i][0]}"
+    def where(self, record: int) -> str:
+        """Return the file and the position of a record, as error messages begin."""
+        offset = self.spans[record, 0]
+        return describe(self.path(record), offset)
+
+    def labels(self, image: AnnotatedImage, record: int) -> np.ndarray:
+        """Return the 0-based classes (n,) int64 of a record's boxes.
+
+        Raise UserError for a category that the recipe does not know.
+        """
+        labels = []
+        for category_id in image.category_ids.tolist():
+            if category_id not in self.category_ids:
+                raise UserError(
+                    f"{self.where(record)}: category {category_id} is none of the recipe's"
+                )
+            labels.append(self.category_ids.index(category_id))
+        return np.array(labels, np.int64)
 
     def subset(self, keep: np.ndarray) -> "RecordIndex":
-        """The records that `keep` (boolean mask or positions) names."""
-        columns = ("file", "spans", "image_ids", "boxes")
-        return replace(self, **{key: getattr(self, key)[keep] for key in columns})
+        """Return the records that `keep` (boolean mask or indices) selects."""
+        return replace(
+            self,
+            file_of_record=self.file_of_record[keep],
+            spans=self.spans[keep],
+            image_ids=self.image_ids[keep],
+            num_boxes=self.num_boxes[keep],
+        )
 
     def max_boxes(self) -> int:
-        """The largest number of boxes of one record, rounded up to a positive 16."""
-        return max(16, -(-int(self.boxes.max(initial=0)) // 16) * 16)
+        """Return the largest number of boxes of one record, rounded up to a positive 16."""
+        return round_up(int(self.num_boxes.max(initial=1)), 16)
 
 
 def read_index(
     pattern: str, flag: str, category_ids: tuple[int, ...] = COCO_CATEGORY_IDS
 ) -> RecordIndex:
-    """The records of the files that a pattern matches. Raises UserError where there is none."""
+    """Return the index of the files that a glob pattern matches.
+
+    Raise UserError where there is no record; it names the flag that the pattern came from.
+    """
     files = match_files(pattern, flag)
-    found = [[(number, *entry) for entry in _entries(path)] for number, path in enumerate(files)]
-    table = np.array([row for rows in found for row in rows], np.int64).reshape(-1, 5)
-    if not len(table):
+    file_of_record = []
+    entries = []
+    for number, path in enumerate(files):
+        file_entries = _read_entries(path)
+        entries.extend(file_entries)
+        file_of_record.extend([number] * len(file_entries))
+    if not entries:
         raise UserError(f"{flag}={pattern}: all {len(files)} files are empty; convert them again")
-    file, spans, ids, boxes = table[:, 0], table[:, 1:3], table[:, 3], table[:, 4]
-    return RecordIndex(np.array(files), file.astype(np.int32), spans, ids, boxes, category_ids)
+    return RecordIndex(
+        files=np.array(files),
+        file_of_record=np.array(file_of_record, np.int32),
+        spans=np.array([entry.span for entry in entries], np.int64),
+        image_ids=np.array([entry.image_id for entry in entries], np.int64),
+        num_boxes=np.array([entry.num_boxes for entry in entries], np.int64),
+        category_ids=category_ids,
+    )
 
 
-def _entries(path: str) -> Iterator[tuple[int, int, int, int]]:
-    """Offset, length, image id and number of boxes of every record of a file."""
-    spans = list(read_spans(path))
-    if not spans:
-        return
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        for span in spans:
-            start = span.offset + HEADER.size
-            end = start + span.length
-            where = f"{path}: record at byte {span.offset}"
-            apart = image_apart(content, start, end)
-            features = apart[0] if apart else decode(content[start:end], where)
-            yield *span, image_id(features, where), len(values(features, CATEGORY, int, where))
+class _Entry(NamedTuple):
+    span: Span
+    image_id: int
+    num_boxes: int
+
+
+def _read_entries(path: str) -> list[_Entry]:
+    entries = []
+    for span in read_spans(path):
+        where = describe(path, span.offset)
+        features = decode(read_record(path, span, verify=False), where)
+        num_boxes = len(values(features, CATEGORY, int, where))
+        entries.append(_Entry(span, image_id(features, where), num_boxes))
+    return entries

@@ -2,8 +2,8 @@
 """Start a process for every rank of this host: `bash exec_main.sh RANK SIZE FOLDER FLAGS...`.
 
 RANK_TABLE_FILE names the rank table; without one there is a single rank. Rank r runs in
-training/D<r> of the current folder, its output goes to train_<r>.log there. Ends when all have
-ended, with a status other than 0 if one of theirs is. From the environment, too:
+training/D<r> of the current folder, its output goes to train_<r>.log there. The program ends when
+all ranks have ended, with a status other than 0 if one of theirs is. It also reads:
 
     MASTER_ADDR, MASTER_PORT   where rank 0 is reached, instead of the table's host and a free port
     SERVER_ID                  this host's name in a table of several hosts, where it is no address
@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,54 +32,86 @@ from common.files import write_atomically
 from common.npu import entry
 from ssd_resnet34.tfrecord.rank_table import RankTable, read_rank_table
 
-MODEL = Path(__file__).resolve().parents[1]
-GRACE = 60  # seconds that the others have to end after a rank that failed
-SEVERAL_HOSTS_PORT = 23333  # which all of them must know
+MODEL_FOLDER = Path(__file__).resolve().parents[1]
+SECONDS_TO_END = 60  # for the other ranks after one has failed
+SECONDS_BETWEEN_CHECKS = 0.1
+PORT_OF_SEVERAL_HOSTS = 23333  # all of them must know it
 
 
 def main() -> int:
-    training = Path("training").absolute()
-    file = os.environ.pop("RANK_TABLE_FILE", "")
-    environments, size = {0: {}}, 1
-    if file:
-        table = read_rank_table(_resolved(file, training))
-        environments, size = rank_environments(table, os.environ, training), len(table.devices)
-    signals = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: signals.append(number))
-    ranks = {rank: _start(rank, size, training, own) for rank, own in environments.items()}
-    _wait(list(ranks.values()), signals)
-    for line in dict.fromkeys(
-        _last_line(training, rank) for rank, process in ranks.items() if process.returncode
-    ):
-        print(line, file=sys.stderr)
-    return max(abs(process.returncode) for process in ranks.values())
+    training_folder = Path("training").absolute()
+    environments = {0: {}}
+    world_size = 1
+    table_file = os.environ.pop("RANK_TABLE_FILE", "")
+    if table_file:
+        table = read_rank_table(find_table(table_file, training_folder))
+        environments = rank_environments(table, os.environ, training_folder)
+        world_size = len(table.devices)
+    signals = receive_signals()
+    processes = {}
+    for rank, environment in environments.items():
+        processes[rank] = start_rank(rank, world_size, training_folder, environment, sys.argv[1:])
+    wait_for_all(list(processes.values()), signals)
+    failed_ranks = [rank for rank, process in processes.items() if process.returncode != 0]
+    print_last_lines(failed_ranks, training_folder)
+    return max(abs(process.returncode) for process in processes.values())
 
 
-def rank_environments(table: RankTable, given: dict, training: Path) -> dict[int, dict[str, str]]:
-    """By rank of this host, what torch.distributed and HCCL read. Raises UserError where the table
-    has several hosts and none of them is clearly this one."""
-    servers = list(dict.fromkeys(device.server for device in table.devices))
-    server = given.get("SERVER_ID") or _this_host(servers)
-    if server not in servers:
-        raise UserError(f"SERVER_ID={server} is none of the rank table's: {', '.join(servers)}")
-    shared = {"MASTER_PORT": str(_free_port() if len(servers) == 1 else SEVERAL_HOSTS_PORT)}
-    shared |= {name: given[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in given}
-    if given.get("HCCL_RANK_TABLE", "0") != "0":
-        shared["RANK_TABLE_FILE"] = str(training / "rank_table.json")
-        write_atomically(training / "rank_table.json", table.version_form().encode())
-    mine = (device.rank for device in table.devices if device.server == server)
-    return {rank: table.environment(rank) | shared for rank in mine}
+def find_table(file: str, training_folder: Path) -> Path:
+    """Return the path of the rank table.
+
+    A user's path is relative to the current folder, that of the old scripts to where a rank runs.
+    """
+    path = Path(file)
+    path_from_rank = (training_folder / "D0" / file).resolve()
+    if not path.exists() and path_from_rank.exists():
+        return path_from_rank
+    return path
 
 
-def _this_host(servers: list[str]) -> str:
-    local = [server for server in servers if len(servers) == 1 or _is_local(server)]
-    if len(local) != 1:
-        raise UserError(f"which of {', '.join(servers)} is this host? SERVER_ID=... says it")
-    return local[0]
+def rank_environments(
+    table: RankTable, environment: Mapping[str, str], training_folder: Path
+) -> dict[int, dict[str, str]]:
+    """Return, for each rank of this host, the variables that torch.distributed and HCCL read.
+
+    `environment` holds what the user has set. Raise UserError where the table has several hosts and
+    none of them is clearly this one.
+    """
+    server = find_this_host(table, environment)
+    shared = {}
+    if len(table.servers) == 1:
+        shared["MASTER_PORT"] = str(free_port())
+    else:
+        shared["MASTER_PORT"] = str(PORT_OF_SEVERAL_HOSTS)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name in environment:
+            shared[name] = environment[name]
+    if environment.get("HCCL_RANK_TABLE", "0") != "0":
+        file = training_folder / "rank_table.json"
+        write_atomically(file, table.to_version_1().encode())
+        shared["RANK_TABLE_FILE"] = str(file)
+    environments = {}
+    for device in table.devices_of(server):
+        environments[device.rank] = table.environment(device.rank) | shared
+    return environments
 
 
-def _is_local(server: str) -> bool:
+def find_this_host(table: RankTable, environment: Mapping[str, str]) -> str:
+    names = ", ".join(table.servers)
+    if environment.get("SERVER_ID"):
+        server = environment["SERVER_ID"]
+        if server not in table.servers:
+            raise UserError(f"SERVER_ID={server} is none of the rank table's: {names}")
+        return server
+    if len(table.servers) == 1:
+        return table.servers[0]
+    local_servers = [server for server in table.servers if is_local(server)]
+    if len(local_servers) != 1:
+        raise UserError(f"which of {names} is this host? SERVER_ID=... says it")
+    return local_servers[0]
+
+
+def is_local(server: str) -> bool:
     try:
         with socket.socket() as probe:
             probe.bind((server, 0))
@@ -87,32 +120,47 @@ def _is_local(server: str) -> bool:
     return True
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
 
 
-def _resolved(file: str, training: Path) -> Path:
-    """The old scripts' path is relative to where a rank runs, a user's to the current folder."""
-    from_rank = (training / "D0" / file).resolve()
-    return from_rank if from_rank.exists() and not Path(file).exists() else Path(file)
+def receive_signals() -> list[int]:
+    """Let SIGTERM and SIGINT no longer end this program; return the list that collects them."""
+    received = []
+
+    def receive(number: int, frame: object) -> None:
+        received.append(number)
+
+    signal.signal(signal.SIGTERM, receive)
+    signal.signal(signal.SIGINT, receive)
+    return received
 
 
-def _log(training: Path, rank: int) -> Path:
-    return training / f"D{rank}" / f"train_{rank}.log"
+def log_file(training_folder: Path, rank: int) -> Path:
+    return training_folder / f"D{rank}" / f"train_{rank}.log"
 
 
-def _start(rank: int, size: int, training: Path, environment: dict) -> subprocess.Popen:
-    """The process of a rank, in a session of its own: only this program passes signals on to it."""
-    log = _log(training, rank)
-    print(f"rank {rank} of {size}: {log}", flush=True)
+def start_rank(
+    rank: int,
+    world_size: int,
+    training_folder: Path,
+    environment: dict[str, str],
+    program_flags: list[str],
+) -> subprocess.Popen:
+    """Start the process of a rank in its own session, so that only this program signals it."""
+    log = log_file(training_folder, rank)
+    print(f"rank {rank} of {world_size}: {log}", flush=True)
     log.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(MODEL / "exec_main.sh", log.parent)
-    flags = [f"--device_id={environment['DEVICE_ID']}"] if environment else []
+    shutil.copy(MODEL_FOLDER / "exec_main.sh", log.parent)
+    command = ["bash", "exec_main.sh", str(rank), str(world_size), str(MODEL_FOLDER)]
+    if environment:
+        command.append(f"--device_id={environment['DEVICE_ID']}")
+    command += program_flags
     with log.open("wb") as output:
         return subprocess.Popen(
-            ["bash", "exec_main.sh", str(rank), str(size), str(MODEL), *flags, *sys.argv[1:]],
+            command,
             cwd=log.parent,
             env={**os.environ, **environment, "PYTHON": sys.executable},
             stdout=output,
@@ -121,31 +169,43 @@ def _start(rank: int, size: int, training: Path, environment: dict) -> subproces
         )
 
 
-def _wait(processes: list[subprocess.Popen], signals: list[int]) -> None:
-    """Until all have ended; signals are passed on, and a rank's failure ends the others."""
-    passed, failed_at = 0, None
+def wait_for_all(processes: list[subprocess.Popen], signals: list[int]) -> None:
+    """Wait until all processes have ended.
+
+    Signals are passed on as they arrive. Where a rank fails, the others are killed after a minute.
+    """
+    passed_on = 0
+    failure_time = None
     while any(process.poll() is None for process in processes):
-        for number in signals[passed:]:
-            _send(processes, number)
-        passed = len(signals)
-        if failed_at is None and any(process.returncode for process in processes):
-            failed_at = time.monotonic()
-        if failed_at is not None and time.monotonic() > failed_at + GRACE:
-            _send(processes, signal.SIGKILL)
-        time.sleep(0.1)
+        while passed_on < len(signals):
+            send_to_all(processes, signals[passed_on])
+            passed_on += 1
+        if failure_time is None and any(process.returncode for process in processes):
+            failure_time = time.monotonic()
+        if failure_time is not None and time.monotonic() > failure_time + SECONDS_TO_END:
+            send_to_all(processes, signal.SIGKILL)
+        time.sleep(SECONDS_BETWEEN_CHECKS)
 
 
-def _send(processes: list[subprocess.Popen], number: int) -> None:
+def send_to_all(processes: list[subprocess.Popen], number: int) -> None:
     for process in processes:
         if process.poll() is None:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
 
 
-def _last_line(training: Path, rank: int) -> str:
-    """What a rank said last, the same for all ranks that tell the same."""
-    lines = _log(training, rank).read_text(errors="replace").strip().splitlines()
-    return re.sub(r"^error \(rank \d+\)", "error", lines[-1] if lines else f"rank {rank} failed")
+def print_last_lines(failed_ranks: list[int], training_folder: Path) -> None:
+    """Print the last line of each failed rank's log; ranks that say the same print it once."""
+    printed = set()
+    for rank in failed_ranks:
+        text = log_file(training_folder, rank).read_text(errors="replace").strip()
+        last_line = f"rank {rank} failed"
+        if text:
+            last_line = text.splitlines()[-1]
+        line = re.sub(r"^error \(rank \d+\)", "error", last_line)
+        if line not in printed:
+            print(line, file=sys.stderr)
+            printed.add(line)
 
 
 if __name__ == "__main__":

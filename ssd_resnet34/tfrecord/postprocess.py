@@ -1,4 +1,4 @@
-"""Raw outputs to detections of the TFRecord recipe: softmax, decoding, NMS per class."""
+"""From raw outputs to detections: softmax, decoding, the port's repairs, NMS for each class."""
 
 import functools
 import math
@@ -8,60 +8,78 @@ import torch
 from torch import Tensor
 
 from common.coco.nms import class_nms
+from common.npu.device import in_host_memory
 from ssd_resnet34.postprocess import Detections, dense_candidates, sparse_candidates
 from ssd_resnet34.tfrecord.anchors import decode, make_anchors
 from ssd_resnet34.tfrecord.config import Recipe
 
-SMALLEST = 1e-5  # of the image's side: what the port makes of a side below 0, and of no extent
-
-
-@torch.no_grad()
-def decode_outputs(
-    outputs: tuple[Tensor, Tensor], anchors: Tensor, recipe: Recipe
-) -> tuple[Tensor, Tensor]:
-    """Boxes (N, P, 4) normalised ltrb and probabilities (N, classes, P), background left out."""
-    codes, logits = (output.float() for output in outputs)
-    boxes = decode(codes.transpose(1, 2), anchors, recipe)
-    return boxes, logits.softmax(dim=1)[:, 1:]
-
-
-@functools.cache
-def _anchors(recipe: Recipe, device: torch.device) -> Tensor:
-    return make_anchors(recipe).to(device)
+SMALLEST = 1e-5  # of the image's side: the port's value for coordinates below 0 and empty sides
 
 
 @torch.no_grad()
 def detect(outputs: tuple[Tensor, Tensor], sizes: Tensor, recipe: Recipe) -> list[Detections]:
-    """Detections of N images; `sizes` (N, 2) are the original (height, width) in pixels.
+    """Return the detections of N images, whose original (height, width) in pixels `sizes` holds.
 
-    Per class the `max_per_class` best scores above `score_threshold` enter greedy NMS in
-    normalised coordinates, in fp32; of what survives, the `max_detections` best are returned.
+    In each class the `max_per_class` best scores above `score_threshold` enter greedy NMS, in
+    normalised coordinates and fp32. Of its survivors the `max_detections` best of an image count.
     """
-    anchors = _anchors(recipe, outputs[0].device)
+    anchors = anchors_on(outputs[0].device, recipe)
     boxes, scores = decode_outputs(outputs, anchors, recipe)
     if recipe.clamp_boxes:
-        boxes = _clamped(boxes)
-    candidates = sparse_candidates if scores.device.type == "cpu" else dense_candidates
-    # The shared NMS drops what overlaps by more: here by as much already.
+        boxes = clamp_boxes(boxes)
+    if in_host_memory(scores.device):
+        candidates_of_images = sparse_candidates(boxes, scores, recipe)
+    else:
+        candidates_of_images = dense_candidates(boxes, scores, recipe)
+
+    # class_nms drops a box whose IoU is greater than its threshold; here equality is enough.
     nms_iou = math.nextafter(recipe.nms_iou, 0)
-    found = []
-    for size, image in zip(sizes.tolist(), candidates(boxes, scores, recipe), strict=True):
-        image_boxes, image_scores, image_labels = image
-        keep = class_nms(image_boxes, image_scores, image_labels, nms_iou, recipe.max_detections)
-        height, width = size
-        scale = np.array([width, height, width, height], np.float32)
-        found.append(
-            Detections(
-                torch.from_numpy(image_boxes[keep] * scale),
-                torch.from_numpy(image_scores[keep]),
-                torch.from_numpy(image_labels[keep]),
-            )
+    detections = []
+    for candidates, (height, width) in zip(candidates_of_images, sizes.tolist(), strict=True):
+        keep = class_nms(
+            candidates.boxes,
+            candidates.scores,
+            candidates.labels,
+            nms_iou,
+            recipe.max_detections,
         )
-    return found
+        pixels = np.array([width, height, width, height], dtype=np.float32)
+        of_image = Detections(
+            boxes=torch.from_numpy(candidates.boxes[keep] * pixels),
+            scores=torch.from_numpy(candidates.scores[keep]),
+            labels=torch.from_numpy(candidates.labels[keep]),
+        )
+        detections.append(of_image)
+    return detections
 
 
-def _clamped(boxes: Tensor) -> Tensor:
-    """The port's repair: no side below 0, no box without extent; above 1 is left alone."""
-    boxes = torch.where(boxes < 0, SMALLEST, boxes)
-    low, high = boxes[..., :2], boxes[..., 2:]
-    return torch.cat([low, torch.where(high <= low, low + SMALLEST, high)], dim=-1)
+@functools.cache
+def anchors_on(device: torch.device, recipe: Recipe) -> Tensor:
+    """Return the anchors (P, 4) xyxy on a device, where they stay for the next call."""
+    return make_anchors(recipe).to(device)
+
+
+@torch.no_grad()
+def decode_outputs(
+    outputs: tuple[Tensor, Tensor], anchors_xyxy: Tensor, recipe: Recipe
+) -> tuple[Tensor, Tensor]:
+    """Return boxes (N, P, 4) normalised xyxy and scores (N, classes, P), both fp32.
+
+    Scores are probabilities; that of background is left out. `anchors_xyxy` are (P, 4).
+    """
+    deltas, logits = outputs
+    boxes = decode(deltas.float().transpose(1, 2), anchors_xyxy, recipe)
+    probabilities = logits.float().softmax(dim=1)
+    return boxes, probabilities[:, 1:]
+
+
+def clamp_boxes(boxes_xyxy: Tensor) -> Tensor:
+    """Repair boxes (..., 4), normalised, as the port does.
+
+    No coordinate is below 0 and no box is empty. Coordinates above 1 stay as they are.
+    """
+    boxes_xyxy = torch.where(boxes_xyxy < 0, SMALLEST, boxes_xyxy)
+    top_left = boxes_xyxy[..., :2]
+    bottom_right = boxes_xyxy[..., 2:]
+    bottom_right = torch.where(bottom_right <= top_left, top_left + SMALLEST, bottom_right)
+    return torch.cat([top_left, bottom_right], dim=-1)

@@ -1,17 +1,20 @@
 """Rank tables (HCCL's JSON) and the launch they describe.
 
-Two forms are read: `group_list` (older, one group with its instances) and version "1.0"
+Two layouts are read: `group_list` (the older one, a group with its instances) and version "1.0"
 (`server_list`). Every fault raises a UserError of one line.
 """
 
 import ipaddress
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
+
+LOCAL_HOST = "127.0.0.1"
+MAX_LISTED = 8  # values that a message lists
+MAX_DIGITS = 9  # of a number
 
 
 @dataclass(frozen=True)
@@ -28,51 +31,58 @@ class Device:
 class RankTable:
     devices: tuple[Device, ...]  # by rank
 
-    def environment(self, rank: int) -> dict[str, str]:
-        """What torch.distributed reads of a rank, and the number of its device as DEVICE_ID.
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """The hosts, in the order of their first ranks."""
+        return tuple(dict.fromkeys(device.server for device in self.devices))
 
-        MASTER_ADDR is this host where there is no other, else the host of rank 0.
+    def devices_of(self, server: str) -> list[Device]:
+        return [device for device in self.devices if device.server == server]
+
+    def environment(self, rank: int) -> dict[str, str]:
+        """Return what torch.distributed reads for a rank, and the number of its NPU as DEVICE_ID.
+
+        MASTER_ADDR is the local host where there is no other, else the host of rank 0.
         """
-        own = self.devices[rank]
-        neighbours = [device.rank for device in self.devices if device.server == own.server]
-        alone = len(neighbours) == len(self.devices)
+        device = self.devices[rank]
+        local_devices = self.devices_of(device.server)
+        master = self.devices[0].server
+        if len(self.servers) == 1:
+            master = LOCAL_HOST
         return {
             "RANK": str(rank),
             "WORLD_SIZE": str(len(self.devices)),
-            "LOCAL_RANK": str(neighbours.index(rank)),
-            "LOCAL_WORLD_SIZE": str(len(neighbours)),
-            "MASTER_ADDR": "127.0.0.1" if alone else self.devices[0].server,
-            "DEVICE_ID": str(own.device_id),
+            "LOCAL_RANK": str(local_devices.index(device)),
+            "LOCAL_WORLD_SIZE": str(len(local_devices)),
+            "MASTER_ADDR": master,
+            "DEVICE_ID": str(device.device_id),
         }
 
-    def version_form(self) -> str:
-        """The table as version "1.0", the form that HCCL takes on every device."""
-        servers = dict.fromkeys(device.server for device in self.devices)
+    def to_version_1(self) -> str:
+        """Return the table in version "1.0", the layout that HCCL reads on every NPU."""
+        server_list = []
+        for server in self.servers:
+            entries = []
+            for device in self.devices_of(server):
+                entries.append(
+                    {
+                        "device_id": str(device.device_id),
+                        "device_ip": device.device_ip,
+                        "rank_id": str(device.rank),
+                    }
+                )
+            server_list.append({"server_id": server, "device": entries})
         table = {
             "version": "1.0",
-            "server_count": str(len(servers)),
-            "server_list": [
-                {
-                    "server_id": server,
-                    "device": [
-                        {
-                            "device_id": str(device.device_id),
-                            "device_ip": device.device_ip,
-                            "rank_id": str(device.rank),
-                        }
-                        for device in self.devices
-                        if device.server == server
-                    ],
-                }
-                for server in servers
-            ],
+            "server_count": str(len(server_list)),
+            "server_list": server_list,
             "status": "completed",
         }
         return json.dumps(table, indent=4)
 
 
 def read_rank_table(path: str | Path) -> RankTable:
-    """The table of a file, checked. Raises UserError for one that cannot be used."""
+    """Read and check the table of a file. Raise UserError for one that cannot be used."""
     try:
         content = json.loads(Path(path).read_bytes())
     except OSError as error:
@@ -80,7 +90,7 @@ def read_rank_table(path: str | Path) -> RankTable:
     except (ValueError, RecursionError):
         raise UserError(f"{path}: not JSON; copy the rank table again") from None
     try:
-        return _checked(content)
+        return _parse_table(content)
     except _FaultError as fault:
         raise UserError(f"{path}: {fault}; correct the rank table") from None
 
@@ -89,100 +99,122 @@ class _FaultError(Exception):
     """What is wrong with a table."""
 
 
-def _checked(content: object) -> RankTable:
-    table = _object(content, "the table")
-    if table.get("status") != "completed":
-        raise _FaultError(f'status is {table.get("status")!r}, not "completed"')
+def _parse_table(content: object) -> RankTable:
+    table = _require_object(content, "the table")
+    status = table.get("status")
+    if status != "completed":
+        raise _FaultError(f'status is {status!r}, not "completed"')
     if "group_list" in table:
-        devices = list(_of_groups(table))
+        devices = _devices_of_groups(table)
     elif table.get("version") == "1.0":
-        devices = list(_of_servers(table))
+        devices = _devices_of_servers(table)
     else:
         raise _FaultError('has neither a group_list nor version "1.0"')
     if not devices:
         raise _FaultError("has no devices")
     devices.sort(key=lambda device: device.rank)
     ranks = [device.rank for device in devices]
-    _unique(ranks, "rank_id")
+    _require_unique(ranks, "rank_id")
     if ranks != list(range(len(ranks))):
-        raise _FaultError(f"rank ids are {_few(ranks)}, not 0 to {len(ranks) - 1}")
-    _unique([(device.server, device.device_id) for device in devices], "server_id and device_id")
-    _unique([device.device_ip for device in devices], "device_ip")
+        raise _FaultError(f"rank ids are {_listing(ranks)}, not 0 to {len(ranks) - 1}")
+    device_names = [(device.server, device.device_id) for device in devices]
+    _require_unique(device_names, "server_id and device_id")
+    _require_unique([device.device_ip for device in devices], "device_ip")
     return RankTable(tuple(devices))
 
 
-def _of_groups(table: dict) -> Iterator[Device]:
-    groups = _list(table, "group_list")
-    _count(table, "group_count", len(groups))
+def _devices_of_groups(table: dict) -> list[Device]:
+    groups = _list_of(table, "group_list")
+    _check_count(table, "group_count", len(groups))
+    devices = []
     for group in groups:
-        group = _object(group, "a group")
-        instances = [_object(one, "an instance") for one in _list(group, "instance_list")]
-        _count(group, "instance_count", len(instances))
-        _count(group, "device_num", sum(len(_list(one, "devices")) for one in instances))
-        _count(group, "server_num", len({_text(one, "server_id") for one in instances}))
-        for instance in instances:
-            if len(instance["devices"]) != 1:
-                raise _FaultError("an instance has not one device")
-            device = _object(instance["devices"][0], "a device")
-            yield _device(device, instance, _text(instance, "server_id"))
+        group = _require_object(group, "a group")
+        devices += _devices_of_group(group)
+    return devices
 
 
-def _of_servers(table: dict) -> Iterator[Device]:
-    servers = _list(table, "server_list")
-    _count(table, "server_count", len(servers))
+def _devices_of_group(group: dict) -> list[Device]:
+    instances = []
+    for instance in _list_of(group, "instance_list"):
+        instances.append(_require_object(instance, "an instance"))
+    num_devices = sum(len(_list_of(instance, "devices")) for instance in instances)
+    servers = {_text_of(instance, "server_id") for instance in instances}
+    _check_count(group, "instance_count", len(instances))
+    _check_count(group, "device_num", num_devices)
+    _check_count(group, "server_num", len(servers))
+    devices = []
+    for instance in instances:
+        if len(instance["devices"]) != 1:
+            raise _FaultError("an instance has not one device")
+        device = _require_object(instance["devices"][0], "a device")
+        rank = _number_of(instance, "rank_id")
+        devices.append(_parse_device(device, rank, _text_of(instance, "server_id")))
+    return devices
+
+
+def _devices_of_servers(table: dict) -> list[Device]:
+    servers = _list_of(table, "server_list")
+    _check_count(table, "server_count", len(servers))
+    devices = []
     for server in servers:
-        server = _object(server, "a server")
-        for device in _list(server, "device"):
-            device = _object(device, "a device")
-            yield _device(device, device, _text(server, "server_id"))
+        server = _require_object(server, "a server")
+        for device in _list_of(server, "device"):
+            device = _require_object(device, "a device")
+            rank = _number_of(device, "rank_id")
+            devices.append(_parse_device(device, rank, _text_of(server, "server_id")))
+    return devices
 
 
-def _device(device: dict, ranked: dict, server: str) -> Device:
-    ip = _text(device, "device_ip")
+def _parse_device(device: dict, rank: int, server: str) -> Device:
+    device_ip = _text_of(device, "device_ip")
     try:
-        ipaddress.ip_address(ip)
+        ipaddress.ip_address(device_ip)
     except ValueError:
-        raise _FaultError(f"device_ip {ip!r} is not an address") from None
-    return Device(_number(ranked, "rank_id"), server, _number(device, "device_id"), ip)
+        raise _FaultError(f"device_ip {device_ip!r} is not an address") from None
+    return Device(rank, server, _number_of(device, "device_id"), device_ip)
 
 
-def _object(value: object, what: str) -> dict:
+def _require_object(value: object, name: str) -> dict:
     if not isinstance(value, dict):
-        raise _FaultError(f"{what} is not an object")
+        raise _FaultError(f"{name} is not an object")
     return value
 
 
-def _list(parent: dict, key: str) -> list:
-    if not isinstance(parent.get(key), list):
-        raise _FaultError(f"{key} is not a list")
-    return parent[key]
-
-
-def _text(parent: dict, key: str) -> str:
+def _list_of(parent: dict, key: str) -> list:
     value = parent.get(key)
-    if not (isinstance(value, str) and value.strip()):
+    if not isinstance(value, list):
+        raise _FaultError(f"{key} is not a list")
+    return value
+
+
+def _text_of(parent: dict, key: str) -> str:
+    value = parent.get(key)
+    if not isinstance(value, str) or not value.strip():
         raise _FaultError(f"{key} is {value!r}, not a text")
     return value
 
 
-def _number(parent: dict, key: str) -> int:
-    text = _text(parent, key)
-    if not (text.isascii() and text.isdigit() and len(text) < 10):
+def _number_of(parent: dict, key: str) -> int:
+    text = _text_of(parent, key)
+    if not text.isascii() or not text.isdigit() or len(text) > MAX_DIGITS:
         raise _FaultError(f"{key} is {text!r}, not a number")
     return int(text)
 
 
-def _count(parent: dict, key: str, found: int) -> None:
-    """A number that the table gives of its own entries, where it gives one."""
-    if key in parent and _number(parent, key) != found:
-        raise _FaultError(f"{key} is {parent[key]}, but there are {found}")
+def _check_count(parent: dict, key: str, count: int) -> None:
+    """Raise where the table states another number of its own entries; it need not state one."""
+    if key in parent and _number_of(parent, key) != count:
+        raise _FaultError(f"{key} is {parent[key]}, but there are {count}")
 
 
-def _unique(values: list, what: str) -> None:
+def _require_unique(values: list, name: str) -> None:
     value, times = Counter(values).most_common(1)[0]
     if times > 1:
-        raise _FaultError(f"{what} {value!r} comes {times} times")
+        raise _FaultError(f"{name} {value!r} comes {times} times")
 
 
-def _few(values: list) -> str:
-    return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
+def _listing(values: list[int]) -> str:
+    text = ", ".join(str(value) for value in values[:MAX_LISTED])
+    if len(values) > MAX_LISTED:
+        text += ", ..."
+    return text

@@ -1,4 +1,4 @@
-"""Matching of padded ground truth to default boxes, batched, with fixed shapes."""
+"""Matching of padded ground truth to anchors, batched, with fixed shapes."""
 
 import torch
 from torch import Tensor
@@ -7,31 +7,41 @@ from ssd_resnet34.targets import pairwise_iou
 
 
 def assign(
-    anchors_ltrb: Tensor, boxes_ltrb: Tensor, labels: Tensor, valid: Tensor, match_iou: float
+    anchors_xyxy: Tensor, boxes_xyxy: Tensor, labels: Tensor, valid: Tensor, match_iou: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Which ground truth each default box learns; arguments and result as the first recipe's.
+    """Choose the ground truth that each anchor learns; arguments and result as the first recipe's.
 
-    Two rules differ from it: a default box is positive from `match_iou` on, equality included, and
-    where two ground truths claim the same default box, the earlier has it.
+    Two rules differ: an anchor is positive from `match_iou` on, equality included, and where two
+    ground truths claim the same anchor, the earlier one gets it.
     """
-    images, slots = valid.shape
     # An empty box overlaps nothing, so padding never matches.
-    iou = pairwise_iou(torch.where(valid.unsqueeze(-1), boxes_ltrb, 0.0), anchors_ltrb)
-    best_iou, matched = iou.max(dim=1)
+    real_boxes = torch.where(valid.unsqueeze(-1), boxes_xyxy, 0.0)
+    iou = pairwise_iou(real_boxes, anchors_xyxy)
+    best_iou, best_box = iou.max(dim=1)
 
-    claimed = iou.argmax(dim=2)  # (N, M) default box of each ground truth
-    slot = torch.arange(slots, device=valid.device)
-    earlier = slot < slot.unsqueeze(1)  # [i, j]: j comes before i
-    same = claimed.unsqueeze(1) == claimed.unsqueeze(2)
-    outdone = (same & earlier & valid.unsqueeze(1)).any(dim=2)
-    # Claims that do not count go to one column too many: no two real ones share a place, so the
-    # result does not depend on the order of the scatter.
-    count = anchors_ltrb.shape[0]
-    place = torch.where(valid & ~outdone, claimed, count)
-    claim = torch.full((images, count + 1), -1, dtype=torch.int64, device=valid.device)
-    claim = claim.scatter(1, place, slot.expand(images, slots))[:, :count]
-
-    forced = claim >= 0
-    matched = torch.where(forced, claim, matched)
-    positive = forced | (best_iou >= match_iou)
+    claimant = claim_best_anchors(iou, valid)
+    claimed = claimant >= 0
+    matched = torch.where(claimed, claimant, best_box)
+    positive = claimed | (best_iou >= match_iou)
     return positive, matched, labels.gather(1, matched)
+
+
+def claim_best_anchors(iou: Tensor, valid: Tensor) -> Tensor:
+    """Let every valid box claim the anchor of highest IoU (N, M, P), the first of equals.
+
+    Return the index of the box that claims each anchor, (N, P) int64, or -1. Of two boxes that
+    claim the same anchor, the earlier gets it, and the later has no claim.
+    """
+    num_images, max_boxes, num_anchors = iou.shape
+    best_anchor = iou.argmax(dim=2)  # (N, M)
+    box = torch.arange(max_boxes, device=iou.device)
+    is_earlier = box < box.unsqueeze(1)  # (M, M): column comes before row
+    same_anchor = best_anchor.unsqueeze(1) == best_anchor.unsqueeze(2)  # (N, M, M)
+    overridden = (same_anchor & is_earlier & valid.unsqueeze(1)).any(dim=2)
+
+    # The claims that do not count go to an extra column. In all others no index occurs twice, so
+    # the result does not depend on the order in which scatter writes.
+    column = torch.where(valid & ~overridden, best_anchor, num_anchors)
+    claimant = torch.full((num_images, num_anchors + 1), -1, dtype=torch.int64, device=iou.device)
+    claimant = claimant.scatter(1, column, box.expand(num_images, max_boxes))
+    return claimant[:, :num_anchors]

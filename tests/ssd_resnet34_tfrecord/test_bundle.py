@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose
 
 from common.errors import UserError
 from ssd_resnet34.tfrecord import bundle
-from ssd_resnet34.tfrecord.bundle import Bundle, find_prefix
+from ssd_resnet34.tfrecord.bundle import Bundle, find_prefix, read_handle
 
 NAME = "model.ckpt-28152"
 PARTS = ("index", "data-00000-of-00001")
@@ -87,7 +87,7 @@ def test_a_damaged_value_is_named(copied):
 def test_every_damage_of_the_index_is_refused(copied):
     index = copied.with_name(f"{NAME}.index")
     content = index.read_bytes()
-    start, size, _ = bundle._handle(content[-bundle.FOOTER_SIZE :], 0)
+    start, size, _ = read_handle(content[-bundle.FOOTER_SIZE :], 0)
     unread = range(start, start + size + 5)  # the meta index, empty
     for place in range(len(content) - bundle.FOOTER_SIZE, 5):
         if place not in unread:

@@ -61,7 +61,7 @@ def test_dropped_boxes_leave_empty_features(coco, convert):
     (payload,) = read_records(str(convert(coco)[0]))
     features = decode(payload, "file")
     assert "image/object/bbox/xmin" in features
-    assert annotated_image(payload, "file").boxes_ltrb.shape == (0, 4)
+    assert annotated_image(payload, "file").boxes_xyxy.shape == (0, 4)
 
 
 def test_boxes_are_divided_in_double(coco, convert):
@@ -72,7 +72,7 @@ def test_boxes_are_divided_in_double(coco, convert):
          "area": 5.5}
     ]  # fmt: skip
     (payload,) = read_records(str(convert(coco)[0]))
-    box = annotated_image(payload, "file").boxes_ltrb[0]
+    box = annotated_image(payload, "file").boxes_xyxy[0]
     width, height = image["width"], image["height"]
     expected = [0.1 / width, 0.2 / height, (0.1 + 100.3) / width, (0.2 + 7.7) / height]
     assert box.tolist() == np.float32(expected).tolist()

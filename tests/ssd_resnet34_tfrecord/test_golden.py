@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from common.coco.evaluation import to_result_rows
 from common.npu.precision import build_sgd
-from ssd_resnet34.tfrecord.anchors import default_boxes, make_anchors
+from ssd_resnet34.tfrecord.anchors import make_anchors, make_anchors_cxcywh
 from ssd_resnet34.tfrecord.config import Recipe
 from ssd_resnet34.tfrecord.loss import DetectionLoss, decay_term
 from ssd_resnet34.tfrecord.model import build_model
@@ -71,7 +71,7 @@ def test_keys_and_shapes(golden, recipe):
 
 
 def test_anchors(golden, recipe):
-    boxes = default_boxes(recipe)[:, YXYX]
+    boxes = make_anchors_cxcywh(recipe)[:, YXYX]
     assert_allclose(boxes, golden("anchors")["cy_cx_h_w"], rtol=0, atol=1e-7)
     corners = make_anchors(recipe)[:, YXYX]
     assert_array_equal(corners, golden("anchors")["ymin_xmin_ymax_xmax"])

@@ -13,7 +13,7 @@ from ssd_resnet34.tfrecord.evaluate import validation_records
 from ssd_resnet34.tfrecord.index import read_index
 from ssd_resnet34.tfrecord.rank_table import Device, RankTable, read_rank_table
 
-TABLES = launch.MODEL / "npu_config"
+TABLES = launch.MODEL_FOLDER / "npu_config"
 
 
 def table_of(*servers):
@@ -45,7 +45,7 @@ def test_several_hosts_start_their_own_ranks(tmp_path):
     found = launch.rank_environments(table, {}, tmp_path)
     assert list(found) == [0]
     assert found[0]["MASTER_ADDR"] == "127.0.0.1"
-    assert found[0]["MASTER_PORT"] == str(launch.SEVERAL_HOSTS_PORT)
+    assert found[0]["MASTER_PORT"] == str(launch.PORT_OF_SEVERAL_HOSTS)
     given = {"SERVER_ID": "203.0.113.9", "MASTER_ADDR": "node0", "MASTER_PORT": "5"}
     found = launch.rank_environments(table, given, tmp_path)
     assert [one["LOCAL_RANK"] for one in found.values()] == ["0", "1"]
@@ -68,9 +68,9 @@ def test_the_old_scripts_path_is_seen_from_where_a_rank_runs(tmp_path, monkeypat
     (tmp_path / "npu_config/8p.json").touch()
     (tmp_path / "training/D0").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    old = launch._resolved("../../npu_config/8p.json", tmp_path / "training")
+    old = launch.find_table("../../npu_config/8p.json", tmp_path / "training")
     assert old == tmp_path / "npu_config/8p.json"
-    assert os.fspath(launch._resolved("npu_config/8p.json", tmp_path / "training")) == (
+    assert os.fspath(launch.find_table("npu_config/8p.json", tmp_path / "training")) == (
         "npu_config/8p.json"
     )
 

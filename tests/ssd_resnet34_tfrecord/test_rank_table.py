@@ -66,13 +66,13 @@ def test_eight_devices_of_one_host(read):
         }
 
 
-def test_two_hosts_and_the_version_form_says_the_same(read):
+def test_two_hosts_and_the_to_version_1_says_the_same(read):
     table = read(group_form(("10.0.0.1",) * 8 + ("10.0.0.2",) * 8))
     environment = table.environment(11)
     assert environment["LOCAL_RANK"] == environment["DEVICE_ID"] == "3"
     assert environment["LOCAL_WORLD_SIZE"] == "8"
     assert environment["MASTER_ADDR"] == "10.0.0.1"
-    version = json.loads(table.version_form())
+    version = json.loads(table.to_version_1())
     assert version["server_count"] == "2"
     assert read(version) == table
 
@@ -160,7 +160,7 @@ def test_any_value_anywhere_is_read_right_or_refused(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("table") / "table.json"
     path.write_text(json.dumps(good))
     expected = read_rank_table(path)
-    table = json.loads(expected.version_form()) if version else copy.deepcopy(good)
+    table = json.loads(expected.to_version_1()) if version else copy.deepcopy(good)
     place = data.draw(st.sampled_from(list(paths(table))))
     parent = table
     for key in place[:-1]:
