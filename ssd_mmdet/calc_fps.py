@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""FPS of a run from its JSON log: `python3 calc_fps.py xxx.log.json GPU_NUMS BATCH_SIZE`."""
+"""Print the FPS of a run: `python3 calc_fps.py xxx.log.json GPU_NUMS BATCH_SIZE`."""
 
 import sys
 from pathlib import Path

@@ -1,13 +1,12 @@
-"""COCO records to uint8 images and padded boxes: what the loader's workers do.
+"""COCO records to uint8 images and padded boxes: what the workers of the loader do.
 
-A worker decodes, expands, crops and resizes; it draws every number of a sample's augmentation from
-(seed, epoch, position in the epoch), so that neither the number of workers nor a resumed run
-changes a sample. Colour, flip and normalisation follow on the device (augment.py).
+A worker decodes, expands, crops and resizes an image. It draws all random numbers of a sample from
+(seed, epoch, position in the epoch), so neither the number of workers nor a resumed run changes a
+sample. Colour jitter, flip and normalisation follow on the device (augment.py).
 """
 
 import functools
 import random
-import signal
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,208 +15,270 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.coco.images import open_image, read_image
+from common.arithmetic import ceil_div, round_up
+from common.coco.images import read_image
 from common.coco.index import CocoIndex
 from common.errors import UserError
 from common.npu.device import memory_format
 from common.npu.distributed import Ranks
+from common.npu.loading import loader_options
 from ssd_mmdet.config import Recipe
 from ssd_mmdet.geometry import (
+    Window,
     canvas_around,
-    center_inside,
     crop_window,
-    cut,
+    cut_and_resize,
     resize_as_opencv,
 )
 
-NEUTRAL = (0.0, 1.0, 1.0, 0.0)  # the `jitter` that changes nothing
-SMALLEST_IMAGE = 32  # pixels; the original does not train on an image with a shorter side
+NO_COLOUR_JITTER = (0.0, 1.0, 1.0, 0.0)
+RGB = (0, 1, 2)  # the channel order that changes nothing
+SMALLEST_IMAGE = 32  # pixels; the original does not train on images with a shorter side
 
 
 class Batch(NamedTuple):
-    """N samples; `boxes` are padded to M rows, `valid` marks the real ones.
+    """N samples; `boxes` are padded to M rows, of which `valid` marks the real ones."""
 
-    `images` are black where an expanded canvas shows. Of the window's columns, and of its rows, the
-    image takes those from `place[..., 0]` up to `place[..., 1]`; there are `place[..., 2]`.
-    """
-
-    images: Tensor  # (N, S, S, 3) uint8 RGB
-    place: Tensor  # (N, 2, 3) float32, pixels before resizing, of columns and of rows
+    images: Tensor  # (N, S, S, 3) uint8 RGB, black where the canvas shows
+    visible_box: Tensor  # (N, 4) float32 xyxy: where in the window the image is, before resizing
+    window_size: Tensor  # (N, 2) float32 width and height of the window, before resizing
     boxes: Tensor  # (N, M, 4) float32 xyxy, pixels of the network input
     labels: Tensor  # (N, M) int64 0-based classes
     valid: Tensor  # (N, M) bool
     flip: Tensor  # (N,) bool
-    jitter: Tensor  # (N, 4) float32: grey levels added, contrast, saturation factor, degrees of hue
-    order: Tensor  # (N, 3) int64: which channel comes first, second, third
+    colour_jitter: Tensor  # (N, 4) float32: grey levels added; factors of contrast and saturation;
+    # degrees of hue added
+    channel_order: Tensor  # (N, 3) int64: which channel comes first, second and third
     image_ids: Tensor  # (N,) int64
 
     def to(self, device: torch.device) -> "Batch":
-        """On the device, asynchronously where pinned; the ids stay on the host."""
-        moved = (part.to(device, non_blocking=True) for part in self[:-1])
-        return Batch(*moved, self.image_ids)
+        """Copy all but the ids to the device, asynchronously where the memory is pinned."""
+        on_device = [tensor.to(device, non_blocking=True) for tensor in self[:-1]]
+        return Batch(*on_device, self.image_ids)
 
 
 def training_records(index: CocoIndex) -> CocoIndex:
-    """The images with at least one annotation, crowd included, that are not tiny."""
-    annotated = np.diff(index.offsets) > 0
-    return index.subset(annotated & (index.sizes.min(axis=1) >= SMALLEST_IMAGE))
+    """Return the images to train on: those with an annotation, be it a crowd, and not tiny."""
+    is_annotated = np.diff(index.offsets) > 0
+    is_large_enough = index.sizes.min(axis=1) >= SMALLEST_IMAGE
+    return index.subset(is_annotated & is_large_enough)
 
 
 @functools.cache
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return the values as a tensor that is copied to the device only once."""
     return torch.tensor(values, device=device)
 
 
 def normalise(images: Tensor, recipe: Recipe) -> Tensor:
-    """Images (N, H, W, 3) in 0..255 to (N, 3, H, W) float32, mean subtracted, in the device's
-    layout."""
-    planes = images.float().sub_(constant(recipe.mean, images.device)).permute(0, 3, 1, 2)
-    return planes.contiguous(memory_format=memory_format(images.device))
+    """Subtract the mean from images (N, H, W, 3) in 0..255.
+
+    Returns (N, 3, H, W) float32 in the memory format of the device.
+    """
+    images = images.float() - constant(recipe.mean, images.device)
+    images = images.permute(0, 3, 1, 2)
+    return images.contiguous(memory_format=memory_format(images.device))
 
 
 def prepare_image(image: np.ndarray, recipe: Recipe) -> Tensor:
-    """The evaluation input (3, 300, 300) float32 of an image (H, W, 3) uint8 RGB."""
-    made = resize_as_opencv(image, recipe.image_size, recipe.image_size)
-    return normalise(torch.from_numpy(made).unsqueeze(0), recipe).squeeze(0)
+    """Return the network input (3, S, S) float32 for evaluation of an RGB image (H, W, 3) uint8."""
+    resized = resize_as_opencv(image, recipe.image_size, recipe.image_size)
+    batch = torch.from_numpy(resized).unsqueeze(0)
+    return normalise(batch, recipe).squeeze(0)
 
 
-def colour_draws(recipe: Recipe, rng: random.Random) -> tuple[list[float], list[int]]:
-    """Random numbers of the colour step: `jitter` and `order` of a Batch.
+class ColourDraws(NamedTuple):
+    """The random numbers of a sample's colour jitter, as a Batch has them."""
 
-    Each of the five changes happens with probability 1/2. The original multiplies by the contrast
-    before the change of saturation and hue or after it; both give the same.
+    colour_jitter: tuple[float, float, float, float] = NO_COLOUR_JITTER
+    channel_order: tuple[int, int, int] = RGB
+
+
+def draw_colours(recipe: Recipe, rng: random.Random) -> ColourDraws:
+    """Draw the colour jitter of a sample; each of its five changes has probability 1/2.
+
+    The original changes the contrast at random before or after saturation and hue. Both orders give
+    the same image, so here the contrast always comes before.
     """
 
-    def half_of_the_time(low: float, high: float, otherwise: float) -> float:
-        return rng.uniform(low, high) if rng.randrange(2) else otherwise
+    def draw_or_keep(low: float, high: float, neutral: float) -> float:
+        if rng.randrange(2):
+            return rng.uniform(low, high)
+        return neutral
 
-    jitter = [
-        half_of_the_time(-recipe.brightness, recipe.brightness, 0.0),
-        half_of_the_time(*recipe.contrast, 1.0),
-        half_of_the_time(*recipe.saturation, 1.0),
-        half_of_the_time(-recipe.hue, recipe.hue, 0.0),
-    ]
-    return jitter, rng.sample(range(3), 3) if rng.randrange(2) else [0, 1, 2]
+    brightness = draw_or_keep(-recipe.brightness, recipe.brightness, neutral=0.0)
+    contrast = draw_or_keep(*recipe.contrast, neutral=1.0)
+    saturation = draw_or_keep(*recipe.saturation, neutral=1.0)
+    hue = draw_or_keep(-recipe.hue, recipe.hue, neutral=0.0)
+    channel_order = RGB
+    if rng.randrange(2):
+        channel_order = tuple(rng.sample(range(3), 3))
+    return ColourDraws((brightness, contrast, saturation, hue), channel_order)
 
 
 class TrainingSet(Dataset):
-    """`dataset[epoch, position, record]` is a sample, the fields of a Batch without N."""
+    """Training samples: `dataset[epoch, position, record]` has the fields of a Batch without N."""
 
     def __init__(self, records: CocoIndex, recipe: Recipe, seed: int):
-        self.records, self.recipe, self.seed = records, recipe, seed
-        self.slots = records.max_boxes()
-        self.slot_numbers = np.arange(self.slots)
+        self.records = records
+        self.recipe = recipe
+        self.seed = seed
+        self.max_boxes = records.max_boxes()
+
+        # Flat arrays: forked workers share their memory (see CocoIndex).
         table = records.table
-        start, sides = table.box_xywh[:, :2], table.box_xywh[:, 2:]
-        boxes = np.concatenate([start, start + sides], axis=1, dtype=np.float32)
-        used = (sides >= 1).all(axis=1) & ~(table.area <= 0) & ~table.ignore
-        real, crowd = used & ~table.crowd, used & table.crowd
-        self.boxes, self.labels, self.crowds = boxes[real], table.label[real], boxes[crowd]
-        self.offsets, self.crowd_offsets = (
-            np.append(0, np.cumsum(kind))[records.offsets] for kind in (real, crowd)
-        )
+        top_left = table.box_xywh[:, :2]
+        size = table.box_xywh[:, 2:]
+        boxes_xyxy = np.concatenate([top_left, top_left + size], axis=1).astype(np.float32)
+        has_area = ~(table.area <= 0)  # the area is NaN where the file has none
+        is_used = (size >= 1).all(axis=1) & has_area & ~table.ignore
+        is_object = is_used & ~table.crowd
+        is_crowd = is_used & table.crowd
+        self.boxes = boxes_xyxy[is_object]
+        self.labels = table.label[is_object]
+        self.box_offsets = _offsets_of_subset(records.offsets, is_object)
+        self.crowd_boxes = boxes_xyxy[is_crowd]
+        self.crowd_offsets = _offsets_of_subset(records.offsets, is_crowd)
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def truth(self, record: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Boxes (n, 4) float32 xyxy in pixels, not clipped, labels (n,), crowd boxes (k, 4).
+    def ground_truth(self, record: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return boxes (n, 4) float32, their labels (n,) and crowd boxes (k, 4) float32.
 
-        Boxes with a side below a pixel, without area or marked to be ignored are left out.
+        Boxes are xyxy in pixels of the image and not clipped to it. Boxes with a side below a
+        pixel, without area or marked to be ignored are left out.
         """
-        rows = slice(*self.offsets[record : record + 2])
-        crowds = slice(*self.crowd_offsets[record : record + 2])
-        return self.boxes[rows], self.labels[rows], self.crowds[crowds]
+        objects = slice(self.box_offsets[record], self.box_offsets[record + 1])
+        crowds = slice(self.crowd_offsets[record], self.crowd_offsets[record + 1])
+        return self.boxes[objects], self.labels[objects], self.crowd_boxes[crowds]
 
     def __getitem__(self, key: tuple[int, int, int]) -> Batch:
         epoch, position, record = key
-        recipe, size = self.recipe, self.recipe.image_size
-        image = open_image(self.records.path(record))
-        boxes, labels, crowds = self.truth(record)
+        recipe = self.recipe
+        image = read_image(self.records.path(record))
         height, width = image.shape[:2]
-        rng = random.Random(f"{self.seed} {epoch} {position}")  # hashed by SHA-512
-        left, top, flip, jitter, order = 0, 0, False, NEUTRAL, range(3)
+        boxes, labels, crowd_boxes = self.ground_truth(record)
+
+        window = Window(0, 0, width, height)
+        colours = ColourDraws()
+        flip = False
         if recipe.augment:
-            jitter, order = colour_draws(recipe, rng)
-            width, height, left, top = canvas_around(width, height, recipe, rng)
-            everything = [
-                (x1 + left, y1 + top, x2 + left, y2 + top)
-                for x1, y1, x2, y2 in (*boxes.tolist(), *crowds.tolist())
-            ]
-            window = crop_window(width, height, everything, recipe, rng)
-            if window is not None:
-                inside = [k for k in range(len(boxes)) if center_inside(window, everything[k])]
-                boxes, labels = boxes[inside], labels[inside]
-                left, top = left - window[0], top - window[1]
-                width, height = window[2] - window[0], window[3] - window[1]
+            # Python's generator hashes a text by SHA-512: similar texts give unrelated numbers.
+            rng = random.Random(f"{self.seed} {epoch} {position}")
+            colours = draw_colours(recipe, rng)
+            window = canvas_around(width, height, recipe, rng)
+            all_boxes = boxes.tolist() + crowd_boxes.tolist()
+            crop = crop_window(window, all_boxes, recipe, rng)
+            if crop is not None:
+                window = crop
+                is_inside = [crop.has_center_of(box) for box in all_boxes[: len(boxes)]]
+                is_inside = np.array(is_inside, dtype=bool)
+                boxes = boxes[is_inside]
+                labels = labels[is_inside]
             flip = rng.random() < recipe.flip_probability
-        image, place = cut(image, left, top, width, height, size)
-        boxes = boxes + np.float32([left, top, left, top])
-        boxes *= np.float32([size / width, size / height, size / width, size / height])
-        padded_boxes = np.zeros((self.slots, 4), np.float32)
-        padded_labels = np.zeros(self.slots, np.int64)
-        padded_boxes[: len(boxes)] = np.minimum(np.maximum(boxes, 0), size)
+
+        image, visible_box = cut_and_resize(image, window, recipe.image_size)
+        boxes = boxes_in_window(boxes, window, recipe.image_size)
+        padded_boxes = np.zeros((self.max_boxes, 4), np.float32)
+        padded_boxes[: len(boxes)] = boxes
+        padded_labels = np.zeros(self.max_boxes, np.int64)
         padded_labels[: len(labels)] = labels
-        parts = (
-            image,
-            place,
-            padded_boxes,
-            padded_labels,
-            self.slot_numbers < len(boxes),
-            np.array(flip),
-            np.array(jitter, np.float32),
-            np.array(order),
-            self.records.image_ids[record, ...],
+        valid = np.zeros(self.max_boxes, bool)
+        valid[: len(boxes)] = True
+        return Batch(
+            images=torch.from_numpy(image),
+            visible_box=torch.tensor(visible_box, dtype=torch.float32),
+            window_size=torch.tensor([window.width, window.height], dtype=torch.float32),
+            boxes=torch.from_numpy(padded_boxes),
+            labels=torch.from_numpy(padded_labels),
+            valid=torch.from_numpy(valid),
+            flip=torch.tensor(flip),
+            colour_jitter=torch.tensor(colours.colour_jitter, dtype=torch.float32),
+            channel_order=torch.tensor(colours.channel_order),
+            image_ids=torch.tensor(self.records.image_ids[record]),
         )
-        return Batch(*map(torch.from_numpy, parts))
 
 
-def groups_of(records: CocoIndex, recipe: Recipe) -> list[np.ndarray]:
-    """Positions in the repeated training set of upright (or square) and of landscape images.
+def boxes_in_window(boxes: np.ndarray, window: Window, size: int) -> np.ndarray:
+    """Return image boxes (n, 4) xyxy in pixels of the window resized to `size`, clipped to it."""
+    origin = np.array([window.left, window.top, window.left, window.top], np.float32)
+    scale_x = size / window.width
+    scale_y = size / window.height
+    scale = np.array([scale_x, scale_y, scale_x, scale_y], np.float32)
+    return ((boxes - origin) * scale).clip(0, size)
 
-    A batch of the original holds one kind only; position p is the record p modulo their number.
+
+def _offsets_of_subset(offsets: np.ndarray, is_kept: np.ndarray) -> np.ndarray:
+    """Return where each image's rows begin after all rows but those of the mask are dropped."""
+    kept_before = np.append(0, np.cumsum(is_kept))
+    return kept_before[offsets]
+
+
+def aspect_groups(records: CocoIndex, recipe: Recipe) -> list[np.ndarray]:
+    """Return the positions of upright (or square) and of landscape images in an epoch.
+
+    An epoch is `repeat` passes over the R records: position p stands for record p modulo R. As in
+    the original, each batch is of one group only. A group without images is left out.
     """
-    landscape = np.tile(records.sizes[:, 1] > records.sizes[:, 0], recipe.repeat)
-    groups = [np.flatnonzero(~landscape), np.flatnonzero(landscape)]
+    is_landscape = records.sizes[:, 1] > records.sizes[:, 0]
+    is_landscape = np.tile(is_landscape, recipe.repeat)
+    groups = [np.flatnonzero(~is_landscape), np.flatnonzero(is_landscape)]
     return [group for group in groups if len(group)]
 
 
 def iterations_per_epoch(records: CocoIndex, recipe: Recipe, world_size: int) -> int:
-    """Steps of an epoch of `repeat` passes, each group extended to whole batches on all ranks."""
-    step = recipe.batch_size * world_size
-    return sum(-(-len(group) // step) for group in groups_of(records, recipe))
+    """Return the steps of an epoch, in which each group fills whole batches on all ranks."""
+    global_batch = recipe.batch_size * world_size
+    return sum(ceil_div(len(group), global_batch) for group in aspect_groups(records, recipe))
 
 
 def epoch_order(
     groups: list[np.ndarray], batch_size: int, world_size: int, seed: int
 ) -> np.ndarray:
-    """The order of one epoch: batches of one group each, shuffled; rank r has the r-th part.
+    """Return the positions of an epoch in shuffled order, batches of one group each.
 
-    As in the original, one process draws from numpy's legacy generator and fills a group up with
-    random repeats, several draw from torch's and fill up with the group's beginning.
+    Rank r takes the r-th of `world_size` equal sections. As in the original, a single process draws
+    from numpy's legacy generator and several draw from torch's.
     """
-    step, parts = batch_size * world_size, []
-    numpy = np.random.RandomState(seed % 2**32)
-    torch_generator = torch.Generator().manual_seed(seed)
-    for group in groups:
-        total = -(-len(group) // step) * step
-        if world_size == 1:
-            order = group.copy()
-            numpy.shuffle(order)
-            parts += [order, numpy.choice(order, total - len(order))]
-        else:
-            order = group[torch.randperm(len(group), generator=torch_generator).numpy()]
-            parts.append(np.resize(order, total))
-    batches = np.concatenate(parts).reshape(-1, batch_size)
     if world_size == 1:
-        return batches[numpy.permutation(len(batches))].reshape(-1)
-    return batches[torch.randperm(len(batches), generator=torch_generator).numpy()].reshape(-1)
+        return _order_for_one_process(groups, batch_size, seed)
+    return _order_for_ranks(groups, batch_size, world_size, seed)
+
+
+def _order_for_one_process(groups: list[np.ndarray], batch_size: int, seed: int) -> np.ndarray:
+    """Shuffle each group, fill it up with random repeats, and shuffle the batches."""
+    generator = np.random.RandomState(seed % 2**32)
+    filled_groups = []
+    for group in groups:
+        missing = round_up(len(group), batch_size) - len(group)
+        shuffled = group.copy()
+        generator.shuffle(shuffled)
+        repeats = generator.choice(shuffled, missing)
+        filled_groups += [shuffled, repeats]
+    batches = np.concatenate(filled_groups).reshape(-1, batch_size)
+    return batches[generator.permutation(len(batches))].reshape(-1)
+
+
+def _order_for_ranks(
+    groups: list[np.ndarray], batch_size: int, world_size: int, seed: int
+) -> np.ndarray:
+    """Shuffle each group, fill it up from its beginning, and shuffle the batches."""
+    generator = torch.Generator().manual_seed(seed)
+    filled_groups = []
+    for group in groups:
+        permutation = torch.randperm(len(group), generator=generator).numpy()
+        filled_length = round_up(len(group), batch_size * world_size)
+        filled_groups.append(np.resize(group[permutation], filled_length))
+    batches = np.concatenate(filled_groups).reshape(-1, batch_size)
+    permutation = torch.randperm(len(batches), generator=generator).numpy()
+    return batches[permutation].reshape(-1)
 
 
 class TrainingOrder(Sampler):
-    """This rank's batches of (epoch, position, record), from any iteration to the run's last.
+    """This rank's batches of (epoch, position, record) from iteration `start` to `end`.
 
-    One pass over it is a whole run: workers never restart between epochs.
+    One pass over it is a whole run, so workers never restart between epochs.
     """
 
     def __init__(
@@ -225,43 +286,54 @@ class TrainingOrder(Sampler):
     ):
         if not len(records):
             raise UserError("no image of the training set has an annotation; check --data_path")
-        self.groups, self.length = groups_of(records, recipe), len(records)
-        self.batch_size, self.ranks, self.seed = recipe.batch_size, ranks, seed
-        self.start, self.end = start, end
-        self.per_epoch = iterations_per_epoch(records, recipe, ranks.world_size)
+        self.groups = aspect_groups(records, recipe)
+        self.num_records = len(records)
+        self.batch_size = recipe.batch_size
+        self.ranks = ranks
+        self.seed = seed
+        self.start = start
+        self.end = end
+        self.iters_per_epoch = iterations_per_epoch(records, recipe, ranks.world_size)
 
     def __len__(self) -> int:
         return self.end - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        epoch, order = -1, None
-        mine = self.ranks.rank * self.per_epoch
+        order = None
+        order_epoch = -1
+        first_batch_of_rank = self.ranks.rank * self.iters_per_epoch
         for iteration in range(self.start, self.end):
-            if iteration // self.per_epoch != epoch:
-                epoch = iteration // self.per_epoch
+            epoch = iteration // self.iters_per_epoch
+            if epoch != order_epoch:
                 order = epoch_order(
                     self.groups, self.batch_size, self.ranks.world_size, self.seed + epoch
                 )
-            first = (mine + iteration % self.per_epoch) * self.batch_size
-            positions = range(first, first + self.batch_size)
-            yield [(epoch, position, int(order[position]) % self.length) for position in positions]
+                order_epoch = epoch
+            batch = first_batch_of_rank + iteration % self.iters_per_epoch
+            first = batch * self.batch_size
+            keys = []
+            for position in range(first, first + self.batch_size):
+                record = int(order[position]) % self.num_records
+                keys.append((epoch, position, record))
+            yield keys
 
 
 class EvaluationSet(Dataset):
-    """Resized uint8 images (H, W, 3) with image id and original (height, width)."""
+    """Resized images (S, S, 3) uint8 with original size (height, width) and image id."""
 
     def __init__(self, records: CocoIndex, recipe: Recipe):
-        self.records, self.recipe = records, recipe
+        self.records = records
+        self.recipe = recipe
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, record: int) -> tuple[Tensor, Tensor, Tensor]:
         image = read_image(self.records.path(record))
+        resized = resize_as_opencv(image, self.recipe.image_size, self.recipe.image_size)
         size = torch.from_numpy(self.records.sizes[record].astype(np.int64))
         image_id = torch.tensor(self.records.image_ids[record])
-        made = resize_as_opencv(image, self.recipe.image_size, self.recipe.image_size)
-        return torch.from_numpy(made), size, image_id
+        return torch.from_numpy(resized), size, image_id
 
 
 def build_loader(
@@ -276,23 +348,20 @@ def build_loader(
     end: int | None = None,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """The loader of this rank: training Batches of iterations `start` to `end` (default: of the
-    whole run), or every evaluation image of the rank once."""
+    """Return the loader of this rank.
+
+    In training it yields the Batches of the iterations `start` to `end` (by default the end of the
+    run); in evaluation it yields (images, sizes, image ids) of each of the rank's images once.
+    Raises UserError where there is nothing to train on.
+    """
     ranks = ranks or Ranks()
-    options = {"num_workers": workers, "pin_memory": pin_memory, "worker_init_fn": quiet_worker}
-    if workers:
-        options["prefetch_factor"] = 4
+    options = loader_options(workers, pin_memory)
     if not training:
-        mine = records.subset(np.arange(ranks.rank, len(records), ranks.world_size))
-        return DataLoader(EvaluationSet(mine, recipe), recipe.eval_batch_size, **options)
+        records_of_rank = records.subset(np.arange(ranks.rank, len(records), ranks.world_size))
+        dataset = EvaluationSet(records_of_rank, recipe)
+        return DataLoader(dataset, batch_size=recipe.eval_batch_size, **options)
     if end is None:
         end = recipe.epochs * iterations_per_epoch(records, recipe, ranks.world_size)
+    dataset = TrainingSet(records, recipe, seed)
     order = TrainingOrder(records, recipe, ranks, seed, start, end)
-    return DataLoader(TrainingSet(records, recipe, seed), batch_sampler=order, **options)
-
-
-def quiet_worker(worker: int) -> None:
-    """Ctrl-C and a SIGTERM to the whole process group are the main process's to handle: while it
-    finishes its step and saves, a worker must not die; it does a minute later at the latest."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+    return DataLoader(dataset, batch_sampler=order, **options)

@@ -1,186 +1,298 @@
 """Geometry of one image and its boxes on the host: expansion, crop and resizing of uint8 images.
 
-Boxes are xyxy in pixels. Random numbers come from the caller's generator, in the original's order.
+All coordinates are xyxy in pixels of the image. Random numbers come from the caller's generator, in
+the order in which the original draws them.
 """
 
 import math
 import random
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from common.coco.images import EncodedImage
 from ssd_mmdet.config import Recipe
 
 Box = Sequence[float]  # left, top, right, bottom
+NO_CROP = 1  # the entry of `Recipe.crop_ious` that stands for no crop
+# A cut-out begins at a whole pixel up to this error, in pixels; it shifts the picture unnoticeably.
+ALIGNMENT_TOLERANCE = 1 / 64
 
 
-def canvas_around(
-    width: int, height: int, recipe: Recipe, rng: random.Random
-) -> tuple[int, int, int, int]:
-    """The canvas an image is put on: its width and height, and the image's left and top in it."""
+class Window(NamedTuple):
+    """A rectangle of whole pixels, which may reach beyond the image."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    @property
+    def width(self) -> int:
+        return self.right - self.left
+
+    @property
+    def height(self) -> int:
+        return self.bottom - self.top
+
+    def has_center_of(self, box: Box) -> bool:
+        """Return whether the centre of the box lies strictly inside the window."""
+        center_x = (box[0] + box[2]) / 2
+        center_y = (box[1] + box[3]) / 2
+        return self.left < center_x < self.right and self.top < center_y < self.bottom
+
+
+def canvas_around(width: int, height: int, recipe: Recipe, rng: random.Random) -> Window:
+    """Draw the canvas on which an image of this size is put: the image itself or a larger window.
+
+    Source: SSD paper, section 3.6 ("zoom out").
+    """
     if rng.uniform(0, 1) > recipe.expand_probability:
-        return width, height, 0, 0
+        return Window(0, 0, width, height)
     ratio = rng.uniform(*recipe.expand_ratio)
-    left = int(rng.uniform(0, width * ratio - width))
-    top = int(rng.uniform(0, height * ratio - height))
-    return int(width * ratio), int(height * ratio), left, top
+    image_left = int(rng.uniform(0, width * ratio - width))
+    image_top = int(rng.uniform(0, height * ratio - height))
+    return Window(
+        left=-image_left,
+        top=-image_top,
+        right=int(width * ratio) - image_left,
+        bottom=int(height * ratio) - image_top,
+    )
 
 
 def crop_window(
-    width: int, height: int, boxes: list[Box], recipe: Recipe, rng: random.Random
-) -> tuple[int, int, int, int] | None:
-    """A random crop: window (left, top, right, bottom) in pixels, or None for the whole image.
+    canvas: Window, boxes: list[Box], recipe: Recipe, rng: random.Random
+) -> Window | None:
+    """Draw the window of a random crop of the canvas, or None for no crop.
 
-    Every box, crowds among them, must have at least the drawn IoU with the window, and one centre
-    must lie inside; after `crop_trials` windows that fail the limit is drawn anew.
+    All `boxes`, crowds included, must have at least the drawn IoU with the window, and the centre
+    of one of them must lie inside. After `crop_trials` windows that fail another IoU is drawn.
+    Source: SSD paper, section 2.2, in the form of MMDetection's MinIoURandomCrop.
     """
-    narrowest, lowest = recipe.crop_scale * width, recipe.crop_scale * height
-    least = max(narrowest - 1, 0) * max(lowest - 1, 0)  # area of the smallest window
-    areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in boxes]
-    smallest, largest = min(areas, default=math.inf), max(areas, default=0)
+    min_width = recipe.crop_scale * canvas.width
+    min_height = recipe.crop_scale * canvas.height
     while True:
-        limit = rng.choice(recipe.crop_ious)
-        if limit == 1:
+        min_iou = rng.choice(recipe.crop_ious)
+        if min_iou == NO_CROP:
             return None
-        # A box has at most its own area in common with a window, a window its own with a box.
-        if smallest < limit * max(least, limit * largest):
+        # Most of the time goes into windows that cannot succeed, so these are not even drawn.
+        if not _iou_can_be_reached(min_iou, boxes, min_width, min_height):
             continue
         for _ in range(recipe.crop_trials):
-            across, down = rng.uniform(narrowest, width), rng.uniform(lowest, height)
-            if not recipe.crop_ratio[0] <= down / across <= recipe.crop_ratio[1]:
-                continue
-            # From 1 to what is left, as the original calls numpy: a crop hardly begins at 0.
-            left, top = rng.uniform(width - across, 1), rng.uniform(height - down, 1)
-            window = int(left), int(top), int(left + across), int(top + down)
-            if _fits(window, boxes, limit):
+            window = _random_window(canvas, min_width, min_height, recipe, rng)
+            if window is not None and _is_acceptable(window, boxes, min_iou):
                 return window
 
 
-def _fits(window: Box, boxes: list[Box], limit: float) -> bool:
-    """Whether a window has an area, IoUs from `limit` on and a centre inside."""
-    left, top, right, bottom = window
-    if left >= right or top >= bottom:
-        return False
-    for x1, y1, x2, y2 in boxes:
-        shared_x, shared_y = min(right, x2) - max(left, x1), min(bottom, y2) - max(top, y1)
-        overlap = max(shared_x, 0) * max(shared_y, 0)
-        union = (x2 - x1) * (y2 - y1) + (right - left) * (bottom - top) - overlap
-        if overlap < limit * union:
-            return False
-    return not boxes or any(center_inside(window, box) for box in boxes)
+def _iou_can_be_reached(
+    min_iou: float, boxes: list[Box], min_width: float, min_height: float
+) -> bool:
+    """Return whether a window can have at least this IoU with every box.
+
+    An overlap is at most the area of the smaller of box and window, a union at least that of the
+    larger. So the window's area is at least `min_iou` times the largest box's, and the smallest
+    box's area is at least `min_iou` times the window's.
+    """
+    if not boxes:
+        return True
+    areas = [(right - left) * (bottom - top) for left, top, right, bottom in boxes]
+    # Rounding to whole pixels can make the window's sides up to a pixel shorter.
+    min_window_area = max(min_width - 1, 0) * max(min_height - 1, 0)
+    min_window_area = max(min_window_area, min_iou * max(areas))
+    return min(areas) >= min_iou * min_window_area
 
 
-def center_inside(window: Box, box: Box) -> bool:
-    """Whether the box's centre lies strictly inside the window."""
-    return (
-        window[0] < (box[0] + box[2]) / 2 < window[2]
-        and window[1] < (box[1] + box[3]) / 2 < window[3]
+def _random_window(
+    canvas: Window, min_width: float, min_height: float, recipe: Recipe, rng: random.Random
+) -> Window | None:
+    """Draw a window inside the canvas; None if its ratio of height to width is out of range."""
+    width = rng.uniform(min_width, canvas.width)
+    height = rng.uniform(min_height, canvas.height)
+    lowest_ratio, highest_ratio = recipe.crop_ratio
+    if not lowest_ratio <= height / width <= highest_ratio:
+        return None
+    # The original calls numpy's uniform(limit), which draws between `limit` and 1. So a window
+    # hardly ever begins at 0.
+    left = rng.uniform(canvas.width - width, 1)
+    top = rng.uniform(canvas.height - height, 1)
+    return Window(
+        left=canvas.left + int(left),
+        top=canvas.top + int(top),
+        right=canvas.left + int(left + width),
+        bottom=canvas.top + int(top + height),
     )
 
 
-def cut(
-    image: np.ndarray | EncodedImage, left: int, top: int, width: int, height: int, size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """What a window of a canvas shows, resized: (size, size, 3) uint8, black outside the image,
-    and its place (2, 3) float32, as a Batch has it.
+def _is_acceptable(window: Window, boxes: list[Box], min_iou: float) -> bool:
+    """Return whether a window has an area, the IoU with every box, and the centre of one."""
+    if window.width <= 0 or window.height <= 0:
+        return False
+    if not boxes:
+        return True
+    for box in boxes:
+        if not _iou_is_at_least(min_iou, window, box):
+            return False
+    return any(window.has_center_of(box) for box in boxes)
 
-    The image's corner is at (left, top) of the window of `width` x `height`. Only the part of the
-    result that shows the image is computed: no canvas is ever filled.
+
+def _iou_is_at_least(min_iou: float, window: Window, box: Box) -> bool:
+    left, top, right, bottom = box
+    overlap_width = min(window.right, right) - max(window.left, left)
+    overlap_height = min(window.bottom, bottom) - max(window.top, top)
+    overlap = max(overlap_width, 0) * max(overlap_height, 0)
+    union = (right - left) * (bottom - top) + window.width * window.height - overlap
+    return overlap >= min_iou * union
+
+
+def cut_and_resize(
+    image: np.ndarray, window: Window, size: int
+) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+    """Return what a window shows, resized to (size, size, 3) uint8, and where the image is in it.
+
+    The result is black outside the image (H, W, 3). The second value is the part of the window that
+    the image covers: a box xyxy in pixels of the window, all zeros if the image is not visible.
+    Only the visible part is computed: no canvas is ever filled.
     """
     image_height, image_width = image.shape[:2]
-    columns = slice(max(left, 0), min(left + image_width, width))
-    rows = slice(max(top, 0), min(top + image_height, height))
-    place = np.float32([(columns.start, columns.stop, width), (rows.start, rows.stop, height)])
-    if columns.start >= columns.stop or rows.start >= rows.stop:
-        return np.zeros((size, size, 3), np.uint8), place * np.float32([0, 0, 1])
-    shown = image[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
-    if shown.shape[:2] == (height, width):
-        return resize(shown, size, size), place
-    y, first_y, last_y, before_y, after_y = _span(rows, height, size)
-    x, first_x, last_x, before_x, after_x = _span(columns, width, size)
-    padded = np.zeros(
-        (len(shown) + before_y + after_y, shown.shape[1] + before_x + after_x, 3), np.uint8
+    left = max(window.left, 0)
+    top = max(window.top, 0)
+    right = min(window.right, image_width)
+    bottom = min(window.bottom, image_height)
+    if left >= right or top >= bottom:
+        return np.zeros((size, size, 3), np.uint8), (0, 0, 0, 0)
+    visible = image[top:bottom, left:right]
+    visible_box = (
+        left - window.left,
+        top - window.top,
+        right - window.left,
+        bottom - window.top,
     )
-    padded[before_y:, before_x:][: len(shown), : shown.shape[1]] = shown
-    part = resize(padded, last_y - y, last_x - x, (size / height, size / width))
-    made = np.zeros((size, size, 3), np.uint8)
-    made[first_y:last_y, first_x:last_x] = part[first_y - y :, first_x - x :]
-    return made, place
+    if visible.shape[:2] == (window.height, window.width):
+        return resize(visible, size, size), visible_box
+
+    x = _place_on_axis(visible_box[0], visible_box[2], window.width, size)
+    y = _place_on_axis(visible_box[1], visible_box[3], window.height, size)
+    source_height = y.black_before + len(visible) + y.black_after
+    source_width = x.black_before + visible.shape[1] + x.black_after
+    source = np.zeros((source_height, source_width, 3), np.uint8)
+    source_rows = slice(y.black_before, y.black_before + visible.shape[0])
+    source_columns = slice(x.black_before, x.black_before + visible.shape[1])
+    source[source_rows, source_columns] = visible
+    resized = resize(
+        source,
+        height=y.end - y.origin,
+        width=x.end - x.origin,
+        scales=(size / window.height, size / window.width),
+    )
+    result = np.zeros((size, size, 3), np.uint8)
+    result[y.first : y.end, x.first : x.end] = resized[y.first - y.origin :, x.first - x.origin :]
+    return result, visible_box
 
 
-def _span(place: slice, length: int, size: int) -> tuple[int, int, int, int, int]:
-    """Where on an axis the image at `place` of `length` comes to lie in `size`.
+class AxisPlacement(NamedTuple):
+    """How the visible part of an image comes to lie on one axis of the resized window."""
 
-    Returns the pixel of the result to compute from, which begins at a whole pixel of the source
-    (to 1/64), the first that shows image, the one after the last, and the black pixels that the
-    source needs before and after the image.
+    origin: int  # pixel of the result from which on it is computed
+    first: int  # first pixel of the result that shows the image
+    end: int  # the pixel after the last one that shows the image
+    black_before: int  # black pixels of the source before the image
+    black_after: int  # black pixels of the source after the image
+
+
+def _place_on_axis(image_start: int, image_end: int, window_length: int, size: int):
+    """Return the AxisPlacement of an image that covers these pixels of the window's axis.
+
+    Pixel p of the result has its centre at (p + 0.5) * scale - 0.5 in the window and blends the two
+    pixels around it, so it shows the image if that centre lies between `image_start` - 1 and
+    `image_end`.
     """
-    scale = length / size
-    first = max(0, math.floor((place.start - 0.5) / scale - 0.5) + 1)
-    last = min(size, math.ceil((place.stop + 0.5) / scale - 0.5))
-    for origin in range(first, -1, -1):
+    scale = window_length / size
+    first = max(0, math.floor((image_start - 0.5) / scale - 0.5) + 1)
+    end = min(size, math.ceil((image_end + 0.5) / scale - 0.5))
+    origin = _aligned_origin(first, image_start, scale)
+    black_before = image_start - round(origin * scale)
+    black_after = 1 if image_end < window_length else 0
+    source_length = black_before + (image_end - image_start) + black_after
+    # torch copies an axis whose length does not change, whatever the scale: make it change.
+    if black_after and source_length == end - origin:
+        black_after = 2
+    return AxisPlacement(origin, first, end, black_before, black_after)
+
+
+def _aligned_origin(first: int, image_start: int, scale: float) -> int:
+    """Return the last pixel of the result, not after `first`, from which resizing can begin.
+
+    It must begin at a whole pixel of the window, at or before the image. Pixel `first` must not
+    blend with what lies before the origin, because that is not part of the source. Pixel 0 always
+    qualifies: nothing lies before the window.
+    """
+    for origin in range(first, 0, -1):
         start = origin * scale
-        whole = abs(start - round(start)) <= 1 / 64
-        # What lies before the origin is not blended in: right at the canvas' edge, else not wanted.
-        apart = start <= place.start and (first + 0.5 - origin) * scale >= 0.5
-        if whole and apart:
-            break
-    before = place.start - round(origin * scale)
-    after = int(place.stop < length)
-    if after and before + place.stop - place.start + after == last - origin:
-        after = 2  # torch does not resize an axis that keeps its length, whatever the scale
-    return origin, first, last, before, after
+        is_whole = abs(start - round(start)) <= ALIGNMENT_TOLERANCE
+        is_before_image = start <= image_start
+        first_is_inside = (first + 0.5 - origin) * scale >= 0.5
+        if is_whole and is_before_image and first_is_inside:
+            return origin
+    return 0
 
 
 def resize(
     image: np.ndarray, height: int, width: int, scales: tuple[float, float] | None = None
 ) -> np.ndarray:
-    """Image (H, W, 3) uint8 to (height, width, 3): bilinear without antialias, OpenCV's to a
-    level. With `scales` a pixel of the image becomes so many, else height / H and width / W."""
-    # Batch axis first: only so the strides are those of channels last, which is 4 times as fast.
-    nhwc = torch.from_numpy(np.ascontiguousarray(image)).unsqueeze(0).permute(0, 3, 1, 2)
-    # Not F.interpolate: that takes a size or scales, not both.
+    """Resize an image (H, W, 3) uint8 to (height, width, 3): bilinear, without antialias.
+
+    The result differs from OpenCV's INTER_LINEAR by one grey level at most. `scales` are the
+    factors from source to result along rows and columns; by default height / H and width / W.
+    """
+    # The batch axis must come before the permutation: only then does torch recognise the strides as
+    # channels last, for which its kernel is 4 times as fast.
+    batch = torch.from_numpy(np.ascontiguousarray(image)).unsqueeze(0).permute(0, 3, 1, 2)
+    scale_rows = None
+    scale_columns = None
+    if scales is not None:
+        scale_rows, scale_columns = scales
+    # F.interpolate takes a size or scales, but not both.
     bilinear = torch.ops.aten.upsample_bilinear2d.default
-    down, across = scales or (None, None)
-    if len(image) > height:  # fewer rows first: the columns' pass costs more, row by row
-        nhwc = bilinear(nhwc, [height, image.shape[1]], False, down, None)
-    made = bilinear(nhwc, [height, width], False, down, across)
-    return made.permute(0, 2, 3, 1)[0].numpy()
+    if len(image) > height:
+        # The pass over columns is the slower one: reduce the number of its rows first.
+        batch = bilinear(batch, [height, image.shape[1]], False, scale_rows, None)
+    resized = bilinear(batch, [height, width], False, scale_rows, scale_columns)
+    return resized.squeeze(0).permute(1, 2, 0).numpy()
 
 
 def resize_as_opencv(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Image (H, W, 3) uint8 to (height, width, 3) as OpenCV's INTER_LINEAR gives it, to the last
-    level; several times slower than `resize`.
+    """Resize an image (H, W, 3) uint8 to (height, width, 3) exactly as OpenCV's INTER_LINEAR does.
 
-    OpenCV computes in whole numbers: weights have 11 bits, 4 bits are dropped after the columns,
-    16 after the product with each row's weight, and the last 2 are rounded off.
+    This is several times slower than `resize`. OpenCV computes in integers: weights have 11 bits; 4
+    bits are dropped after blending columns, 16 bits after the product with each row's weight, and
+    the last 2 are rounded off.
     """
-    (top, bottom), row_weights = _taps(image.shape[0], height)
-    columns, column_weights = _taps(image.shape[1], width)
-    rows, place = np.unique([top, bottom], return_inverse=True)
+    upper_rows, lower_rows, upper_weights, lower_weights = _opencv_taps(image.shape[0], height)
+    left_columns, right_columns, left_weights, right_weights = _opencv_taps(image.shape[1], width)
+
+    # Blend the columns of those rows only that the result needs.
+    rows, position = np.unique([upper_rows, lower_rows], return_inverse=True)
+    upper_position, lower_position = position.reshape(2, height)
     needed = image[rows]
-    blended = np.zeros((len(rows), width, 3), np.int32)
-    for column, weight in zip(columns, column_weights, strict=True):
-        part = needed.take(column, axis=1).astype(np.int32)
-        part *= weight[:, None]
-        blended += part
-    blended >>= 4
-    made = np.full((height, width, 3), 2, np.int32)
-    for row, weight in zip(place.reshape(2, -1), row_weights, strict=True):
-        part = blended[row]
-        part *= weight[:, None, None]
-        part >>= 16
-        made += part
-    return (made >> 2).astype(np.uint8)
+    left = needed.take(left_columns, axis=1).astype(np.int32)
+    left *= left_weights[:, None]
+    right = needed.take(right_columns, axis=1).astype(np.int32)
+    right *= right_weights[:, None]
+    blended = (left + right) >> 4
+
+    upper = (blended[upper_position] * upper_weights[:, None, None]) >> 16
+    lower = (blended[lower_position] * lower_weights[:, None, None]) >> 16
+    return ((upper + lower + 2) >> 2).astype(np.uint8)
 
 
-def _taps(length: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The two source pixels of each of `size` results and their weights times 2048: (2, size)."""
+def _opencv_taps(length: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the two source pixels of each of `size` results, and their weights times 2048."""
     center = (np.arange(size) + 0.5) * (length / size) - 0.5
-    center = center.clip(0, length - 1).astype(np.float32)  # as OpenCV: it decides some roundings
+    center = center.clip(0, length - 1)
+    center = center.astype(np.float32)  # OpenCV's precision, which decides some roundings
     first = np.floor(center).astype(np.int64)
     second = np.minimum(first + 1, length - 1)
-    weight = np.round((center - first) * 2048).astype(np.int32)
-    return np.stack([first, second]), np.stack([2048 - weight, weight])
+    second_weight = np.round((center - first) * 2048).astype(np.int32)
+    first_weight = 2048 - second_weight
+    return first, second, first_weight, second_weight

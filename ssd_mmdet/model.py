@@ -1,8 +1,10 @@
-"""SSD on VGG16: six feature maps (seven for 512 pixels), two 3x3 convolutions on each.
+"""SSD on VGG16: six feature maps (seven for 512 pixels) with two 3x3 convolutions on each.
 
-Attribute names are the keys of MMDetection's checkpoints before 2.14, so that a state dict of ours
-is one of theirs.
+The names of the attributes are the keys of MMDetection's checkpoints before version 2.14, so a
+state dict of this network is one of theirs and the other way round.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,46 +12,64 @@ from torch import Tensor, nn
 from common.errors import UserError
 from ssd_mmdet.anchors import anchors_per_cell
 from ssd_mmdet.config import Recipe
-from ssd_mmdet.winograd import Conv2d
 
-# Outputs of VGG16's 3x3 convolutions; "M" a 2x2 max pool that keeps the odd row and column.
+# Output channels of VGG16's 3x3 convolutions. "M" is a 2x2 max pool that keeps an odd last row and
+# column.
 VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512)
-FIRST_LEVEL = 22  # position in `features` of the ReLU whose output, normalised, is level 0
-# Channels of the 1x1 and of the second convolution of each extra level; kernel, stride and padding
-# of the second.
-EXTRAS = {
+FIRST_LEVEL_CHANNELS = 512
+FIRST_LEVEL_LAYER = 22  # index in `features` of the ReLU whose normalised output is level 0
+FC7_CHANNELS = 1024  # VGG16's layers fc6 and fc7 as convolutions
+
+
+class ExtraLevel(NamedTuple):
+    """A 1x1 convolution, and another one whose output is the next feature map."""
+
+    middle_channels: int
+    channels: int
+    kernel: int
+    stride: int
+    padding: int
+
+
+EXTRA_LEVELS = {  # by the size of the network input
     300: (
-        (256, 512, (3, 2, 1)),
-        (128, 256, (3, 2, 1)),
-        (128, 256, (3, 1, 0)),
-        (128, 256, (3, 1, 0)),
+        ExtraLevel(256, 512, kernel=3, stride=2, padding=1),
+        ExtraLevel(128, 256, kernel=3, stride=2, padding=1),
+        ExtraLevel(128, 256, kernel=3, stride=1, padding=0),
+        ExtraLevel(128, 256, kernel=3, stride=1, padding=0),
     ),
     512: (
-        (256, 512, (3, 2, 1)),
-        (128, 256, (3, 2, 1)),
-        (128, 256, (3, 2, 1)),
-        (128, 256, (3, 2, 1)),
-        (128, 256, (4, 1, 1)),
+        ExtraLevel(256, 512, kernel=3, stride=2, padding=1),
+        ExtraLevel(128, 256, kernel=3, stride=2, padding=1),
+        ExtraLevel(128, 256, kernel=3, stride=2, padding=1),
+        ExtraLevel(128, 256, kernel=3, stride=2, padding=1),
+        ExtraLevel(128, 256, kernel=4, stride=1, padding=1),
     ),
 }
 
 
 class L2Norm(nn.Module):
-    """Scales each place's channel vector to length `weight`, in fp32 whatever the input."""
+    """Scale the channel vector of each cell to length `weight`, in fp32 whatever the input."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.weight = nn.Parameter(torch.full((channels,), 20.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        # As good as length + 1e-10, the original's; but that the ONNX exporter takes for + 0.
-        length = wide.square().sum(dim=1, keepdim=True).clamp(min=1e-20).sqrt()
-        return (self.weight.view(1, -1, 1, 1) * wide / length).to(x.dtype)
+        x_fp32 = x.float()
+        # The original adds 1e-10 to the length, which the ONNX exporter would take for adding 0.
+        # A lower limit of 1e-10 has the same effect.
+        squared_length = x_fp32.square().sum(dim=1, keepdim=True)
+        length = squared_length.clamp(min=1e-20).sqrt()
+        scaled = self.weight.view(1, -1, 1, 1) * x_fp32 / length
+        return scaled.to(x.dtype)
 
 
 class Backbone(nn.Module):
-    """VGG16 with dilated fc6 and fc7 as convolutions, and the extra levels after it."""
+    """VGG16 with fc6 (dilated) and fc7 as convolutions, and the extra levels after it.
+
+    Source: SSD paper, section 3 and figure 2.
+    """
 
     def __init__(self, recipe: Recipe):
         super().__init__()
@@ -57,33 +77,39 @@ class Backbone(nn.Module):
         def scaled(channels: int) -> int:
             return max(1, round(channels * recipe.width))
 
-        layers, inputs = [], 3
-        for step in VGG16:
-            if step == "M":
-                layers.append(nn.MaxPool2d(2, 2, ceil_mode=True))
+        layers = []
+        in_channels = 3
+        for entry in VGG16:
+            if entry == "M":
+                layers.append(nn.MaxPool2d(2, stride=2, ceil_mode=True))
                 continue
-            outputs = scaled(step)
-            layers += [Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(inplace=True)]
-            inputs = outputs
-        wide = scaled(1024)
-        layers += [
-            nn.MaxPool2d(3, 1, padding=1),
-            nn.Conv2d(inputs, wide, 3, padding=6, dilation=6),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(wide, wide, 1),
-            nn.ReLU(inplace=True),
-        ]
+            layers.append(nn.Conv2d(in_channels, scaled(entry), 3, padding=1))
+            layers.append(nn.ReLU(inplace=True))
+            in_channels = scaled(entry)
+        fc7_channels = scaled(FC7_CHANNELS)
+        layers.append(nn.MaxPool2d(3, stride=1, padding=1))
+        layers.append(nn.Conv2d(in_channels, fc7_channels, 3, padding=6, dilation=6))
+        layers.append(nn.ReLU(inplace=True))
+        layers.append(nn.Conv2d(fc7_channels, fc7_channels, 1))
+        layers.append(nn.ReLU(inplace=True))
         self.features = nn.Sequential(*layers)
-        self.levels = [scaled(512), wide]  # channels
+        self.level_channels = [scaled(FIRST_LEVEL_CHANNELS), fc7_channels]
+
         self.extra = nn.ModuleList()
-        for middle, outputs, (kernel, stride, padding) in EXTRAS[recipe.image_size]:
-            middle, inputs = scaled(middle), self.levels[-1]
-            self.levels.append(scaled(outputs))
-            self.extra += [
-                nn.Conv2d(inputs, middle, 1),
-                nn.Conv2d(middle, self.levels[-1], kernel, stride, padding),
-            ]
-        self.l2_norm = L2Norm(self.levels[0])
+        for level in EXTRA_LEVELS[recipe.image_size]:
+            in_channels = self.level_channels[-1]
+            middle_channels = scaled(level.middle_channels)
+            channels = scaled(level.channels)
+            self.extra.append(nn.Conv2d(in_channels, middle_channels, 1))
+            self.extra.append(
+                nn.Conv2d(middle_channels, channels, level.kernel, level.stride, level.padding)
+            )
+            self.level_channels.append(channels)
+        self.l2_norm = L2Norm(self.level_channels[0])
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Draw random weights as MMDetection does."""
         for layer in self.features:
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
@@ -93,73 +119,79 @@ class Backbone(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        levels, x = [], images
-        for position, layer in enumerate(self.features):
+        """Return the feature maps (N, C, H, W) of images (N, 3, S, S), the largest first."""
+        levels = []
+        x = images
+        for index, layer in enumerate(self.features):
             x = layer(x)
-            if position == FIRST_LEVEL:
+            if index == FIRST_LEVEL_LAYER:
                 levels.append(self.l2_norm(x))
         levels.append(x)
-        for position, layer in enumerate(self.extra):
+        for index, layer in enumerate(self.extra):
             x = layer(x).relu_()
-            if position % 2:
+            is_second_of_level = index % 2 == 1
+            if is_second_of_level:
                 levels.append(x)
         return levels
 
 
 class Head(nn.Module):
-    """Class and box convolutions of every level."""
+    """The box and the class convolution of every feature map."""
 
-    def __init__(self, recipe: Recipe, levels: list[int], channels: int):
+    def __init__(self, recipe: Recipe, level_channels: list[int], class_channels: int):
         super().__init__()
-        self.channels = channels
-        shapes = anchors_per_cell(recipe)
-        self.reg_convs, self.cls_convs = (
-            nn.ModuleList(
-                Conv2d(inputs, count * outputs, 3, padding=1)
-                for inputs, count in zip(levels, shapes, strict=True)
-            )
-            for outputs in (4, channels)
-        )
+        self.class_channels = class_channels
+        self.reg_convs = _level_convolutions(recipe, level_channels, outputs=4)
+        self.cls_convs = _level_convolutions(recipe, level_channels, outputs=class_channels)
         for layer in [*self.reg_convs, *self.cls_convs]:
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, levels: list[Tensor]) -> tuple[Tensor, Tensor]:
-        offsets = [
-            _flat(conv(level), 4) for conv, level in zip(self.reg_convs, levels, strict=True)
-        ]
-        logits = [
-            _flat(conv(level), self.channels)
-            for conv, level in zip(self.cls_convs, levels, strict=True)
-        ]
-        return torch.cat(offsets, dim=1), torch.cat(logits, dim=1)
+        deltas = []
+        logits = []
+        for level, convolution in zip(levels, self.reg_convs, strict=True):
+            deltas.append(_by_anchor(convolution(level), 4))
+        for level, convolution in zip(levels, self.cls_convs, strict=True):
+            logits.append(_by_anchor(convolution(level), self.class_channels))
+        return torch.cat(deltas, dim=1), torch.cat(logits, dim=1)
 
 
-def _flat(raw: Tensor, outputs: int) -> Tensor:
-    """(N, shapes * outputs, H, W) to (N, H * W * shapes, outputs)."""
+def _level_convolutions(recipe: Recipe, level_channels: list[int], outputs: int) -> nn.ModuleList:
+    """Return a 3x3 convolution for each feature map that has `outputs` channels for each anchor."""
+    convolutions = nn.ModuleList()
+    for channels, anchors in zip(level_channels, anchors_per_cell(recipe), strict=True):
+        convolutions.append(nn.Conv2d(channels, anchors * outputs, 3, padding=1))
+    return convolutions
+
+
+def _by_anchor(raw: Tensor, outputs: int) -> Tensor:
+    """Rearrange (N, anchors of a cell * outputs, H, W) to (N, anchors of the level, outputs)."""
     return raw.permute(0, 2, 3, 1).reshape(raw.shape[0], -1, outputs)
 
 
 class SSD(nn.Module):
-    """`model(images)`: (N, 3, 300, 300) to offsets (N, P, 4) and logits (N, P, classes + 1).
+    """The network: `model(images)` of (N, 3, S, S) returns deltas and logits of P anchors.
 
-    The last logit is background. Outputs are raw and have the autocast's dtype.
+    Deltas are (N, P, 4), logits (N, P, num_classes + 1) with the background last. Both are raw
+    outputs in the data type of the autocast.
     """
 
     def __init__(self, recipe: Recipe, num_classes: int):
         super().__init__()
         self.backbone = Backbone(recipe)
-        self.bbox_head = Head(recipe, self.backbone.levels, num_classes + 1)
+        self.bbox_head = Head(recipe, self.backbone.level_channels, num_classes + 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.bbox_head(self.backbone(images))
 
 
 def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The network for `num_classes` foreground classes, with random weights.
+    """Return the network for `num_classes` foreground classes, with random weights.
 
-    Raises UserError for an image size that no SSD was designed for.
+    Raises UserError for an image size for which there is no SSD.
     """
-    if recipe.image_size not in EXTRAS:
-        raise UserError(f"image_size {recipe.image_size}: not one of {', '.join(map(str, EXTRAS))}")
+    if recipe.image_size not in EXTRA_LEVELS:
+        sizes = ", ".join(str(size) for size in EXTRA_LEVELS)
+        raise UserError(f"image_size {recipe.image_size}: not one of {sizes}")
     return SSD(recipe, num_classes)

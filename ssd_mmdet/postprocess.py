@@ -1,4 +1,4 @@
-"""Raw outputs to detections: softmax, decoding, NMS per class (SSD paper section 2.2)."""
+"""Raw outputs to detections: softmax, decoding and NMS by class (SSD paper, section 2.2)."""
 
 import functools
 from typing import NamedTuple
@@ -11,89 +11,122 @@ from common.coco.nms import class_nms
 from ssd_mmdet.anchors import decode, make_anchors
 from ssd_mmdet.config import Recipe
 
-BEST = 4096  # candidates of an image that an accelerator sends to the host at first
+MAX_DEVICE_CANDIDATES = 4096  # of each image, those that an accelerator sends to the host first
 
 
 class Detections(NamedTuple):
-    """Detections of one image on the host, best first."""
+    """The detections of one image on the host, best first."""
 
     boxes: Tensor  # (n, 4) float32 xyxy, pixels of the original image, clipped to it
     scores: Tensor  # (n,) float32
     labels: Tensor  # (n,) int64 0-based classes
 
 
+class Candidates(NamedTuple):
+    """Pairs of anchor and class of one image that score above the threshold, on the host."""
+
+    boxes: np.ndarray  # (n, 4) float32 xyxy, pixels of the network input
+    scores: np.ndarray  # (n,) float32
+    labels: np.ndarray  # (n,) int64
+
+
 @torch.no_grad()
 def decode_outputs(
     outputs: tuple[Tensor, Tensor], anchors: Tensor, recipe: Recipe
 ) -> tuple[Tensor, Tensor]:
-    """Boxes (N, P, 4) xyxy in pixels of the network input, clipped, and probabilities
-    (N, P, classes), background left out."""
-    offsets, logits = (output.float() for output in outputs)
-    boxes = decode(offsets, anchors, recipe)
-    return boxes, logits.softmax(dim=-1)[..., :-1]
+    """Return boxes (N, P, 4) and scores (N, P, classes) of raw outputs, in fp32.
 
-
-@functools.cache
-def _anchors(recipe: Recipe, device: torch.device) -> Tensor:
-    return make_anchors(recipe).to(device)
+    Boxes are xyxy in pixels of the network input, clipped to it. Scores are the probabilities of
+    all classes but the background.
+    """
+    deltas, logits = outputs
+    boxes = decode(deltas.float(), anchors, recipe)
+    scores = logits.float().softmax(dim=-1)[..., :-1]
+    return boxes, scores
 
 
 @torch.no_grad()
 def detect(outputs: tuple[Tensor, Tensor], sizes: Tensor, recipe: Recipe) -> list[Detections]:
-    """Detections of N images; `sizes` (N, 2) are the original (height, width) in pixels.
+    """Return the detections of N images, whose original (height, width) are `sizes` (N, 2).
 
-    Every pair of anchor and class that scores above `score_threshold` enters greedy NMS of its
-    class, in fp32, in pixels of the original image; the `max_detections` best survivors are
+    All pairs of anchor and class that score above `score_threshold` enter the greedy NMS of their
+    class, in fp32 and in pixels of the original image. The `max_detections` best survivors are
     returned.
     """
-    anchors = _anchors(recipe, outputs[0].device)
+    anchors = _anchors_on(outputs[0].device, recipe)
     boxes, scores = decode_outputs(outputs, anchors, recipe)
-    found = []
-    for n, image in enumerate(candidates(boxes, scores, recipe)):
-        detections = _survivors(*image, sizes[n].tolist(), recipe)
-        # Only better ones decide about a candidate: the best are enough if they fill the list.
-        if len(image[1]) == BEST and len(detections.scores) < recipe.max_detections:
-            (image,) = sparse_candidates(boxes[n : n + 1].cpu(), scores[n : n + 1].cpu(), recipe)
-            detections = _survivors(*image, sizes[n].tolist(), recipe)
-        found.append(detections)
-    return found
+    detections = []
+    for index, image_candidates in enumerate(candidates(boxes, scores, recipe)):
+        size = sizes[index].tolist()
+        image_detections = _suppress(image_candidates, size, recipe)
+        # A candidate is dropped because of a better one only. So the best candidates are enough if
+        # they fill the list; if they do not, all of them are needed.
+        may_have_more = len(image_candidates.scores) == MAX_DEVICE_CANDIDATES
+        if may_have_more and len(image_detections.scores) < recipe.max_detections:
+            image_candidates = host_candidates(boxes[index].cpu(), scores[index].cpu(), recipe)
+            image_detections = _suppress(image_candidates, size, recipe)
+        detections.append(image_detections)
+    return detections
 
 
-def candidates(boxes: Tensor, scores: Tensor, recipe: Recipe):
-    """Boxes (n, 4), scores and labels (n,) above `score_threshold` of each image, on the host; of
-    an accelerator's the `BEST` best."""
-    way = sparse_candidates if scores.device.type == "cpu" else dense_candidates
-    return way(boxes, scores, recipe)
+@functools.cache
+def _anchors_on(device: torch.device, recipe: Recipe) -> Tensor:
+    return make_anchors(recipe).to(device)
 
 
-def _survivors(
-    boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, size: list[int], recipe: Recipe
-) -> Detections:
-    """NMS of the candidates of an image of `size` (height, width)."""
-    height, width = size
-    boxes = boxes / (recipe.image_size / np.array([width, height, width, height], np.float32))
-    keep = class_nms(boxes, scores, labels, recipe.nms_iou, recipe.max_detections)
-    return Detections(*(torch.from_numpy(part[keep]) for part in (boxes, scores, labels)))
+def candidates(boxes: Tensor, scores: Tensor, recipe: Recipe) -> list[Candidates]:
+    """Return the candidates of each image; of an accelerator's, the best ones only."""
+    if scores.device.type != "cpu":
+        return device_candidates(boxes, scores, recipe)
+    image_candidates = []
+    for image_boxes, image_scores in zip(boxes, scores, strict=True):
+        image_candidates.append(host_candidates(image_boxes, image_scores, recipe))
+    return image_candidates
 
 
-def sparse_candidates(boxes: Tensor, scores: Tensor, recipe: Recipe):
-    """All candidates, on the host: few scores pass the threshold, so look at those only."""
-    for image_boxes, image_scores in zip(boxes.numpy(), scores.numpy(), strict=True):
-        # Flat: numpy's nonzero of two axes takes several times as long.
-        passed = np.flatnonzero(image_scores > recipe.score_threshold)
-        rows, labels = np.divmod(passed, image_scores.shape[1])
-        yield image_boxes[rows], image_scores[rows, labels], labels
+def host_candidates(boxes: Tensor, scores: Tensor, recipe: Recipe) -> Candidates:
+    """Return all candidates among boxes (P, 4) and scores (P, classes) of one image."""
+    boxes = boxes.numpy()
+    scores = scores.numpy()
+    # Flat, because numpy's nonzero of two axes takes several times as long.
+    passed = np.flatnonzero(scores > recipe.score_threshold)
+    anchor, label = np.divmod(passed, scores.shape[1])
+    return Candidates(boxes[anchor], scores[anchor, label], label)
 
 
-def dense_candidates(boxes: Tensor, scores: Tensor, recipe: Recipe):
-    """The best candidates, by fixed-shape steps on the device, brought over in one copy."""
+def device_candidates(boxes: Tensor, scores: Tensor, recipe: Recipe) -> list[Candidates]:
+    """Return the best candidates among boxes (N, P, 4) and scores (N, P, classes) of N images.
+
+    They are chosen on the device, in operations of fixed shapes, and come to the host in one copy.
+    """
     classes = scores.shape[2]
-    passed = torch.where(scores > recipe.score_threshold, scores, 0.0).flatten(1)
-    best, place = passed.topk(min(BEST, passed.shape[1]), dim=1)
-    rows = torch.div(place, classes, rounding_mode="floor")
-    labels = (place - rows * classes).float()
-    index = rows.unsqueeze(-1).expand(-1, -1, 4)
-    packed = torch.cat([boxes.gather(1, index), torch.stack([best, labels], dim=-1)], dim=2)
-    for image in packed.cpu().numpy():
-        image = image[image[:, 4] > 0]
-        yield image[:, :4], image[:, 4], image[:, 5].astype(np.int64)
+    passed_scores = torch.where(scores > recipe.score_threshold, scores, 0.0).flatten(1)
+    count = min(MAX_DEVICE_CANDIDATES, passed_scores.shape[1])
+    best_scores, position = passed_scores.topk(count, dim=1)  # (N, count)
+    anchor = torch.div(position, classes, rounding_mode="floor")
+    label = position - anchor * classes
+    best_boxes = boxes.gather(1, anchor.unsqueeze(-1).expand(-1, -1, 4))
+    scores_and_labels = torch.stack([best_scores, label.float()], dim=-1)
+    packed = torch.cat([best_boxes, scores_and_labels], dim=2)  # (N, count, 6)
+    image_candidates = []
+    for rows in packed.cpu().numpy():
+        rows = rows[rows[:, 4] > 0]
+        image_candidates.append(
+            Candidates(boxes=rows[:, :4], scores=rows[:, 4], labels=rows[:, 5].astype(np.int64))
+        )
+    return image_candidates
+
+
+def _suppress(image_candidates: Candidates, size: list[int], recipe: Recipe) -> Detections:
+    """Apply NMS to the candidates of an image whose original size is (height, width)."""
+    height, width = size
+    scale = recipe.image_size / np.array([width, height, width, height], np.float32)
+    boxes = image_candidates.boxes / scale
+    scores = image_candidates.scores
+    labels = image_candidates.labels
+    keep = class_nms(boxes, scores, labels, recipe.nms_iou, recipe.max_detections)
+    return Detections(
+        boxes=torch.from_numpy(boxes[keep]),
+        scores=torch.from_numpy(scores[keep]),
+        labels=torch.from_numpy(labels[keep]),
+    )

@@ -9,17 +9,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.testing import assert_close
 
+from common.arithmetic import round_up
 from common.coco.index import read_index
 from common.errors import UserError
 from common.npu.distributed import Ranks
-from ssd_mmdet.augment import cover
+from ssd_mmdet.augment import coverage
 from ssd_mmdet.config import RECIPES
 from ssd_mmdet.data import (
     TrainingOrder,
     TrainingSet,
+    aspect_groups,
     build_loader,
     epoch_order,
-    groups_of,
     iterations_per_epoch,
     prepare_image,
     training_records,
@@ -42,7 +43,7 @@ def test_an_epoch_has_every_image_and_batches_of_one_kind(groups, batch, world, 
     kinds = (order < first).reshape(-1, batch)
     assert (kinds.all(axis=1) | ~kinds.any(axis=1)).all()
     for size, drawn in ((first, (order < first).sum()), (len(groups[1]), (order >= first).sum())):
-        assert drawn == -(-size // (batch * world)) * batch * world
+        assert drawn == round_up(size, batch * world)
     assert order.tolist() == epoch_order(groups, batch, world, seed).tolist()
 
 
@@ -62,7 +63,7 @@ def keys_of(records, recipe, rank, world_size, start, end):
 def test_ranks_share_each_epoch_of_repeated_passes(tiny_train, world_size):
     records = training_records(tiny_train)
     per_epoch = iterations_per_epoch(records, RECIPE, world_size)
-    groups = groups_of(records, RECIPE)
+    groups = aspect_groups(records, RECIPE)
     assert sum(map(len, groups)) == 5 * len(records)
     runs = [keys_of(records, RECIPE, r, world_size, 0, 2 * per_epoch) for r in range(world_size)]
     for epoch in (0, 1):
@@ -120,7 +121,7 @@ def test_augmentation_changes_by_seed_epoch_and_position(tiny_train):
         TrainingSet(tiny_train, RECIPE, seed)[epoch, position, 0]
         for seed, epoch, position in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 3, 2))
     ]
-    made = {(sample.images.sum().item(), *sample.jitter.tolist()) for sample in samples}
+    made = {(sample.images.sum().item(), *sample.colour_jitter.tolist()) for sample in samples}
     assert len(made) == 5
     assert_same(samples[0], TrainingSet(tiny_train, RECIPE, 0)[0, 0, 0])
 
@@ -128,20 +129,21 @@ def test_augmentation_changes_by_seed_epoch_and_position(tiny_train):
 def test_a_batch_has_fixed_shapes_and_types(tiny_train):
     records = training_records(tiny_train)
     (batch,) = build_loader(RECIPE, records, True, end=1)
-    slots = records.max_boxes()
+    max_boxes = records.max_boxes()
     expected = {
         "images": ((2, 300, 300, 3), torch.uint8),
-        "place": ((2, 2, 3), torch.float32),
-        "boxes": ((2, slots, 4), torch.float32),
-        "labels": ((2, slots), torch.int64),
-        "valid": ((2, slots), torch.bool),
+        "visible_box": ((2, 4), torch.float32),
+        "window_size": ((2, 2), torch.float32),
+        "boxes": ((2, max_boxes, 4), torch.float32),
+        "labels": ((2, max_boxes), torch.int64),
+        "valid": ((2, max_boxes), torch.bool),
         "flip": ((2,), torch.bool),
-        "jitter": ((2, 4), torch.float32),
-        "order": ((2, 3), torch.int64),
+        "colour_jitter": ((2, 4), torch.float32),
+        "channel_order": ((2, 3), torch.int64),
         "image_ids": ((2,), torch.int64),
     }
     assert {k: (tuple(v.shape), v.dtype) for k, v in batch._asdict().items()} == expected
-    assert slots % 16 == 0
+    assert max_boxes % 16 == 0
     first = next(iter(TrainingOrder(records, RECIPE, Ranks(), 0, 0, 1)))
     assert batch.image_ids.tolist() == [records.image_ids[record] for *_, record in first]
 
@@ -150,12 +152,12 @@ def test_padding_drops_no_box(tiny_train):
     recipe = replace(RECIPE, augment=False)
     records = training_records(tiny_train)
     dataset = TrainingSet(records, recipe, 0)
-    fullest = int(np.argmax([len(dataset.truth(k)[0]) for k in range(len(records))]))
+    fullest = int(np.argmax([len(dataset.ground_truth(k)[0]) for k in range(len(records))]))
     for record in (fullest, 0, 1):
-        boxes, labels, _ = dataset.truth(record)
+        boxes, labels, _ = dataset.ground_truth(record)
         sample = dataset[0, 0, record]
         count = len(boxes)
-        assert sample.valid.tolist() == [True] * count + [False] * (dataset.slots - count)
+        assert sample.valid.tolist() == [True] * count + [False] * (dataset.max_boxes - count)
         height, width = records.sizes[record]
         scale = np.float32([300 / width, 300 / height] * 2)
         np.testing.assert_allclose(sample.boxes[:count], (boxes * scale).clip(0, 300), rtol=1e-6)
@@ -198,11 +200,11 @@ def test_which_images_and_boxes_are_trained_on(odd_set):
     records = training_records(odd_set)
     assert records.image_ids.tolist() == [1, 3, 4, 5]
     dataset = TrainingSet(records, RECIPE, 0)
-    boxes, labels, crowds = dataset.truth(0)
+    boxes, labels, crowds = dataset.ground_truth(0)
     assert boxes.tolist() == [[-5, 10, 15, 90], [4, 5, 5, 6]]
     assert [records.class_names[label] for label in labels] == ["four", "nine"]
     assert crowds.tolist() == [[2, 2, 32, 32]]
-    boxes, labels, crowds = dataset.truth(2)
+    boxes, labels, crowds = dataset.ground_truth(2)
     assert boxes.shape == (0, 4)
     assert labels.shape == (0,)
     assert len(crowds) == 1
@@ -214,7 +216,7 @@ def test_an_image_of_crowds_only_is_trained_on_without_boxes(odd_set):
     for position in range(20):
         sample = dataset[0, position, 2]
         assert not sample.valid.any()
-        assert cover(sample.place[None], 300).max() > 0.5
+        assert coverage(sample.visible_box[None], sample.window_size[None], 300).max() > 0.5
 
 
 def test_a_truncated_file_is_named(tmp_path, tiny_train):

@@ -7,9 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.coco.images import read_image
-from ssd_mmdet.augment import cover
+from ssd_mmdet.augment import coverage
 from ssd_mmdet.config import RECIPES
-from ssd_mmdet.geometry import canvas_around, crop_window, cut, resize, resize_as_opencv
+from ssd_mmdet.geometry import (
+    Window,
+    canvas_around,
+    crop_window,
+    cut_and_resize,
+    resize,
+    resize_as_opencv,
+)
 from tests.ssd_mmdet import reference
 
 RECIPE = RECIPES["1p"]
@@ -42,13 +49,17 @@ def test_resizing_axis_by_axis_changes_nothing(tiny_train):
 
 def test_a_whole_image_or_a_crop_is_only_resized():
     image = picture(200, 240)
-    made, place = cut(image, -30, -20, 150, 120, 100)
-    np.testing.assert_array_equal(made, resize(image[20:140, 30:180], 100, 100))
-    assert (covered(place, 100) == 1).all()
+    window = Window(left=30, top=20, right=180, bottom=140)
+    resized, visible_box = cut_and_resize(image, window, 100)
+    np.testing.assert_array_equal(resized, resize(image[20:140, 30:180], 100, 100))
+    assert visible_box == (0, 0, 150, 120)
+    assert (covered(visible_box, window, 100) == 1).all()
 
 
-def covered(place, size):
-    return cover(torch.from_numpy(place[None]), size)[0].numpy()
+def covered(visible_box, window, size):
+    visible_boxes = torch.tensor([visible_box], dtype=torch.float32)
+    window_sizes = torch.tensor([[window.width, window.height]], dtype=torch.float32)
+    return coverage(visible_boxes, window_sizes, size)[0].numpy()
 
 
 def naive_cut(image, left, top, width, height, size, fill):
@@ -71,16 +82,17 @@ def naive_cut(image, left, top, width, height, size, fill):
     size=st.sampled_from([16, 50]),
 )
 def test_cut_is_a_window_of_a_canvas(left, top, width, height, size):
+    """`left` and `top` are the corner of the image in the window."""
     image = picture(70, 64)
-    made, place = cut(image, left, top, width, height, size)
+    window = Window(-left, -top, width - left, height - top)
+    made, visible_box = cut_and_resize(image, window, size)
     assert made.dtype == np.uint8
-    assert place.dtype == np.float32
     expected = naive_cut(image, left, top, width, height, size, fill=0)
     difference = np.abs(made - expected)
     assert difference.mean() <= 0.35
     assert difference.max() <= 1.01 + 255 / 64  # the image lies within 1/64 pixel of its place
     part = naive_cut(np.ones_like(image), left, top, width, height, size, fill=0)[..., 0]
-    np.testing.assert_allclose(covered(place, size), part, atol=1e-4)
+    np.testing.assert_allclose(covered(visible_box, window, size), part, atol=1e-4)
     assert (made[part == 0] == 0).all()
 
 
@@ -93,14 +105,16 @@ def box_set(seed, count):
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**6), count=st.integers(0, 4), width=st.integers(1, 200))
 def test_a_crop_keeps_its_word(seed, count, width):
-    boxes, limits = box_set(seed, count), []
+    boxes = box_set(seed, count)
+    limits = []
 
     class Spy(random.Random):
         def choice(self, values):
             limits.append(super().choice(values))
             return limits[-1]
 
-    window = crop_window(width, 120, boxes.tolist(), RECIPE, Spy(seed))
+    canvas = Window(0, 0, width, 120)
+    window = crop_window(canvas, boxes.tolist(), RECIPE, Spy(seed))
     if window is None:
         assert limits[-1] == 1
         return
@@ -114,12 +128,31 @@ def test_a_crop_keeps_its_word(seed, count, width):
         assert reference.centers_inside(np.array(window), boxes).any()
 
 
+def test_a_crop_of_a_canvas_is_that_of_an_image_of_its_size():
+    """A canvas differs from an image in its origin only: the window moves along."""
+    boxes = box_set(0, 3)
+    shift = np.float32([-17, -40, -17, -40])
+    for seed in range(40):
+        window = crop_window(Window(0, 0, 130, 120), boxes.tolist(), RECIPE, random.Random(seed))
+        moved = crop_window(
+            Window(-17, -40, 113, 80), (boxes + shift).tolist(), RECIPE, random.Random(seed)
+        )
+        if window is None:
+            assert moved is None
+        else:
+            np.testing.assert_array_equal(np.array(window) + shift, moved)
+
+
 def test_a_canvas_holds_its_image():
     rng = random.Random(0)
     drawn = np.array([canvas_around(200, 100, RECIPE, rng) for _ in range(4000)])
-    width, height, left, top = drawn.T
-    assert (left + 200 <= width).all()
-    assert (top + 100 <= height).all()
+    left, top, right, bottom = drawn.T
+    assert (left <= 0).all()
+    assert (top <= 0).all()
+    assert (right >= 200).all()
+    assert (bottom >= 100).all()
+    width = right - left
+    height = bottom - top
     plain = (width == 200) & (height == 100)
     assert plain.mean() == pytest.approx(0.5, abs=0.03)
     assert (left[plain] == 0).all()

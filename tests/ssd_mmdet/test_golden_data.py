@@ -16,8 +16,8 @@ from ssd_mmdet.augment import augment
 from ssd_mmdet.data import (
     Batch,
     TrainingSet,
+    aspect_groups,
     epoch_order,
-    groups_of,
     iterations_per_epoch,
     prepare_image,
     training_records,
@@ -38,7 +38,7 @@ def test_dataset(golden, recipe, tiny_train):
         f == 1 for f in expected["flag"]
     ]
     dataset = TrainingSet(records, recipe, seed=0)
-    truths = [dataset.truth(record) for record in range(len(records))]
+    truths = [dataset.ground_truth(record) for record in range(len(records))]
     assert [len(boxes) for boxes, *_ in truths] == expected["boxes"]
     assert [len(crowds) for *_, crowds in truths] == expected["ignored"]
     boxes, labels, crowds = truths[record_of(records, "000000184613.jpg")]
@@ -50,7 +50,7 @@ def test_dataset(golden, recipe, tiny_train):
 def test_sampler(golden, recipe, tiny_train):
     expected = golden("sampler.json")
     records = training_records(tiny_train)
-    groups = groups_of(records, recipe)
+    groups = aspect_groups(records, recipe)
     assert sum(map(len, groups)) == expected["length"]
     order = epoch_order(groups, 8, 1, seed=5)  # numpy's generator as np.random.seed(5) leaves it
     assert order.tolist() == expected["group"]
@@ -133,7 +133,7 @@ def test_training_sample_under_the_originals_draws(golden, recipe, tiny_train, m
 
     draws = np.random.RandomState(run["seed"])
     given = read_image(records.path(record))
-    image, boxes, labels = reference.training_sample(given, *dataset.truth(record), draws)
+    image, boxes, labels = reference.training_sample(given, *dataset.ground_truth(record), draws)
     check_probe(expected, name, image, atol=1e-3)
     assert_allclose(boxes, expected[f"{name}_boxes"], rtol=0, atol=1e-4)
     assert_array_equal(labels, expected[f"{name}_labels"])

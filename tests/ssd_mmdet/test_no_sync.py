@@ -9,7 +9,7 @@ import torch
 
 from common.npu.distributed import Ranks
 from common.npu.precision import Precision
-from ssd_mmdet import augment, loss, train
+from ssd_mmdet import train
 from ssd_mmdet.data import build_loader, training_records
 from tests.watch import Watch
 
@@ -66,12 +66,7 @@ def test_a_step_waits_for_nothing(recipe, tiny_train, batches, level):
     assert inputs == {torch.bfloat16 if level == "O1" else torch.float32}
 
 
-def test_a_step_with_static_scale_and_clipping_as_on_an_accelerator(
-    recipe, tiny_train, batches, monkeypatch
-):
-    # There the whole batch goes through at once, and gradients are scaled.
-    for module in (augment, loss):
-        monkeypatch.setattr(module, "chunk_size", len)
+def test_a_step_with_static_scale_and_clipping_as_on_an_accelerator(recipe, tiny_train, batches):
     precision = Precision(CPU, "O1")
     precision.static_scale = 128.0
     run = training(recipe, tiny_train, precision, clip_norm=10.0)

@@ -12,6 +12,7 @@ from ssd_mmdet.postprocess import decode_outputs, detect
 
 RECIPE = RECIPES["1p"]
 SIZES = torch.tensor([[480, 640], [300, 200], [1, 1]])
+CANDIDATES = postprocess.candidates  # the tests below replace it
 
 
 def outputs(seed, images=1, classes=6, background=3.0):
@@ -27,10 +28,11 @@ def nothing(images=1):
     return offsets, logits
 
 
-@pytest.fixture(params=["sparse_candidates", "dense_candidates"], autouse=True)
-def _way(request, monkeypatch):
-    """That of a CPU, and that of an accelerator."""
-    monkeypatch.setattr(postprocess, "candidates", getattr(postprocess, request.param))
+@pytest.fixture(params=["cpu", "accelerator"], autouse=True)
+def _kind_of_device(request, monkeypatch):
+    """An accelerator's choice of candidates is tested on a CPU, which can do it, too."""
+    if request.param == "accelerator":
+        monkeypatch.setattr(postprocess, "candidates", postprocess.device_candidates)
 
 
 def assert_same(a, b):
@@ -121,7 +123,7 @@ def test_half_precision_outputs_are_decoded_in_fp32():
 
 
 def in_order(found):
-    """The detections with equal scores in order of class and place: theirs is nobody's business."""
+    """The detections with equal scores in order of class and position, which no rule decides."""
     order = np.lexsort((found.boxes[:, 0], found.labels, -found.scores))
     return [part[order] for part in found]
 
@@ -131,11 +133,11 @@ def in_order(found):
 def test_the_best_candidates_are_enough_or_all_are_taken(monkeypatch, best, background):
     """Where they do not fill the list, an accelerator's detections are those of all candidates."""
     raw = outputs(5, images=2, background=background)
-    found = []
-    for way, count in ((postprocess.sparse_candidates, 0), (postprocess.dense_candidates, best)):
-        monkeypatch.setattr(postprocess, "candidates", way)
-        monkeypatch.setattr(postprocess, "BEST", count)
-        found.append(detect(raw, SIZES[:2], RECIPE))
-    for own, expected in zip(*found, strict=True):
+    monkeypatch.setattr(postprocess, "candidates", CANDIDATES)
+    of_all = detect(raw, SIZES[:2], RECIPE)
+    monkeypatch.setattr(postprocess, "candidates", postprocess.device_candidates)
+    monkeypatch.setattr(postprocess, "MAX_DEVICE_CANDIDATES", best)
+    of_best = detect(raw, SIZES[:2], RECIPE)
+    for own, expected in zip(of_best, of_all, strict=True):
         assert len(own.scores) > 100
         assert_same(in_order(own), in_order(expected))
