@@ -1,6 +1,7 @@
-"""Default boxes ("priors") and box coding: pure functions of the recipe.
+"""Anchors and the coding of boxes relative to them: pure functions of the recipe.
 
-Two box forms, both normalised to the image: `cxcywh` (centre and size) and `ltrb` (corners).
+The SSD paper calls anchors "default boxes". Boxes come in two forms, both normalised to the image's
+width and height: `cxcywh` (centre and size) and `xyxy` (left, top, right, bottom).
 """
 
 import math
@@ -10,68 +11,86 @@ from torch import Tensor
 
 from ssd_resnet34.config import Recipe
 
+MIN_BOX_SIZE = 1e-7  # the logarithm of a vanishing box would be infinite
+
 
 def make_anchors(recipe: Recipe) -> Tensor:
-    """Priors (8732, 4) float32 `cxcywh`, in the order of the raw outputs: map, shape, row, column.
+    """Return the anchors (8732, 4) float32 `cxcywh`, in the order of the network's outputs.
 
-    Computed in double precision and clamped to 0..1 like the original, which moves the outer
-    centres of the 10x10 map inside.
+    That order is feature map, shape, row, column. As in the port, the numbers are computed in
+    double precision and clamped to 0..1, which moves the outer centres of the 10x10 map inside.
     """
-    size = recipe.image_size
-    priors = []
-    levels = zip(
-        recipe.anchor_maps,
-        recipe.anchor_steps,
-        recipe.anchor_sizes[:-1],
-        recipe.anchor_sizes[1:],
-        recipe.anchor_ratios,
-        strict=True,
-    )
-    for cells, step, small, large, ratios in levels:
-        between = math.sqrt(small * large)
-        shapes = [(small, small), (between, between)]
-        for ratio in ratios:
-            wide, narrow = small * math.sqrt(ratio), small / math.sqrt(ratio)
-            shapes += [(wide, narrow), (narrow, wide)]
-        center = (torch.arange(cells, dtype=torch.float64) + 0.5) * step / size
-        cy, cx = torch.meshgrid(center, center, indexing="ij")
-        for w, h in shapes:
-            box = [cx, cy, torch.full_like(cx, w / size), torch.full_like(cx, h / size)]
-            priors.append(torch.stack(box, dim=-1).reshape(-1, 4))
-    return torch.cat(priors).float().clamp_(0, 1)
+    anchors = [anchors_of_map(recipe, level) for level in range(len(recipe.anchor_maps))]
+    return torch.cat(anchors).float().clamp_(0, 1)
+
+
+def anchors_of_map(recipe: Recipe, level: int) -> Tensor:
+    """Return the anchors (shapes * rows * columns, 4) float64 `cxcywh` of one feature map."""
+    cells = recipe.anchor_maps[level]
+    step = recipe.anchor_steps[level]
+    centers = (torch.arange(cells, dtype=torch.float64) + 0.5) * step / recipe.image_size
+    center_y, center_x = torch.meshgrid(centers, centers, indexing="ij")
+    anchors = []
+    for width, height in anchor_shapes(recipe, level):
+        widths = torch.full_like(center_x, width / recipe.image_size)
+        heights = torch.full_like(center_y, height / recipe.image_size)
+        grid = torch.stack([center_x, center_y, widths, heights], dim=-1)
+        anchors.append(grid.reshape(-1, 4))
+    return torch.cat(anchors)
+
+
+def anchor_shapes(recipe: Recipe, level: int) -> list[tuple[float, float]]:
+    """Return width and height, in pixels, of the anchors in each cell of a feature map.
+
+    They are two squares, then a wide and a tall box for each aspect ratio (SSD paper section 2.2).
+    """
+    size = recipe.anchor_sizes[level]
+    larger_size = math.sqrt(size * recipe.anchor_sizes[level + 1])
+    shapes = [(size, size), (larger_size, larger_size)]
+    for ratio in recipe.anchor_ratios[level]:
+        long_side = size * math.sqrt(ratio)
+        short_side = size / math.sqrt(ratio)
+        shapes.append((long_side, short_side))
+        shapes.append((short_side, long_side))
+    return shapes
 
 
 def anchors_per_cell(recipe: Recipe) -> tuple[int, ...]:
-    """Number of prior shapes of each feature map."""
+    """Return the number of anchors in a cell of each feature map."""
     return tuple(2 + 2 * len(ratios) for ratios in recipe.anchor_ratios)
 
 
 def to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
-    """(..., 4) centre form to corner form."""
-    center, half = boxes_cxcywh[..., :2], 0.5 * boxes_cxcywh[..., 2:]
-    return torch.cat([center - half, center + half], dim=-1)
+    """Return boxes (..., 4) as corners."""
+    center = boxes_cxcywh[..., :2]
+    half_size = 0.5 * boxes_cxcywh[..., 2:]
+    return torch.cat([center - half_size, center + half_size], dim=-1)
 
 
-def to_cxcywh(boxes_ltrb: Tensor) -> Tensor:
-    """(..., 4) corner form to centre form."""
-    low, high = boxes_ltrb[..., :2], boxes_ltrb[..., 2:]
-    return torch.cat([0.5 * (low + high), high - low], dim=-1)
+def to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
+    """Return boxes (..., 4) as centre and size."""
+    top_left = boxes_xyxy[..., :2]
+    bottom_right = boxes_xyxy[..., 2:]
+    return torch.cat([0.5 * (top_left + bottom_right), bottom_right - top_left], dim=-1)
 
 
 def encode(boxes_cxcywh: Tensor, anchors_cxcywh: Tensor, recipe: Recipe) -> Tensor:
-    """Offsets (..., 4) of boxes to their priors; SSD paper equation 2, with variances.
+    """Return the deltas (..., 4) of boxes to their anchors.
 
-    Sizes below 1e-7 are raised to it: the logarithm of a vanishing box would be infinite.
+    Equation 2 of the SSD paper, with each half divided by its variance.
     """
-    center, size = anchors_cxcywh[..., :2], anchors_cxcywh[..., 2:]
-    shift = (boxes_cxcywh[..., :2] - center) / size / recipe.center_variance
-    scale = (boxes_cxcywh[..., 2:].clamp(min=1e-7) / size).log() / recipe.size_variance
-    return torch.cat([shift, scale], dim=-1)
+    anchor_center = anchors_cxcywh[..., :2]
+    anchor_size = anchors_cxcywh[..., 2:]
+    size = boxes_cxcywh[..., 2:].clamp(min=MIN_BOX_SIZE)
+    shift = (boxes_cxcywh[..., :2] - anchor_center) / anchor_size / recipe.center_variance
+    log_scale = (size / anchor_size).log() / recipe.size_variance
+    return torch.cat([shift, log_scale], dim=-1)
 
 
-def decode(offsets: Tensor, anchors_cxcywh: Tensor, recipe: Recipe) -> Tensor:
-    """Boxes (..., 4) `cxcywh` from offsets: the inverse of `encode`, not clipped."""
-    center, size = anchors_cxcywh[..., :2], anchors_cxcywh[..., 2:]
-    moved = offsets[..., :2] * recipe.center_variance * size + center
-    scaled = (offsets[..., 2:] * recipe.size_variance).exp() * size
-    return torch.cat([moved, scaled], dim=-1)
+def decode(deltas: Tensor, anchors_cxcywh: Tensor, recipe: Recipe) -> Tensor:
+    """Return the boxes (..., 4) `cxcywh`, not clipped, of deltas: the inverse of `encode`."""
+    anchor_center = anchors_cxcywh[..., :2]
+    anchor_size = anchors_cxcywh[..., 2:]
+    center = deltas[..., :2] * recipe.center_variance * anchor_size + anchor_center
+    size = (deltas[..., 2:] * recipe.size_variance).exp() * anchor_size
+    return torch.cat([center, size], dim=-1)

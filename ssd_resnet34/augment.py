@@ -1,8 +1,8 @@
-"""Batched augmentation on the device: flip, colour jitter, normalisation.
+"""Augmentation of a batch on the device: flip, colour jitter, normalisation.
 
-The colour operations are Pillow's (torchvision's ColorJitter on PIL images). Like Pillow's, each
-leaves whole grey levels: without its cuts, images would be 1.4 levels brighter on average. Nothing
-is drawn here: factors come with the batch.
+The colour operations are those of Pillow, as torchvision's ColorJitter applies them to a PIL image.
+Like Pillow's, each of them rounds down to whole grey levels: without that, images would be 1.4
+levels brighter on average. Nothing is drawn here: the loader's workers draw every factor.
 """
 
 import torch
@@ -12,75 +12,103 @@ from common.npu.device import chunk_size
 from ssd_resnet34.config import Recipe
 from ssd_resnet34.data import Batch, normalise
 
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, Pillow's "L"
+# The operations by number: columns of a batch's `jitter`, values of its `order`.
+BRIGHTNESS = 0
+CONTRAST = 1
+SATURATION = 2
+HUE = 3
+OPERATIONS = 4
+# Weights of red, green and blue in a grey level: ITU-R BT.601, as in Pillow's mode "L".
+RED_WEIGHT = 0.299
+GREEN_WEIGHT = 0.587
+BLUE_WEIGHT = 0.114
+MIN_CHROMA = 1e-6  # grey has chroma 0, and any hue
 
 
 def augment(batch: Batch, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Network input (N, 3, H, W) float32, channels last, and boxes (N, M, 4) of a batch."""
-    images, boxes = batch.images, batch.boxes
-    if recipe.augment:
-        flip = batch.flip
-        at_once = chunk_size(images)
-        parts = (x.split(at_once) for x in (images, flip, batch.jitter, batch.order))
-        images = torch.cat(
-            [_recolour(_flipped(x, f), j, o) for x, f, j, o in zip(*parts, strict=True)]
-        )
-        left, top, right, bottom = boxes.unbind(-1)
-        mirrored = torch.stack([1 - right, top, 1 - left, bottom], dim=-1)
-        boxes = torch.where(flip.view(-1, 1, 1), mirrored, boxes)
-    return normalise(images, recipe), boxes
+    """Return the network input (N, 3, H, W) float32 and the boxes (N, M, 4) of a batch."""
+    if not recipe.augment:
+        return normalise(batch.images, recipe), batch.boxes
+    images = []
+    # One image at a time fits a CPU's cache: that halves the time there.
+    for chunk in batch.split(chunk_size(batch.images)):
+        flipped = flip_images(chunk.images, chunk.flip)
+        images.append(jitter_colours(flipped, chunk.jitter, chunk.order))
+    return normalise(torch.cat(images), recipe), flip_boxes(batch.boxes, batch.flip)
 
 
-def _flipped(images: Tensor, flip: Tensor) -> Tensor:
+def flip_images(images: Tensor, flip: Tensor) -> Tensor:
+    """Flip those of the images (N, H, W, 3) left to right for which `flip` (N,) is set."""
     return torch.where(flip.view(-1, 1, 1, 1), images.flip(2), images)
 
 
-def _recolour(images: Tensor, jitter: Tensor, order: Tensor) -> Tensor:
-    """The four operations on (N, H, W, 3) in 0..255, each image in its own order.
+def flip_boxes(boxes_xyxy: Tensor, flip: Tensor) -> Tensor:
+    """Flip the normalised boxes (N, M, 4) of those images for which `flip` (N,) is set."""
+    left, top, right, bottom = boxes_xyxy.unbind(-1)
+    flipped = torch.stack([1 - right, top, 1 - left, bottom], dim=-1)
+    return torch.where(flip.view(-1, 1, 1), flipped, boxes_xyxy)
 
-    Three of them are blends with another image. So all images go through blend, hue, blend
-    together; a blend on the other side of an image's hue has factor 1 there.
+
+def jitter_colours(images: Tensor, jitter: Tensor, order: Tensor) -> Tensor:
+    """Apply the four operations to images (N, H, W, 3) in 0..255, to each in its own order.
+
+    `jitter` (N, 4) holds the factors, `order` (N, 4) the operations from first to last.
+
+    All images go through the same steps, whatever their order: up to three blends, the shift of
+    hue, up to three blends. Where an image's hue comes second, for example, only the first of the
+    blends before it and the last two of those behind it are active.
     """
-    planes = images.permute(3, 0, 1, 2).float().contiguous()  # (3, N, H, W): whole planes
-    place = torch.arange(4, device=order.device)
-    hue_place = (place * (order == HUE)).sum(dim=1)  # (N,)
-    for k in (0, 1, 2):
-        planes = _blend(planes, order[:, k], jitter, active=hue_place > k)
-    planes = _shift_hue(planes, jitter[:, HUE].view(-1, 1, 1))
-    for k in (1, 2, 3):
-        planes = _blend(planes, order[:, k], jitter, active=hue_place < k)
-    return planes.permute(1, 2, 3, 0)
+    channels = images.permute(3, 0, 1, 2).float().contiguous()  # (3, N, H, W)
+    positions = torch.arange(OPERATIONS, device=order.device)
+    hue_position = (positions * (order == HUE)).sum(dim=1)  # (N,)
+    for position in range(OPERATIONS - 1):
+        active = hue_position > position
+        channels = blend(channels, order[:, position], jitter, active)
+    channels = shift_hue(channels, jitter[:, HUE])
+    for position in range(1, OPERATIONS):
+        active = hue_position < position
+        channels = blend(channels, order[:, position], jitter, active)
+    return channels.permute(1, 2, 3, 0)
 
 
-def _blend(planes: Tensor, operation: Tensor, jitter: Tensor, active: Tensor) -> Tensor:
-    """Brightness (blend with black), contrast (with the mean grey) or saturation (with the grey
-    image) of (3, N, H, W), by image; unchanged where not active."""
-    factor = jitter.gather(1, operation.clamp(max=SATURATION).unsqueeze(1)).squeeze(1)
+def blend(channels: Tensor, operation: Tensor, jitter: Tensor, active: Tensor) -> Tensor:
+    """Change brightness, contrast or saturation of images (3, N, H, W), each by its operation.
+
+    All three mix the image with another one: brightness with black, contrast with the mean grey
+    level, saturation with the grey image. `operation` (N,) says which, `jitter` (N, 4) holds the
+    factors. An image that is not `active` (N,) stays as it is.
+    """
+    column = operation.clamp(max=SATURATION).unsqueeze(1)  # for hue any will do: it is not active
+    factor = jitter.gather(1, column).squeeze(1)
     factor = torch.where(active, factor, 1.0).view(-1, 1, 1)
-    grey = planes[0] * _LUMA[0] + planes[1] * _LUMA[1] + planes[2] * _LUMA[2]  # (N, H, W)
     operation = operation.view(-1, 1, 1)
-    mean = grey.mean(dim=(1, 2), keepdim=True) * (operation == CONTRAST)
-    other = torch.where(operation == SATURATION, grey, mean)
-    return torch.lerp(other, planes, factor).clamp_(0, 255).floor_()
+
+    red, green, blue = channels
+    grey = red * RED_WEIGHT + green * GREEN_WEIGHT + blue * BLUE_WEIGHT  # (N, H, W)
+    mean_grey = grey.mean(dim=(1, 2), keepdim=True)
+    mean_grey_or_black = mean_grey * (operation == CONTRAST)
+    other = torch.where(operation == SATURATION, grey, mean_grey_or_black)
+    return torch.lerp(other, channels, factor).clamp_(0, 255).floor_()
 
 
-def _shift_hue(planes: Tensor, turns: Tensor) -> Tensor:
-    """Shift the hue of (3, N, H, W) by `turns` (N, 1, 1), keeping saturation and value."""
-    red, green, blue = planes
+def shift_hue(channels: Tensor, turns: Tensor) -> Tensor:
+    """Shift the hue of images (3, N, H, W) by `turns` (N,), keeping HSV's saturation and value."""
+    red, green, blue = channels
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = value - torch.minimum(torch.minimum(red, green), blue)
-    scale = 1 / chroma.clamp(min=1e-6)
+    scale = 1 / chroma.clamp(min=MIN_CHROMA)
+    # The hue in sixths of a turn: 0 is red, 2 green, 4 blue.
     sector = torch.where(
         value == red,
         (green - blue) * scale,
         torch.where(value == green, (blue - red) * scale + 2, (red - green) * scale + 4),
     )
-    sector = sector + 6 * turns
-    shifted = torch.empty_like(planes)
-    # Each channel falls from the value to the minimum as its sector leaves the channel's own.
-    for plane, own in zip(shifted, (5, 3, 1), strict=True):
-        distance = (sector + own).remainder_(6)
+    sector = sector + 6 * turns.view(-1, 1, 1)
+
+    shifted = []
+    for sector_offset in (5, 3, 1):  # of red, green, blue
+        # From the value to the minimum, as the hue moves away from the channel's own colour.
+        distance = (sector + sector_offset).remainder_(6)
         fall = torch.minimum(distance, 4 - distance).clamp_(0, 1)
-        torch.sub(value, fall.mul_(chroma), out=plane)
-    return shifted.round_()
+        shifted.append(value - fall * chroma)
+    return torch.stack(shifted).round_()

@@ -1,24 +1,20 @@
-"""ResNet up to its third stage, kept at stride 8 (MLPerf's change: stage 3 does not downsample).
+"""The backbone: a ResNet up to its third stage, with a feature map of stride 8.
 
-Residual learning paper, section 4; post-activation, stride in the 3x3 convolution, as torchvision.
+As in MLPerf's SSD, the third stage does not downsample. The blocks are those of "Deep Residual
+Learning for Image Recognition", with the stride in the 3x3 convolution, as in torchvision.
 """
+
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from common.errors import UserError
 
-# name: (blocks of stages 1 to 3, bottleneck?, width of stage 1). resnet10 is for quick tries: of
-# half width, and nobody has weights for it.
-STAGES = {
-    "resnet10": ((1, 1, 1), False, 32),
-    "resnet18": ((2, 2, 2), False, 64),
-    "resnet34": ((3, 4, 6), False, 64),
-    "resnet50": ((3, 4, 6), True, 64),
-}
-
 
 class BasicBlock(nn.Module):
-    expansion = 1
+    """Two 3x3 convolutions beside a shortcut."""
+
+    expansion = 1  # output channels / width
 
     def __init__(self, inputs: int, width: int, stride: int):
         super().__init__()
@@ -27,15 +23,20 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = shortcut(inputs, width, stride)
+        self.downsample = make_shortcut(inputs, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+        if self.downsample is not None:
+            shortcut = self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+        return self.relu(out + shortcut)
 
 
 class Bottleneck(nn.Module):
+    """A 3x3 convolution between two of 1x1 beside a shortcut."""
+
     expansion = 4
 
     def __init__(self, inputs: int, width: int, stride: int):
@@ -48,45 +49,71 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(width, outputs, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outputs)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = shortcut(inputs, outputs, stride)
+        self.downsample = make_shortcut(inputs, outputs, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+        if self.downsample is not None:
+            shortcut = self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
-        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+        return self.relu(out + shortcut)
 
 
-def shortcut(inputs: int, outputs: int, stride: int) -> nn.Module | None:
-    """Projection of the shortcut where the shape changes, else nothing."""
-    if stride == 1 and inputs == outputs:
-        return None
-    conv = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs))
+class Layout(NamedTuple):
+    """What distinguishes the ResNets."""
+
+    block: type[nn.Module]
+    depths: tuple[int, int, int]  # blocks of the three stages
+    width: int  # of the first stage; it doubles with each stage
+
+
+# There are published weights for all but resnet10, which is of half width.
+LAYOUTS = {
+    "resnet10": Layout(BasicBlock, (1, 1, 1), 32),
+    "resnet18": Layout(BasicBlock, (2, 2, 2), 64),
+    "resnet34": Layout(BasicBlock, (3, 4, 6), 64),
+    "resnet50": Layout(Bottleneck, (3, 4, 6), 64),
+}
+STRIDES = (1, 2, 1)  # of the three stages
 
 
 def make_backbone(name: str) -> tuple[nn.Sequential, int]:
-    """The trunk, (N, 3, 300, 300) to (N, C, 38, 38), and C.
+    """Return the backbone and the number C of its output channels.
 
-    Its positions are the published keys: 0 conv1, 1 bn1, 2 pool, 3 to 5 the stages. Convolutions
-    start He-normal (fan out), as torchvision's.
+    It takes images (N, 3, 300, 300) to a feature map (N, C, 38, 38). The positions of its modules
+    are the keys of published checkpoints: 0 conv1, 1 bn1, 2 pool, 3 to 5 the stages. Raise
+    UserError for an unknown name.
     """
-    if name not in STAGES:
-        raise UserError(f"--backbone {name}: is not one of {', '.join(STAGES)}")
-    depths, bottleneck, channels = STAGES[name]
-    widths = channels, 2 * channels, 4 * channels
-    block = Bottleneck if bottleneck else BasicBlock
-    stem = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
-    pool = nn.Sequential(nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1))
-    layers = [stem, nn.BatchNorm2d(channels), pool]
-    for depth, width, stride in zip(depths, widths, (1, 2, 1), strict=True):
-        blocks = []
-        for position in range(depth):
-            blocks.append(block(channels, width, stride if position == 0 else 1))
-            channels = width * block.expansion
-        layers.append(nn.Sequential(*blocks))
-    backbone = nn.Sequential(*layers)
+    if name not in LAYOUTS:
+        raise UserError(f"--backbone {name}: is not one of {', '.join(LAYOUTS)}")
+    layout = LAYOUTS[name]
+    backbone = nn.Sequential(
+        nn.Conv2d(3, layout.width, 7, stride=2, padding=3, bias=False),
+        nn.BatchNorm2d(layout.width),
+        nn.Sequential(nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1)),
+    )
+    channels = layout.width
+    width = layout.width
+    for depth, stride in zip(layout.depths, STRIDES, strict=True):
+        stage = nn.Sequential()
+        for index in range(depth):
+            stage.append(layout.block(channels, width, stride if index == 0 else 1))
+            channels = width * layout.block.expansion
+        backbone.append(stage)
+        width *= 2
     for module in backbone.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d):  # He initialisation, as torchvision's
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return backbone, channels
+
+
+def make_shortcut(inputs: int, outputs: int, stride: int) -> nn.Module | None:
+    """Return the projection of a shortcut, or None where the shape stays the same."""
+    if stride == 1 and inputs == outputs:
+        return None
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 1, stride, bias=False),
+        nn.BatchNorm2d(outputs),
+    )

@@ -1,14 +1,14 @@
 """The recipe: every number of SSD300-ResNet34, and the presets by name.
 
-Source, unless a field says otherwise: MLPerf training v0.7, NVIDIA's SSD submission, as its Ascend
-port runs it. A flag of the same name (dash or underscore) overrides a field for one run.
+Unless a field says otherwise, its number is that of MLPerf training v0.7: NVIDIA's SSD submission,
+as its Ascend port runs it. A field with a help text is also a flag, which overrides it for one run.
 """
 
-from bisect import bisect_right
 from dataclasses import asdict, dataclass, field, replace
 
 
 def option(default, help_text, *flags):
+    """Return a field of a recipe that is a flag: `--its-name`, and further names in `flags`."""
     return field(default=default, metadata={"help": help_text, "flags": flags})
 
 
@@ -18,12 +18,13 @@ class Recipe:
 
     # Network
     backbone: str = option("resnet34", "resnet18, resnet34, resnet50, or resnet10 for quick tries")
-    image_size: int = 300  # side of the square network input, pixels; the priors fit no other
+    image_size: int = 300  # side of the square network input, pixels; the anchors fit no other
 
-    # Default boxes ("priors"), SSD paper section 2.2, sizes of the SSD300 COCO model
-    anchor_sizes: tuple[float, ...] = (21, 45, 99, 153, 207, 261, 315)  # pixels, one more than maps
-    anchor_maps: tuple[int, ...] = (38, 19, 10, 5, 3, 1)
-    anchor_steps: tuple[int, ...] = (8, 16, 32, 64, 100, 300)  # pixels
+    # Anchors, one entry a feature map (SSD paper section 2.2; the numbers of its COCO model)
+    anchor_maps: tuple[int, ...] = (38, 19, 10, 5, 3, 1)  # cells along a side of the map
+    anchor_steps: tuple[int, ...] = (8, 16, 32, 64, 100, 300)  # pixels from cell to cell
+    # Pixels. One entry more than maps: the second square of a map also depends on the next size.
+    anchor_sizes: tuple[float, ...] = (21, 45, 99, 153, 207, 261, 315)
     anchor_ratios: tuple[tuple[int, ...], ...] = ((2,), (2, 3), (2, 3), (2, 3), (2,), (2,))
     center_variance: float = 0.1
     size_variance: float = 0.2
@@ -34,18 +35,19 @@ class Recipe:
 
     # Augmentation
     augment: bool = option(True, "random crop, flip and colour while training")
+    # A crop overlaps every box by more than an IoU drawn from these. None: no crop.
     crop_ious: tuple[float | None, ...] = (None, 0.1, 0.3, 0.5, 0.7, 0.9, float("-inf"))
-    crop_scale: tuple[float, float] = (0.3, 1.0)  # side of the crop, part of the image's
-    crop_ratio: tuple[float, float] = (0.5, 2.0)  # width / height, both in parts of the image
+    crop_scale: tuple[float, float] = (0.3, 1.0)  # side of the crop / side of the image
+    crop_ratio: tuple[float, float] = (0.5, 2.0)  # width / height, each relative to the image's
     flip_probability: float = 0.5
-    brightness: float = 0.125  # factor 1 +- this
+    brightness: float = 0.125  # the factor is drawn from 1 - this to 1 + this
     contrast: float = 0.5
     saturation: float = 0.5
-    hue: float = 0.05  # turns, +- this
+    hue: float = 0.05  # the shift is drawn from -this to this, in turns of the colour circle
 
     # Matching and loss, SSD paper section 2.2
-    match_iou: float = 0.5  # a prior is positive above this
-    negative_ratio: int = 3  # hard negatives a positive
+    match_iou: float = 0.5  # an anchor is positive above this
+    negative_ratio: int = 3  # hard negatives for each positive
 
     # Optimisation
     batch_size: int = option(32, "images per process", "-b")
@@ -74,40 +76,49 @@ class Recipe:
     max_detections: int = option(200, "detections per image")
 
     def listing(self) -> str:
-        """One line a field, for the log."""
-        return "\n".join(f"{key} = {value!r}" for key, value in asdict(self).items())
+        """Return the fields for the log, one a line."""
+        return "\n".join(f"{name} = {value!r}" for name, value in asdict(self).items())
 
     def base_lr(self, world_size: int, batch_size: int) -> float:
-        """The rate before warm-up and decay, for the global batch (`world_size * batch_size`)."""
+        """Return the learning rate before warm-up and decay.
+
+        It is proportional to the global batch of `world_size * batch_size` images, then rounded to
+        a multiple of `lr_step`, but never to 0.
+        """
         scaled = self.lr * (world_size * batch_size) / 32
         if not self.lr_step:
             return scaled
-        return self.lr_step * max(1, round(scaled / self.lr_step))
+        steps = max(1, round(scaled / self.lr_step))
+        return self.lr_step * steps
 
     def lr_at(
         self, iteration: int, iters_per_epoch: int, world_size: int, batch_size: int
     ) -> float:
-        """Learning rate of a 0-based iteration.
+        """Return the learning rate of an iteration, counted from 0 over all epochs.
 
-        As in the original, the last warm-up value, a little below the base rate, stays until the
-        first decay.
+        The warm-up rises linearly. Its last value is a little below the base rate and stays until
+        the first decay, as in the port.
         """
-        decays = bisect_right(sorted(self.lr_decay_epochs), iteration // iters_per_epoch)
-        lr = self.base_lr(world_size, batch_size)
-        lr *= self.lr_decay_factor**decays
-        warming = min(iteration, self.warmup - 1)
-        if iteration < self.warmup or (self.warmup and decays == 0):
-            lr -= (self.warmup - warming) * lr / (self.warmup * 2**self.warmup_factor)
+        epoch = iteration // iters_per_epoch
+        decays = sum(epoch >= decay_epoch for decay_epoch in self.lr_decay_epochs)
+        lr = self.base_lr(world_size, batch_size) * self.lr_decay_factor**decays
+        if self.warmup and (iteration < self.warmup or decays == 0):
+            remaining = self.warmup - min(iteration, self.warmup - 1)
+            lr -= remaining * lr / (self.warmup * 2**self.warmup_factor)
         return lr
 
 
-_1P = Recipe(loss_scale="128", lr_decay_epochs=(44, 55), evaluation=(40, 50, *range(55, 86, 5)))
+ONE_DEVICE = Recipe(
+    loss_scale="128",
+    lr_decay_epochs=(44, 55),
+    evaluation=(40, 50, 55, 60, 65, 70, 75, 80, 85),
+)
 
 RECIPES: dict[str, Recipe] = {
-    "1p": _1P,
+    "1p": ONE_DEVICE,
     "8p": Recipe(lr=3.2e-3, weight_decay=7.5e-4),
-    # Finetuning from a checkpoint: the rule of one device, no target to stop at.
-    "finetune": replace(_1P, threshold=0.0),
+    # Finetuning from a checkpoint: the recipe of one device, without a target to stop at.
+    "finetune": replace(ONE_DEVICE, threshold=0.0),
     # Minutes on two CPU cores, for the built-in sample set, from random initialisation: a smaller
     # network and batch, and a warm-up because nothing is pretrained.
     "quickstart": Recipe(

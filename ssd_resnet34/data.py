@@ -1,8 +1,8 @@
 """COCO records to uint8 images and padded boxes: what the loader's workers do.
 
-A worker decodes, crops and resizes; it draws every number of a sample's augmentation from
-(seed, epoch, position in the epoch), so that neither the number of workers nor that of ranks nor
-a resumed run changes a sample. Colour, flip and normalisation follow on the device (augment.py).
+A worker decodes, crops and resizes. It draws all random numbers of a sample from (seed, epoch,
+position in the epoch), so that neither the number of workers or ranks nor a resume changes a
+sample. Colour, flip and normalisation follow on the device (augment.py).
 """
 
 import functools
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.coco.images import EncodedImage, open_image, read_image
+from common.arithmetic import ceil_div, round_up
+from common.coco.images import read_image
 from common.coco.index import CocoIndex
 from common.errors import UserError
 from common.npu.device import memory_format
@@ -24,223 +25,306 @@ from common.npu.distributed import Ranks
 from common.npu.loading import loader_options
 from ssd_resnet34.config import Recipe
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom
-NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # the `jitter` that changes nothing
-
 
 class Batch(NamedTuple):
-    """N samples; `boxes` are padded to M rows, `valid` marks the real ones."""
+    """N training samples; `boxes` and `labels` are padded to M, `valid` marks the real ones.
+
+    Without the axis of N it is one sample.
+    """
 
     images: Tensor  # (N, H, W, 3) uint8 RGB
-    boxes: Tensor  # (N, M, 4) float32 normalised ltrb
+    boxes: Tensor  # (N, M, 4) float32 normalised xyxy
     labels: Tensor  # (N, M) int64 0-based classes
     valid: Tensor  # (N, M) bool
     flip: Tensor  # (N,) bool
     jitter: Tensor  # (N, 4) float32: brightness, contrast, saturation factor; hue shift in turns
-    order: Tensor  # (N, 4) int64: which of the four comes first, second, ...
+    order: Tensor  # (N, 4) int64: the columns of `jitter` in the order in which they apply
     image_ids: Tensor  # (N,) int64
 
     def to(self, device: torch.device) -> "Batch":
-        """On the device, asynchronously where pinned; the ids stay on the host."""
-        moved = (part.to(device, non_blocking=True) for part in self[:-1])
-        return Batch(*moved, self.image_ids)
+        """Copy to the device, without waiting where memory is pinned; the ids stay on the host."""
+        copies = [tensor.to(device, non_blocking=True) for tensor in self[:-1]]
+        return Batch(*copies, self.image_ids)
+
+    def split(self, size: int) -> list["Batch"]:
+        """Split into batches of `size` samples."""
+        fields = [tensor.split(size) for tensor in self]
+        return [Batch(*tensors) for tensors in zip(*fields, strict=True)]
+
+
+class Window(NamedTuple):
+    """The part of an image that a crop keeps, normalised to the image's width and height."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
 
 
 def training_records(index: CocoIndex) -> CocoIndex:
-    """The images with at least one annotation, crowd included, as the original trains on."""
-    return index.subset(np.diff(index.offsets) > 0)
+    """Return the images with at least one annotation, crowd included, as the port trains on."""
+    num_annotations = np.diff(index.offsets)
+    return index.subset(num_annotations > 0)
+
+
+class TrainingSet(Dataset):
+    """`dataset[epoch, position, record]` is a sample: the fields of a Batch without N."""
+
+    def __init__(self, records: CocoIndex, recipe: Recipe, seed: int):
+        self.records = records
+        self.recipe = recipe
+        self.seed = seed
+        self.max_boxes = records.max_boxes()
+        self.boxes = normalised_boxes(records)
+        self.labels = records.table.label
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def ground_truth(self, record: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return boxes (n, 4) float32 normalised xyxy, without empty ones, and labels (n,)."""
+        start, end = self.records.offsets[record : record + 2]
+        boxes = self.boxes[start:end]
+        labels = self.labels[start:end]
+        has_area = (boxes[:, :2] < boxes[:, 2:]).all(axis=1)
+        return boxes[has_area], labels[has_area]
+
+    def __getitem__(self, key: tuple[int, int, int]) -> Batch:
+        epoch, position, record = key
+        image = read_image(self.records.path(record))
+        boxes, labels = self.ground_truth(record)
+        flip = False
+        jitter = [1.0, 1.0, 1.0, 0.0]  # which changes nothing
+        order = [0, 1, 2, 3]
+        if self.recipe.augment:
+            rng = random.Random(f"{self.seed} {epoch} {position}")  # a text is hashed by SHA-512
+            window = crop_window(boxes, self.recipe, rng)
+            if window is not None:
+                image, boxes, labels = apply_crop(image, boxes, labels, window)
+            flip = rng.random() < self.recipe.flip_probability
+            order = rng.sample(range(4), 4)
+            jitter = draw_jitter(self.recipe, rng)
+
+        num_boxes = len(boxes)
+        padded_boxes = np.zeros((self.max_boxes, 4), dtype=np.float32)
+        padded_boxes[:num_boxes] = boxes
+        padded_labels = np.zeros(self.max_boxes, dtype=np.int64)
+        padded_labels[:num_boxes] = labels
+        return Batch(
+            images=resize(image, self.recipe.image_size),
+            boxes=torch.from_numpy(padded_boxes),
+            labels=torch.from_numpy(padded_labels),
+            valid=torch.from_numpy(np.arange(self.max_boxes) < num_boxes),
+            flip=torch.from_numpy(np.array(flip)),
+            jitter=torch.from_numpy(np.array(jitter, dtype=np.float32)),
+            order=torch.from_numpy(np.array(order)),
+            image_ids=torch.from_numpy(np.array(self.records.image_ids[record])),
+        )
+
+
+def normalised_boxes(records: CocoIndex) -> np.ndarray:
+    """Return the boxes of all annotations, (A, 4) float32 normalised xyxy."""
+    x, y, width, height = records.table.box_xywh.T
+    num_annotations = np.diff(records.offsets)
+    image_heights, image_widths = np.repeat(records.sizes, num_annotations, axis=0).T
+    left = x / image_widths
+    top = y / image_heights
+    right = (x + width) / image_widths
+    bottom = (y + height) / image_heights
+    return np.stack([left, top, right, bottom], axis=1).astype(np.float32)
+
+
+def draw_jitter(recipe: Recipe, rng: random.Random) -> list[float]:
+    """Draw the factors of brightness, contrast and saturation, and the shift of hue."""
+    brightness = rng.uniform(1 - recipe.brightness, 1 + recipe.brightness)
+    contrast = rng.uniform(1 - recipe.contrast, 1 + recipe.contrast)
+    saturation = rng.uniform(1 - recipe.saturation, 1 + recipe.saturation)
+    hue = rng.uniform(-recipe.hue, recipe.hue)
+    return [brightness, contrast, saturation, hue]
+
+
+def crop_window(boxes_xyxy: np.ndarray, recipe: Recipe, rng: random.Random) -> Window | None:
+    """Draw a crop that suits the boxes (n, 4), or None for the whole image.
+
+    Every box must overlap the window by more than the drawn IoU, and at least one must have its
+    centre inside. If the window fails, the IoU is drawn anew as well (SSD paper section 2.2, in
+    MLPerf's form).
+    """
+    boxes = boxes_xyxy.tolist()  # so few boxes are several times faster as Python's numbers
+    min_ratio, max_ratio = recipe.crop_ratio
+    while True:
+        min_iou = rng.choice(recipe.crop_ious)
+        if min_iou is None:
+            return None
+        width = rng.uniform(*recipe.crop_scale)
+        height = rng.uniform(*recipe.crop_scale)
+        if not min_ratio <= width / height <= max_ratio:
+            continue
+        left = rng.uniform(0, 1 - width)
+        top = rng.uniform(0, 1 - height)
+        window = Window(left, top, left + width, top + height)
+        overlapping = all(window_iou(window, box) > min_iou for box in boxes)
+        if overlapping and any(has_center_inside(window, box) for box in boxes):
+            return window
+
+
+def window_iou(window: Window, box: list[float]) -> float:
+    """Return the IoU of a window and a box xyxy."""
+    left, top, right, bottom = box
+    width = min(window.right, right) - max(window.left, left)
+    height = min(window.bottom, bottom) - max(window.top, top)
+    overlap = max(width, 0) * max(height, 0)
+    box_area = (right - left) * (bottom - top)
+    window_area = (window.right - window.left) * (window.bottom - window.top)
+    return overlap / (box_area + window_area - overlap)
+
+
+def has_center_inside(window: Window, box: list[float]) -> bool:
+    """Return whether the centre of a box xyxy lies inside a window."""
+    left, top, right, bottom = box
+    center_x = (left + right) / 2
+    center_y = (top + bottom) / 2
+    return window.left < center_x < window.right and window.top < center_y < window.bottom
+
+
+def apply_crop(
+    image: np.ndarray, boxes_xyxy: np.ndarray, labels: np.ndarray, window: Window
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut image (H, W, 3), boxes (n, 4) and labels (n,) to a window.
+
+    Boxes whose centre lies outside are dropped.
+    """
+    keep = []
+    cut_boxes = []
+    for index, box in enumerate(boxes_xyxy.tolist()):
+        if has_center_inside(window, box):
+            keep.append(index)
+            cut_boxes.append(cut_box(box, window))
+    boxes = np.array(cut_boxes, dtype=np.float32).reshape(-1, 4)
+    return cut_pixels(image, window), boxes, labels[keep]
+
+
+def cut_box(box: list[float], window: Window) -> list[float]:
+    """Clip a box xyxy to a window and normalise it to that."""
+    left, top, right, bottom = box
+    width = window.right - window.left
+    height = window.bottom - window.top
+    return [
+        (max(left, window.left) - window.left) / width,
+        (max(top, window.top) - window.top) / height,
+        (min(right, window.right) - window.left) / width,
+        (min(bottom, window.bottom) - window.top) / height,
+    ]
+
+
+def cut_pixels(image: np.ndarray, window: Window) -> np.ndarray:
+    """Return a view of the pixels of an image (H, W, 3) in a window, at least one of them."""
+    height, width = image.shape[:2]
+    left = int(window.left * width)
+    top = int(window.top * height)
+    right = max(left + 1, int(window.right * width))
+    bottom = max(top + 1, int(window.bottom * height))
+    return image[top:bottom, left:right]
 
 
 def resize(image: np.ndarray, size: int) -> Tensor:
-    """Image (H, W, 3) uint8 to (size, size, 3): bilinear with antialias, Pillow's to a level."""
+    """Return an image (H, W, 3) uint8 as (size, size, 3), within a grey level of Pillow's.
+
+    The resampling is bilinear with antialiasing.
+    """
     # Permuted after the batch axis is there: torch then sees channels last and keeps it.
     planes = torch.from_numpy(image).unsqueeze(0).permute(0, 3, 1, 2)
     resized = F.interpolate(planes, (size, size), mode="bilinear", antialias=True)
     return resized.permute(0, 2, 3, 1).squeeze(0).contiguous()
 
 
-@functools.cache
-def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, device=device)
-
-
 def normalise(images: Tensor, recipe: Recipe) -> Tensor:
-    """Images (N, H, W, 3) in 0..255 to (N, 3, H, W) float32, normalised, in the device's layout."""
-    mean, std = _constant(recipe.mean, images.device), _constant(recipe.std, images.device)
-    planes = images.float().div(255).sub_(mean).div_(std).permute(0, 3, 1, 2)
+    """Return images (N, H, W, 3) in 0..255 as network input (N, 3, H, W) float32.
+
+    Its memory layout is the one that convolutions on the device are fastest in.
+    """
+    mean = constant(recipe.mean, images.device)
+    std = constant(recipe.std, images.device)
+    normalised = images.float().div(255).sub_(mean).div_(std)
+    planes = normalised.permute(0, 3, 1, 2)
     return planes.contiguous(memory_format=memory_format(images.device))
 
 
+@functools.cache
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return a tensor on a device, made once: to make it in each step would wait for the device."""
+    return torch.tensor(values, device=device)
+
+
 def prepare_image(image: np.ndarray, recipe: Recipe) -> Tensor:
-    """The evaluation input (3, 300, 300) float32 of an image (H, W, 3) uint8 RGB."""
-    return normalise(resize(image, recipe.image_size).unsqueeze(0), recipe).squeeze(0)
+    """Return the network input (3, 300, 300) float32 of an image (H, W, 3) uint8 RGB."""
+    resized = resize(image, recipe.image_size)
+    return normalise(resized.unsqueeze(0), recipe).squeeze(0)
 
 
-def crop_window(boxes_ltrb: np.ndarray, recipe: Recipe, rng: random.Random) -> Box | None:
-    """A random crop: window (left, top, right, bottom), normalised, or None for the whole image.
-
-    `boxes_ltrb` (n, 4) normalised. Every box must overlap the window by more than the drawn IoU,
-    at least one centre lie in it; a window that fails starts anew with another draw of the limit
-    (SSD paper section 2.2, MLPerf's form).
-    """
-    boxes = boxes_ltrb.tolist()  # for so few boxes plain numbers are several times as fast
-    narrowest, widest = recipe.crop_ratio
-    while True:
-        limit = rng.choice(recipe.crop_ious)
-        if limit is None:
-            return None
-        width, height = rng.uniform(*recipe.crop_scale), rng.uniform(*recipe.crop_scale)
-        if not narrowest <= width / height <= widest:
-            continue
-        x, y = rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)
-        window = x, y, x + width, y + height
-        overlapping = all(_iou(window, box) > limit for box in boxes)
-        if overlapping and any(_center_inside(window, box) for box in boxes):
-            return window
-
-
-def _center_inside(window: Box, box: Box) -> bool:
-    return (
-        window[0] < (box[0] + box[2]) / 2 < window[2]
-        and window[1] < (box[1] + box[3]) / 2 < window[3]
-    )
-
-
-def _iou(window: Box, box: Box) -> float:
-    left, top, right, bottom = window
-    x1, y1, x2, y2 = box
-    width, height = min(right, x2) - max(left, x1), min(bottom, y2) - max(top, y1)
-    overlap = max(width, 0) * max(height, 0)
-    return overlap / ((x2 - x1) * (y2 - y1) + (right - left) * (bottom - top) - overlap)
-
-
-def apply_crop(
-    image: np.ndarray | EncodedImage, boxes_ltrb: np.ndarray, labels: np.ndarray, window: Box
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut image and boxes to a window; boxes whose centre lies outside are dropped."""
-    left, top, right, bottom = window
-    across, down = right - left, bottom - top
-    boxes = boxes_ltrb.tolist()
-    kept = [k for k, box in enumerate(boxes) if _center_inside(window, box)]
-    moved = np.empty((len(kept), 4), np.float32)
-    for row, (x1, y1, x2, y2) in enumerate(boxes[k] for k in kept):
-        moved[row, :2] = (max(x1, left) - left) / across, (max(y1, top) - top) / down
-        moved[row, 2:] = (min(x2, right) - left) / across, (min(y2, bottom) - top) / down
-    height, width = image.shape[:2]
-    y, x = int(top * height), int(left * width)
-    # At least a pixel, of an image that is but a few wide or high.
-    cut = image[y : max(y + 1, int(bottom * height)), x : max(x + 1, int(right * width))]
-    return cut, moved, labels[kept]
-
-
-class TrainingSet(Dataset):
-    """`dataset[epoch, position, record]` is a sample, the fields of a Batch without N."""
-
-    def __init__(self, records: CocoIndex, recipe: Recipe, seed: int):
-        self.records, self.recipe, self.seed = records, recipe, seed
-        self.slots = records.max_boxes()
-        self.slot_numbers = np.arange(self.slots)
-        xywh = records.table.box_xywh
-        ltrb = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
-        sizes = np.repeat(records.sizes, np.diff(records.offsets), axis=0)
-        ltrb = (ltrb / sizes[:, [1, 0, 1, 0]]).astype(np.float32)
-        real = (ltrb[:, :2] < ltrb[:, 2:]).all(axis=1)  # empty boxes are left out
-        self.boxes, self.labels = ltrb[real], records.table.label[real]
-        self.offsets = np.append(0, np.cumsum(real))[records.offsets]
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def truth(self, record: int) -> tuple[np.ndarray, np.ndarray]:
-        """Boxes (n, 4) float32 normalised ltrb, labels (n,); empty boxes are left out."""
-        rows = slice(*self.offsets[record : record + 2])
-        return self.boxes[rows], self.labels[rows]
-
-    def __getitem__(self, key: tuple[int, int, int]) -> Batch:
-        epoch, position, record = key
-        recipe = self.recipe
-        image = open_image(self.records.path(record))
-        boxes, labels = self.truth(record)
-        rng = random.Random(f"{self.seed} {epoch} {position}")  # hashed by SHA-512
-        flip, jitter, order = False, NEUTRAL, range(4)
-        if recipe.augment:
-            window = crop_window(boxes, recipe, rng)
-            if window is not None:
-                image, boxes, labels = apply_crop(image, boxes, labels, window)
-            flip = rng.random() < recipe.flip_probability
-            order = rng.sample(range(4), 4)
-            spans = (recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
-            middles = zip(NEUTRAL, spans, strict=True)
-            jitter = [rng.uniform(middle - span, middle + span) for middle, span in middles]
-        padded_boxes = np.zeros((self.slots, 4), np.float32)
-        padded_labels = np.zeros(self.slots, np.int64)
-        padded_boxes[: len(boxes)] = boxes
-        padded_labels[: len(labels)] = labels
-        rest = (
-            padded_boxes,
-            padded_labels,
-            self.slot_numbers < len(boxes),
-            np.array(flip),
-            np.array(jitter, np.float32),
-            np.array(order),
-            self.records.image_ids[record, ...],
-        )
-        return Batch(resize(image[:], recipe.image_size), *map(torch.from_numpy, rest))
+def iterations_per_epoch(records: CocoIndex, recipe: Recipe, world_size: int) -> int:
+    """Return the steps of an epoch, in which all ranks together go through the images once."""
+    global_batch = recipe.batch_size * world_size
+    return ceil_div(len(records), global_batch)
 
 
 def epoch_order(length: int, seed: int, epoch: int, multiple: int) -> Tensor:
-    """A permutation seeded by seed + epoch, extended from its own beginning to a multiple."""
+    """Return an epoch's order of `length` records, extended from its beginning to a multiple."""
     generator = torch.Generator().manual_seed(seed + epoch)
     order = torch.randperm(length, generator=generator)
-    total = -(-length // multiple) * multiple
-    return order.repeat(-(-total // length))[:total]
+    extended_length = round_up(length, multiple)
+    return order.repeat(ceil_div(extended_length, length))[:extended_length]
 
 
 class TrainingOrder(Sampler):
-    """This rank's batches of (epoch, position, record), from any iteration to the run's last.
+    """The batches of this rank, from iteration `start` to `end`; a batch lists keys of TrainingSet.
 
-    One pass over it is a whole run: workers never restart between epochs. Of each epoch's order
-    rank r takes every world-size-th element.
+    One pass goes through all epochs, so that workers never restart between them. Rank r takes every
+    world-size-th position of an epoch, beginning with r.
     """
 
     def __init__(self, length: int, batch_size: int, ranks: Ranks, seed: int, start: int, end: int):
-        if not length:
+        if length == 0:
             raise UserError("no image of the training set has an annotation; check --data_path")
-        self.length, self.batch_size, self.ranks, self.seed = length, batch_size, ranks, seed
-        self.start, self.end = start, end
-        self.per_epoch = iterations_per_epoch(length, batch_size, ranks.world_size)
+        self.length = length
+        self.batch_size = batch_size
+        self.ranks = ranks
+        self.seed = seed
+        self.start = start
+        self.end = end
 
     def __len__(self) -> int:
         return self.end - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        step = self.batch_size * self.ranks.world_size
-        epoch, order = -1, None
+        world_size = self.ranks.world_size
+        global_batch = self.batch_size * world_size
+        per_epoch = ceil_div(self.length, global_batch)
+        epoch = None
         for iteration in range(self.start, self.end):
-            if iteration // self.per_epoch != epoch:
-                epoch = iteration // self.per_epoch
-                order = epoch_order(self.length, self.seed, epoch, step).tolist()
-            first = iteration % self.per_epoch * step + self.ranks.rank
-            positions = range(first, first + step, self.ranks.world_size)
-            yield [(epoch, position, order[position]) for position in positions]
-
-
-def iterations_per_epoch(length: int, batch_size: int, world_size: int) -> int:
-    return -(-length // (batch_size * world_size))
+            if iteration // per_epoch != epoch:
+                epoch = iteration // per_epoch
+                order = epoch_order(self.length, self.seed, epoch, global_batch).tolist()
+            first = iteration % per_epoch * global_batch
+            batch = []
+            for position in range(first + self.ranks.rank, first + global_batch, world_size):
+                batch.append((epoch, position, order[position]))
+            yield batch
 
 
 class EvaluationSet(Dataset):
-    """Resized uint8 images (H, W, 3) with image id and original (height, width)."""
+    """Resized images (H, W, 3) uint8, each with its original (height, width) and its image id."""
 
     def __init__(self, records: CocoIndex, recipe: Recipe):
-        self.records, self.recipe = records, recipe
+        self.records = records
+        self.recipe = recipe
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, record: int) -> tuple[Tensor, Tensor, Tensor]:
         image = read_image(self.records.path(record))
-        size = torch.from_numpy(self.records.sizes[record].astype(np.int64))
+        size = torch.tensor(self.records.sizes[record], dtype=torch.int64)
         image_id = torch.tensor(self.records.image_ids[record])
         return resize(image, self.recipe.image_size), size, image_id
 
@@ -257,14 +341,20 @@ def build_loader(
     end: int | None = None,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """The loader of this rank: training Batches of iterations `start` to `end` (default: of the
-    whole run), or every evaluation image of the rank once."""
-    ranks = ranks or Ranks()
+    """Return the loader of this rank.
+
+    In training it yields the Batch of each iteration from `start` to `end`, by default to the
+    last epoch's end. In evaluation it yields every image of the rank once.
+    """
+    if ranks is None:
+        ranks = Ranks()
     options = loader_options(workers, pin_memory)
     if not training:
-        mine = records.subset(np.arange(ranks.rank, len(records), ranks.world_size))
-        return DataLoader(EvaluationSet(mine, recipe), recipe.eval_batch_size, **options)
-    per_epoch = iterations_per_epoch(len(records), recipe.batch_size, ranks.world_size)
-    end = recipe.epochs * per_epoch if end is None else end
-    order = TrainingOrder(len(records), recipe.batch_size, ranks, seed, start, end)
+        shard = records.subset(np.arange(ranks.rank, len(records), ranks.world_size))
+        return DataLoader(EvaluationSet(shard, recipe), recipe.eval_batch_size, **options)
+
+    batch_size = recipe.batch_size
+    if end is None:
+        end = recipe.epochs * iterations_per_epoch(records, recipe, ranks.world_size)
+    order = TrainingOrder(len(records), batch_size, ranks, seed, start, end)
     return DataLoader(TrainingSet(records, recipe, seed), batch_sampler=order, **options)

@@ -1,81 +1,121 @@
-"""SSD300 on a truncated ResNet: six feature maps, one fused 3x3 convolution on each.
+"""SSD300: a truncated ResNet, five extra blocks, and a 3x3 convolution on each of six feature maps.
 
-Attribute names are the published checkpoint's keys (`model`, `additional_blocks`, `mbox`), so
-that a state dict of ours is one of theirs.
+The attributes `model`, `additional_blocks` and `mbox` are named as the keys of published
+checkpoints, so a state dict of this network is one of theirs.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ssd_resnet34.anchors import anchors_per_cell
-from ssd_resnet34.backbone import STAGES, make_backbone
+from ssd_resnet34.backbone import LAYOUTS, make_backbone
 from ssd_resnet34.config import Recipe
 
-# (middle, outputs, stride and padding of the 3x3) of the five extra blocks.
-EXTRAS = (
-    (256, 512, {"stride": 2, "padding": 1}),
-    (256, 512, {"stride": 2, "padding": 1}),
-    (128, 256, {"stride": 2, "padding": 1}),
-    (128, 256, {}),
-    (128, 256, {}),
+COORDINATES = 4
+
+
+class ExtraBlock(NamedTuple):
+    """A 1x1 convolution to `middle` channels, then a 3x3 one to `outputs`."""
+
+    middle: int
+    outputs: int
+    stride: int  # of the 3x3 convolution
+    padding: int
+
+
+EXTRA_BLOCKS = (
+    ExtraBlock(256, 512, stride=2, padding=1),
+    ExtraBlock(256, 512, stride=2, padding=1),
+    ExtraBlock(128, 256, stride=2, padding=1),
+    ExtraBlock(128, 256, stride=1, padding=0),
+    ExtraBlock(128, 256, stride=1, padding=0),
 )
-# The ResNet-18 of NVIDIA's SSD example ends narrower.
-LAST_OUTPUTS = {"resnet18": 128}
+STANDARD_WIDTH = 64  # the backbone's width that the channels above are for
+LAST_OUTPUTS = {"resnet18": 128}  # its last block is narrower, as in NVIDIA's SSD example
 
 
 class SSD(nn.Module):
-    """`model(images)`: (N, 3, 300, 300) to offsets (N, 4, P) and logits (N, 1 + classes, P).
+    """The network: `model(images)` takes (N, 3, 300, 300) to deltas and logits.
 
-    Logit channel 0 is background. Outputs are raw and have the autocast's dtype.
+    Deltas are (N, 4, P), logits (N, 1 + num_classes, P), and channel 0 of the logits is background.
+    Both are raw and have the dtype of autocast.
     """
 
     def __init__(self, recipe: Recipe, num_classes: int):
         super().__init__()
-        self.channels = 1 + num_classes
-        self.model, inputs = make_backbone(recipe.backbone)
-        sources, blocks = [inputs], []
-        *_, width = STAGES[recipe.backbone]  # 64; behind a trunk of half of it half will do
-        for position, (middle, outputs, conv) in enumerate(EXTRAS):
-            if position == len(EXTRAS) - 1:
-                outputs = LAST_OUTPUTS.get(recipe.backbone, outputs)
-            middle, outputs = middle * width // 64, outputs * width // 64
-            blocks.append(
-                nn.Sequential(
-                    nn.Conv2d(sources[-1], middle, 1),
-                    nn.ReLU(inplace=True),
-                    nn.Conv2d(middle, outputs, 3, **conv),
-                    nn.ReLU(inplace=True),
-                )
-            )
-            sources.append(outputs)
-        self.additional_blocks = nn.ModuleList(blocks)
-        self.mbox = nn.ModuleList(
-            nn.Conv2d(source, shapes * (self.channels + 4), 3, padding=1)
-            for source, shapes in zip(sources, anchors_per_cell(recipe), strict=True)
-        )
-        # Xavier over the whole fused head, as the port; biases keep PyTorch's default.
+        self.num_channels = 1 + num_classes
+        self.model, channels = make_backbone(recipe.backbone)
+        map_channels = [channels]
+        self.additional_blocks = nn.ModuleList()
+        for block in extra_blocks(recipe.backbone):
+            self.additional_blocks.append(make_extra_block(channels, block))
+            channels = block.outputs
+            map_channels.append(channels)
+
+        self.mbox = nn.ModuleList()
+        for channels, num_shapes in zip(map_channels, anchors_per_cell(recipe), strict=True):
+            outputs = num_shapes * (self.num_channels + COORDINATES)
+            self.mbox.append(nn.Conv2d(channels, outputs, 3, padding=1))
+
+        # Xavier over each head as a whole, as in the port. Biases keep PyTorch's default.
         for module in [*self.additional_blocks.modules(), *self.mbox]:
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        source = self.model(images)
-        sources = [source]
+        feature_map = self.model(images)
+        feature_maps = [feature_map]
         for block in self.additional_blocks:
-            source = block(source)
-            sources.append(source)
+            feature_map = block(feature_map)
+            feature_maps.append(feature_map)
 
-        offsets, logits = [], []
-        for source, head in zip(sources, self.mbox, strict=True):
-            raw = head(source)
-            # Channels are (class, shape), then (coordinate, shape): a level's priors run over
-            # shape, row, column.
-            split = raw.shape[1] // (self.channels + 4) * self.channels
-            logits.append(raw[:, :split].reshape(raw.shape[0], self.channels, -1))
-            offsets.append(raw[:, split:].reshape(raw.shape[0], 4, -1))
-        return torch.cat(offsets, dim=2), torch.cat(logits, dim=2)
+        deltas = []
+        logits = []
+        for feature_map, head in zip(feature_maps, self.mbox, strict=True):
+            map_deltas, map_logits = self.split_output(head(feature_map))
+            deltas.append(map_deltas)
+            logits.append(map_logits)
+        return torch.cat(deltas, dim=2), torch.cat(logits, dim=2)
+
+    def split_output(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Split a head's output (N, channels, rows, columns) into its deltas and logits.
+
+        Its channels are those of the logits, ordered by class and shape, then those of the deltas,
+        by coordinate and shape. So the anchors of a feature map come in the order of shape, row,
+        column.
+        """
+        num_images, channels = output.shape[:2]
+        num_shapes = channels // (self.num_channels + COORDINATES)
+        num_logits = num_shapes * self.num_channels
+        logits = output[:, :num_logits].reshape(num_images, self.num_channels, -1)
+        deltas = output[:, num_logits:].reshape(num_images, COORDINATES, -1)
+        return deltas, logits
+
+
+def extra_blocks(backbone: str) -> list[ExtraBlock]:
+    """Return the extra blocks behind a backbone, which are narrower if the backbone is."""
+    blocks = list(EXTRA_BLOCKS)
+    blocks[-1] = blocks[-1]._replace(outputs=LAST_OUTPUTS.get(backbone, blocks[-1].outputs))
+    width = LAYOUTS[backbone].width
+    scaled = []
+    for block in blocks:
+        middle = block.middle * width // STANDARD_WIDTH
+        outputs = block.outputs * width // STANDARD_WIDTH
+        scaled.append(block._replace(middle=middle, outputs=outputs))
+    return scaled
+
+
+def make_extra_block(inputs: int, block: ExtraBlock) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, block.middle, 1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(block.middle, block.outputs, 3, block.stride, block.padding),
+        nn.ReLU(inplace=True),
+    )
 
 
 def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The network for `num_classes` foreground classes, with random weights."""
+    """Return the network for `num_classes` foreground classes, with random weights."""
     return SSD(recipe, num_classes)

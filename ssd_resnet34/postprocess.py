@@ -1,6 +1,7 @@
-"""Raw outputs to detections: softmax, decoding, NMS per class (SSD paper section 2.2)."""
+"""From raw outputs to detections: softmax, decoding, NMS for each class (SSD paper section 2.2)."""
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -8,84 +9,111 @@ import torch
 from torch import Tensor
 
 from common.coco.nms import class_nms
+from common.npu.device import in_host_memory
 from ssd_resnet34.anchors import decode, make_anchors, to_xyxy
 from ssd_resnet34.config import Recipe
 
 
 class Detections(NamedTuple):
-    """Detections of one image on the host, best first."""
+    """The n detections of one image on the host, best first."""
 
     boxes: Tensor  # (n, 4) float32 xyxy, pixels of the original image, not clipped
     scores: Tensor  # (n,) float32
     labels: Tensor  # (n,) int64 0-based classes
 
 
-@torch.no_grad()
-def decode_outputs(
-    outputs: tuple[Tensor, Tensor], anchors: Tensor, recipe: Recipe
-) -> tuple[Tensor, Tensor]:
-    """Boxes (N, P, 4) normalised ltrb and probabilities (N, classes, P), background left out."""
-    offsets, logits = (output.float() for output in outputs)
-    boxes = to_xyxy(decode(offsets.transpose(1, 2), anchors, recipe))
-    return boxes, logits.softmax(dim=1)[:, 1:]
+class Candidates(NamedTuple):
+    """The n boxes of one image that enter NMS, on the host."""
 
-
-@functools.cache
-def _anchors(recipe: Recipe, device: torch.device) -> Tensor:
-    return make_anchors(recipe).to(device)
+    boxes: np.ndarray  # (n, 4) float32 normalised xyxy
+    scores: np.ndarray  # (n,) float32
+    labels: np.ndarray  # (n,) int64 0-based classes
 
 
 @torch.no_grad()
 def detect(outputs: tuple[Tensor, Tensor], sizes: Tensor, recipe: Recipe) -> list[Detections]:
-    """Detections of N images; `sizes` (N, 2) are the original (height, width) in pixels.
+    """Return the detections of N images, whose original (height, width) in pixels `sizes` holds.
 
-    Per class the `max_per_class` best scores above `score_threshold` enter greedy NMS in
-    normalised coordinates, in fp32; of what survives, the `max_detections` best are returned.
+    In each class the `max_per_class` best scores above `score_threshold` enter greedy NMS, in
+    normalised coordinates and fp32. Of its survivors the `max_detections` best of an image count.
     """
-    anchors = _anchors(recipe, outputs[0].device)
+    anchors = anchors_on(outputs[0].device, recipe)
     boxes, scores = decode_outputs(outputs, anchors, recipe)
-    candidates = sparse_candidates if scores.device.type == "cpu" else dense_candidates
-    found = []
-    for size, image in zip(sizes.tolist(), candidates(boxes, scores, recipe), strict=True):
-        image_boxes, image_scores, image_labels = image
+    if in_host_memory(scores.device):
+        candidates_of_images = sparse_candidates(boxes, scores, recipe)
+    else:
+        candidates_of_images = dense_candidates(boxes, scores, recipe)
+
+    detections = []
+    for candidates, (height, width) in zip(candidates_of_images, sizes.tolist(), strict=True):
         keep = class_nms(
-            image_boxes, image_scores, image_labels, recipe.nms_iou, recipe.max_detections
+            candidates.boxes,
+            candidates.scores,
+            candidates.labels,
+            recipe.nms_iou,
+            recipe.max_detections,
         )
-        height, width = size
-        scale = np.array([width, height, width, height], np.float32)
-        found.append(
-            Detections(
-                torch.from_numpy(image_boxes[keep] * scale),
-                torch.from_numpy(image_scores[keep]),
-                torch.from_numpy(image_labels[keep]),
-            )
+        pixels = np.array([width, height, width, height], dtype=np.float32)
+        of_image = Detections(
+            boxes=torch.from_numpy(candidates.boxes[keep] * pixels),
+            scores=torch.from_numpy(candidates.scores[keep]),
+            labels=torch.from_numpy(candidates.labels[keep]),
         )
-    return found
+        detections.append(of_image)
+    return detections
 
 
-def sparse_candidates(boxes: Tensor, scores: Tensor, recipe: Recipe):
-    """Candidates on the host: few scores pass the threshold, so look at those only."""
+@functools.cache
+def anchors_on(device: torch.device, recipe: Recipe) -> Tensor:
+    """Return the anchors (P, 4) `cxcywh` on a device, where they stay for the next call."""
+    return make_anchors(recipe).to(device)
+
+
+@torch.no_grad()
+def decode_outputs(
+    outputs: tuple[Tensor, Tensor], anchors: Tensor, recipe: Recipe
+) -> tuple[Tensor, Tensor]:
+    """Return boxes (N, P, 4) normalised xyxy and scores (N, classes, P), both fp32.
+
+    Scores are probabilities; that of background is left out. `anchors` are (P, 4) `cxcywh`.
+    """
+    deltas, logits = outputs
+    boxes = decode(deltas.float().transpose(1, 2), anchors, recipe)
+    probabilities = logits.float().softmax(dim=1)
+    return to_xyxy(boxes), probabilities[:, 1:]
+
+
+def sparse_candidates(boxes: Tensor, scores: Tensor, recipe: Recipe) -> Iterator[Candidates]:
+    """Select the candidates of each image on the host, where few scores pass the threshold."""
     for image_boxes, image_scores in zip(boxes.numpy(), scores.numpy(), strict=True):
-        # Flat: numpy's nonzero of two axes takes several times as long.
-        passed = np.flatnonzero(image_scores > recipe.score_threshold)
-        labels, priors = np.divmod(passed, image_scores.shape[1])
-        passed = image_scores[labels, priors]
-        counts = np.bincount(labels, minlength=len(image_scores))
-        if counts.max(initial=0) > recipe.max_per_class:
-            order = np.lexsort((-passed, labels))
-            starts = np.repeat(np.cumsum(counts) - counts, counts)
-            order = order[np.arange(len(order)) - starts < recipe.max_per_class]
-            labels, priors, passed = labels[order], priors[order], passed[order]
-        yield image_boxes[priors], passed, labels
+        # Of the flat array: np.nonzero of two axes takes several times as long.
+        passing = np.flatnonzero(image_scores > recipe.score_threshold)
+        labels, anchors = np.divmod(passing, image_scores.shape[1])
+        passing_scores = image_scores[labels, anchors]
+        best = best_of_each_class(passing_scores, labels, recipe.max_per_class)
+        yield Candidates(image_boxes[anchors[best]], passing_scores[best], labels[best])
 
 
-def dense_candidates(boxes: Tensor, scores: Tensor, recipe: Recipe):
-    """The same candidates by fixed-shape steps on the device, brought over in one copy."""
-    count = min(recipe.max_per_class, scores.shape[2])
-    best, priors = scores.topk(count, dim=2)  # (N, classes, K)
-    index = priors.flatten(1).unsqueeze(-1).expand(-1, -1, 4)
-    packed = torch.cat([boxes.gather(1, index), best.flatten(1).unsqueeze(-1)], dim=2).cpu()
-    labels = np.repeat(np.arange(scores.shape[1]), count)
-    for image in packed.numpy():
-        passed = image[:, 4] > recipe.score_threshold
-        yield image[passed, :4], image[passed, 4], labels[passed]
+def best_of_each_class(scores: np.ndarray, labels: np.ndarray, limit: int) -> np.ndarray:
+    """Return the indices of the `limit` highest scores of each class, class by class."""
+    order = np.lexsort((-scores, labels))
+    counts = np.bincount(labels)
+    class_starts = np.cumsum(counts) - counts
+    rank_in_class = np.arange(len(order)) - np.repeat(class_starts, counts)
+    return order[rank_in_class < limit]
+
+
+def dense_candidates(boxes: Tensor, scores: Tensor, recipe: Recipe) -> Iterator[Candidates]:
+    """Select the same candidates on an accelerator: with fixed shapes, and one copy to the host."""
+    num_classes, num_anchors = scores.shape[1:]
+    limit = min(recipe.max_per_class, num_anchors)
+    best_scores, anchors = scores.topk(limit, dim=2)  # (N, classes, limit)
+    index = anchors.flatten(1).unsqueeze(-1).expand(-1, -1, 4)
+    best_boxes = boxes.gather(1, index)
+    boxes_and_scores = torch.cat([best_boxes, best_scores.flatten(1).unsqueeze(-1)], dim=2)
+    labels = np.repeat(np.arange(num_classes), limit)
+    for image in boxes_and_scores.cpu().numpy():
+        image_boxes = image[:, :4]
+        image_scores = image[:, 4]
+        passes = image_scores > recipe.score_threshold
+        yield Candidates(image_boxes[passes], image_scores[passes], labels[passes])

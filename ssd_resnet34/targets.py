@@ -1,52 +1,71 @@
-"""Matching of padded ground truth to priors, batched, with fixed shapes (SSD paper section 2.2)."""
+"""Matching of ground truth to anchors, for a batch at once (SSD paper section 2.2).
+
+The ground truth of N images is padded to M boxes each, so every shape is fixed: N and M are the
+loader's, P is the number of anchors.
+"""
 
 import torch
 from torch import Tensor
 
 
-def pairwise_iou(boxes_ltrb: Tensor, anchors_ltrb: Tensor) -> Tensor:
-    """IoU (N, M, P) of boxes (N, M, 4) with anchors (P, 4), both in corner form."""
-    left, top, right, bottom = (side.unsqueeze(-1) for side in boxes_ltrb.unbind(-1))
-    anchor_left, anchor_top, anchor_right, anchor_bottom = anchors_ltrb.unbind(-1)
-    width = torch.minimum(right, anchor_right).sub_(torch.maximum(left, anchor_left))
-    height = torch.minimum(bottom, anchor_bottom).sub_(torch.maximum(top, anchor_top))
-    overlap = width.clamp_(min=0).mul_(height.clamp_(min=0))
-    areas = (right - left) * (bottom - top)
-    anchor_areas = (anchor_right - anchor_left) * (anchor_bottom - anchor_top)
-    return overlap.div_((areas + anchor_areas).sub_(overlap))
-
-
 def assign(
-    anchors_ltrb: Tensor, boxes_ltrb: Tensor, labels: Tensor, valid: Tensor, match_iou: float
+    anchors_xyxy: Tensor, boxes_xyxy: Tensor, labels: Tensor, valid: Tensor, match_iou: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Which ground truth each prior learns.
+    """Decide which ground-truth box each anchor learns.
 
-    `anchors_ltrb` (P, 4), `boxes_ltrb` (N, M, 4) normalised, `labels` (N, M) 0-based classes,
-    `valid` (N, M) bool. Returns `positive` (N, P) bool, `matched` (N, P) int64, the index of each
-    prior's ground truth, and `label` (N, P); the last two mean something where positive.
+    An anchor is matched with the box of highest IoU, the first of equals, and is positive if that
+    IoU is above `match_iou`. In addition, every box claims its best anchor, which is then positive.
 
-    A prior takes the ground truth of highest IoU (the first of equals) and is positive above
-    `match_iou`. Every ground truth also claims its best prior (the first of equals); where two
-    claim the same one, the later has it.
+    Args:
+        anchors_xyxy: (P, 4) normalised.
+        boxes_xyxy: (N, M, 4) normalised.
+        labels: (N, M) classes.
+        valid: (N, M) bool, False for padding.
+
+    Returns:
+        `positive` (N, P) bool; `matched` (N, P) int64, the index of each anchor's box; `label`
+        (N, P), the class of that box. The last two have a meaning only where an anchor is positive.
     """
-    images, slots = valid.shape
     # An empty box overlaps nothing, so padding never matches.
-    iou = pairwise_iou(torch.where(valid.unsqueeze(-1), boxes_ltrb, 0.0), anchors_ltrb)
-    best_iou, matched = iou.max(dim=1)
+    real_boxes = torch.where(valid.unsqueeze(-1), boxes_xyxy, 0.0)
+    iou = pairwise_iou(real_boxes, anchors_xyxy)
+    best_iou, best_box = iou.max(dim=1)
 
-    claimed = iou.argmax(dim=2)  # (N, M) prior of each ground truth
-    slot = torch.arange(slots, device=valid.device)
-    later = slot > slot.unsqueeze(1)  # [i, j]: j comes after i
-    same = claimed.unsqueeze(1) == claimed.unsqueeze(2)
-    outdone = (same & later & valid.unsqueeze(1)).any(dim=2)
-    # Claims that do not count go to one column too many: no two real ones share a place, so the
-    # result does not depend on the order of the scatter.
-    priors = anchors_ltrb.shape[0]
-    place = torch.where(valid & ~outdone, claimed, priors)
-    claim = torch.full((images, priors + 1), -1, dtype=torch.int64, device=valid.device)
-    claim = claim.scatter(1, place, slot.expand(images, slots))[:, :priors]
-
-    forced = claim >= 0
-    matched = torch.where(forced, claim, matched)
-    positive = forced | (best_iou > match_iou)
+    claimant = claim_best_anchors(iou, valid)
+    claimed = claimant >= 0
+    matched = torch.where(claimed, claimant, best_box)
+    positive = claimed | (best_iou > match_iou)
     return positive, matched, labels.gather(1, matched)
+
+
+def claim_best_anchors(iou: Tensor, valid: Tensor) -> Tensor:
+    """Let every valid box claim the anchor of highest IoU (N, M, P), the first of equals.
+
+    Return the index of the box that claims each anchor, (N, P) int64, or -1. Of two boxes that
+    claim the same anchor, the later gets it, and the earlier has no claim.
+    """
+    num_images, max_boxes, num_anchors = iou.shape
+    best_anchor = iou.argmax(dim=2)  # (N, M)
+    box = torch.arange(max_boxes, device=iou.device)
+    is_later = box > box.unsqueeze(1)  # (M, M): column comes after row
+    same_anchor = best_anchor.unsqueeze(1) == best_anchor.unsqueeze(2)  # (N, M, M)
+    overridden = (same_anchor & is_later & valid.unsqueeze(1)).any(dim=2)
+
+    # The claims that do not count go to an extra column. In all others no index occurs twice, so
+    # the result does not depend on the order in which scatter writes.
+    column = torch.where(valid & ~overridden, best_anchor, num_anchors)
+    claimant = torch.full((num_images, num_anchors + 1), -1, dtype=torch.int64, device=iou.device)
+    claimant = claimant.scatter(1, column, box.expand(num_images, max_boxes))
+    return claimant[:, :num_anchors]
+
+
+def pairwise_iou(boxes_xyxy: Tensor, anchors_xyxy: Tensor) -> Tensor:
+    """Return the IoU (N, M, P) of boxes (N, M, 4) with anchors (P, 4)."""
+    left, top, right, bottom = boxes_xyxy.unsqueeze(2).unbind(-1)  # each (N, M, 1)
+    anchor_left, anchor_top, anchor_right, anchor_bottom = anchors_xyxy.unbind(-1)  # each (P,)
+    width = torch.minimum(right, anchor_right) - torch.maximum(left, anchor_left)
+    height = torch.minimum(bottom, anchor_bottom) - torch.maximum(top, anchor_top)
+    overlap = width.clamp(min=0) * height.clamp(min=0)
+    area = (right - left) * (bottom - top)
+    anchor_area = (anchor_right - anchor_left) * (anchor_bottom - anchor_top)
+    return overlap / (area + anchor_area - overlap)

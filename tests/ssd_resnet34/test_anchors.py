@@ -21,7 +21,7 @@ RECIPE = RECIPES["1p"]
 
 
 def random_boxes(seed, count, smallest):
-    """(count, 4) normalised ltrb inside the image."""
+    """(count, 4) normalised xyxy inside the image."""
     generator = torch.Generator().manual_seed(seed)
     size = smallest + (1 - smallest) * torch.rand(count, 2, generator=generator)
     corner = torch.rand(count, 2, generator=generator) * (1 - size)
@@ -48,7 +48,7 @@ def test_box_forms_are_inverse(seed):
     assert_close(to_cxcywh(boxes), torch.stack(expected, dim=-1))
 
 
-def test_offsets_are_the_papers_with_variances():
+def test_deltas_are_the_papers_with_variances():
     anchor, box = torch.tensor([0.5, 0.4, 0.2, 0.1]), torch.tensor([0.51, 0.38, 0.3, 0.05])
     expected = [10 * 0.01 / 0.2, 10 * -0.02 / 0.1, 5 * math.log(1.5), 5 * math.log(0.5)]
     assert_close(encode(box, anchor, RECIPE), torch.tensor(expected), rtol=1e-5, atol=1e-5)
@@ -58,13 +58,13 @@ def test_offsets_are_the_papers_with_variances():
     assert_close(encode(box, anchor, wide), divided, rtol=1e-5, atol=1e-5)
 
 
-def test_a_box_without_size_has_finite_offsets():
+def test_a_box_without_size_has_finite_deltas():
     anchors = make_anchors(RECIPE)[::100]
     boxes = torch.tensor([0.3, 0.3, 0.0, 0.0]).expand(len(anchors), 4)
     assert encode(boxes, anchors, RECIPE).isfinite().all()
 
 
-def test_priors_stand_in_the_order_of_the_outputs():
+def test_anchors_stand_in_the_order_of_the_outputs():
     anchors = make_anchors(RECIPE)
     assert anchors_per_cell(RECIPE) == (4, 6, 6, 6, 4, 4)
     second = anchors[5776 : 5776 + 2166].view(6, 19, 19, 4)  # shape, row, column
@@ -76,7 +76,7 @@ def test_priors_stand_in_the_order_of_the_outputs():
     assert (second[:, :, :, 2:] == second[:, :1, :1, 2:]).all()
 
 
-def test_priors_are_clamped_to_the_image():
+def test_anchors_are_clamped_to_the_image():
     third = make_anchors(RECIPE)[7942 : 7942 + 600].view(6, 10, 10, 4)
     assert 9.5 * 32 / 300 > 1
     assert (third[:, :, 9, 0] == 1).all()
@@ -85,7 +85,7 @@ def test_priors_are_clamped_to_the_image():
 
 
 @pytest.mark.parametrize("step", [4.0, 7.5])
-def test_priors_follow_the_recipe(step):
+def test_anchors_follow_the_recipe(step):
     recipe = replace(
         RECIPE,
         anchor_maps=(2,),

@@ -149,7 +149,7 @@ def test_a_batch_is_its_images(pictures, monkeypatch):
     assert difference.mean() < 0.01
 
 
-def test_flip_mirrors_image_and_boxes_and_changes_no_input(pictures):
+def test_flip_turns_image_and_boxes_and_changes_no_input(pictures):
     boxes = torch.tensor([[0.1, 0.2, 0.4, 0.9], [0.0, 0.0, 1.0, 1.0]]).expand(2, 2, 4)
     given = batch(pictures[:2], flip=torch.tensor([True, False]), boxes=boxes)
     before = [part.clone() for part in given]
@@ -179,7 +179,7 @@ def test_distribution_of_the_crop(tiny_train):
     rng = random.Random(0)
     whole, areas, kept = 0, [], []
     for record in range(len(records)):
-        boxes, _ = dataset.truth(record)
+        boxes, _ = dataset.ground_truth(record)
         center = (boxes[:, :2] + boxes[:, 2:]) / 2
         for _ in range(60):
             window = crop_window(boxes, RECIPE, rng)
@@ -225,7 +225,7 @@ def draws(tiny_train):
     recipe = replace(RECIPE, image_size=2, crop_ious=(None,))
     dataset = TrainingSet(training_records(tiny_train), recipe, seed=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "open_image", lambda path: np.zeros((4, 4, 3), np.uint8))
+        patch.setattr(data, "read_image", lambda path: np.zeros((4, 4, 3), np.uint8))
         return [dataset[epoch, p, p % 49] for epoch in range(4) for p in range(1000)]
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from ssd_resnet34.config import RECIPES
 from ssd_resnet34.data import (
     TrainingOrder,
     TrainingSet,
+    Window,
     apply_crop,
     build_loader,
     epoch_order,
@@ -61,7 +63,8 @@ def test_epochs_differ():
 @settings(max_examples=50, deadline=None)
 @given(**SETS)
 def test_ranks_share_each_epoch(length, batch_size, world_size):
-    per_epoch = iterations_per_epoch(length, batch_size, world_size)
+    recipe = SimpleNamespace(batch_size=batch_size)
+    per_epoch = iterations_per_epoch(range(length), recipe, world_size)
     step = batch_size * world_size
     runs = [
         order_of(length, batch_size, r, world_size, 0, 2 * per_epoch) for r in range(world_size)
@@ -129,19 +132,19 @@ def test_augmentation_changes_by_seed_epoch_and_position(tiny_train):
 def test_a_batch_has_fixed_shapes_and_types(tiny_train):
     records = training_records(tiny_train)
     (batch,) = build_loader(RECIPE, records, True, end=1)
-    slots = records.max_boxes()
+    max_boxes = records.max_boxes()
     expected = {
         "images": ((2, 300, 300, 3), torch.uint8),
-        "boxes": ((2, slots, 4), torch.float32),
-        "labels": ((2, slots), torch.int64),
-        "valid": ((2, slots), torch.bool),
+        "boxes": ((2, max_boxes, 4), torch.float32),
+        "labels": ((2, max_boxes), torch.int64),
+        "valid": ((2, max_boxes), torch.bool),
         "flip": ((2,), torch.bool),
         "jitter": ((2, 4), torch.float32),
         "order": ((2, 4), torch.int64),
         "image_ids": ((2,), torch.int64),
     }
     assert {k: (tuple(v.shape), v.dtype) for k, v in batch._asdict().items()} == expected
-    assert slots % 16 == 0
+    assert max_boxes % 16 == 0
     ids = [records.image_ids[record] for *_, record in order_of_first(len(records))]
     assert batch.image_ids.tolist() == ids
 
@@ -156,20 +159,20 @@ def test_padding_drops_no_box(tiny_train):
     fullest = int(np.diff(records.offsets).argmax())
     dataset = TrainingSet(records, recipe, 0)
     for record in (fullest, 0, 1):
-        boxes, labels = dataset.truth(record)
+        boxes, labels = dataset.ground_truth(record)
         sample = dataset[0, 0, record]
         count = len(boxes)
         assert count == np.diff(records.offsets)[record]
-        assert sample.valid.tolist() == [True] * count + [False] * (dataset.slots - count)
+        assert sample.valid.tolist() == [True] * count + [False] * (dataset.max_boxes - count)
         np.testing.assert_array_equal(sample.boxes[:count], boxes)
         np.testing.assert_array_equal(sample.labels[:count], labels)
 
 
-def test_truth_is_normalised_ltrb_with_crowds_and_without_empty_boxes(tiny_val):
+def test_ground_truth_is_normalised_xyxy_with_crowds_and_without_empty_boxes(tiny_val):
     crowded = int(np.flatnonzero(tiny_val.image_ids == 87038)[0])
     rows = tiny_val.annotations(crowded)
     assert rows.crowd.any()
-    boxes, labels = TrainingSet(tiny_val, RECIPE, 0).truth(crowded)
+    boxes, labels = TrainingSet(tiny_val, RECIPE, 0).ground_truth(crowded)
     height, width = tiny_val.sizes[crowded]
     x, y, w, h = rows.box_xywh.T
     expected = np.stack([x / width, y / height, (x + w) / width, (y + h) / height], axis=1)
@@ -179,7 +182,7 @@ def test_truth_is_normalised_ltrb_with_crowds_and_without_empty_boxes(tiny_val):
     flat = replace(tiny_val, table=tiny_val.table.copy())
     first, second = flat.annotations(crowded)[:2]
     first.box_xywh[2] = second.box_xywh[3] = 0
-    boxes, labels = TrainingSet(flat, RECIPE, 0).truth(crowded)
+    boxes, labels = TrainingSet(flat, RECIPE, 0).ground_truth(crowded)
     np.testing.assert_allclose(boxes, expected[2:], rtol=1e-6)
     np.testing.assert_array_equal(labels, rows.label[2:])
 
@@ -195,7 +198,7 @@ def test_training_records_have_annotations(tiny_train, tiny_val):
 def test_a_crop_cuts_image_and_boxes():
     image = np.arange(20 * 10 * 3, dtype=np.uint8).reshape(20, 10, 3)
     boxes = np.array([[0.2, 0.3, 0.6, 0.7], [0.0, 0.0, 0.2, 0.2], [0.5, 0.5, 1, 1]], np.float32)
-    window = (0.25, 0.25, 0.79, 0.88)
+    window = Window(0.25, 0.25, 0.79, 0.88)
     cut, moved, labels = apply_crop(image, boxes, np.array([5, 6, 7]), window)
     assert apply_crop(image[:1], boxes, np.array([5, 6, 7]), window)[0].shape[0] == 1
     np.testing.assert_array_equal(cut, image[5:17, 2:7])

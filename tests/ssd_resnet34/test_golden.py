@@ -11,8 +11,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image, ImageOps
 from torchvision.transforms import functional as reference
 
+from common import flags
 from common.coco.images import read_image
-from common.npu import cli
 from common.npu.precision import build_sgd
 from ssd_resnet34 import data, postprocess
 from ssd_resnet34.anchors import make_anchors, to_cxcywh, to_xyxy
@@ -65,8 +65,8 @@ def test_forward(golden, filled_model, real, case):
         draws = np.random.default_rng(0).standard_normal((2, 3, 300, 300))
         images = torch.from_numpy(draws.astype(np.float32))
     with torch.no_grad():
-        offsets, logits = filled_model(images)
-    check_probe(golden("forward"), f"{case}.ploc", offsets, atol=2e-5)
+        deltas, logits = filled_model(images)
+    check_probe(golden("forward"), f"{case}.ploc", deltas, atol=2e-5)
     check_probe(golden("forward"), f"{case}.plabel", logits, atol=2e-5)
 
 
@@ -87,7 +87,7 @@ def test_targets(golden, recipe, case):
     assert channel[~positive].eq(0).all()
     assert_allclose(target[0, :, index].T, expected["positive_target"], rtol=0, atol=1e-4)
 
-    positive, matched, label = assign(criterion.anchors_ltrb, boxes, labels, valid, 0.5)
+    positive, matched, label = assign(criterion.anchors_xyxy, boxes, labels, valid, 0.5)
     assert_array_equal(positive[0].nonzero().squeeze(1), index)
     assert_array_equal(label[0, index] + 1, expected["positive_label"])
     found = to_cxcywh(boxes[0, matched[0, index]])
@@ -151,10 +151,10 @@ def detection_outputs(case):
     ploc = (0.5 * draws.standard_normal((2, 4, 8732))).astype(np.float32)
     plabel = draws.standard_normal((2, 81, 8732)).astype(np.float32)
     plabel[:, 0] += 6
-    priors, classes = draws.integers(2, 8730, (2, 60)), draws.integers(1, 81, (2, 60))
+    anchors, classes = draws.integers(2, 8730, (2, 60)), draws.integers(1, 81, (2, 60))
     bumps = draws.uniform(4, 9, (2, 60, 5)).astype(np.float32)
     for n, j, d in np.ndindex(bumps.shape):
-        plabel[n, classes[n, j], priors[n, j] - 2 + d] += bumps[n, j, d]
+        plabel[n, classes[n, j], anchors[n, j] - 2 + d] += bumps[n, j, d]
     return torch.from_numpy(ploc), torch.from_numpy(plabel)
 
 
@@ -252,7 +252,7 @@ def test_training_sample_under_the_ports_draws(
         sample = dataset[0, 0, record]
 
     draws = PortDraws(seed, recipe)
-    cut, boxes, labels = read_image(tiny_val.path(record)), *dataset.truth(record)
+    cut, boxes, labels = read_image(tiny_val.path(record)), *dataset.ground_truth(record)
     window = crop_window(boxes, recipe, draws)
     if window is not None:
         cut, boxes, labels = apply_crop(cut, boxes, labels, window)
@@ -275,8 +275,8 @@ def test_training_sample_under_the_ports_draws(
 @pytest.mark.parametrize("case", ["1p", "8p", "8p_warmup650_factor0", "8p_warmup300_factor1"])
 def test_learning_rate(golden, case):
     expected = golden("lr")[case]
-    parser = cli.parser("", recipes=RECIPES)
-    recipes = [cli.chosen_recipe(parser.parse_args(expected["argv"]), RECIPES)]
+    parser = flags.make_parser("", recipes=RECIPES)
+    recipes = [flags.chosen_recipe(parser.parse_args(expected["argv"]), RECIPES)]
     if case in RECIPES:
         recipes.append(RECIPES[case])  # the preset alone is the same
     iterations, rates = zip(*expected["lr"], strict=True)

@@ -12,30 +12,32 @@ from ssd_resnet34.config import RECIPES
 from ssd_resnet34.loss import DetectionLoss
 from ssd_resnet34.targets import assign
 
-RECIPE, CLASSES, SLOTS = RECIPES["1p"], 4, 8
+RECIPE = RECIPES["1p"]
+CLASSES = 4
+MAX_BOXES = 8
 CRITERION = DetectionLoss(RECIPE, CLASSES)
 
 
 def batch(seed, images, boxes=None):
-    """Outputs that want gradients, and ground truth with some slots left empty."""
+    """Outputs that want gradients, and ground truth with some rows left empty."""
     generator = torch.Generator().manual_seed(seed)
-    offsets = torch.randn(images, 4, 8732, generator=generator).requires_grad_()
+    deltas = torch.randn(images, 4, 8732, generator=generator).requires_grad_()
     logits = (3 * torch.randn(images, 1 + CLASSES, 8732, generator=generator)).requires_grad_()
-    corner = 0.6 * torch.rand(images, SLOTS, 2, generator=generator)
-    size = 0.05 + 0.35 * torch.rand(images, SLOTS, 2, generator=generator)
-    labels = torch.randint(0, CLASSES, (images, SLOTS), generator=generator)
-    valid = torch.rand(images, SLOTS, generator=generator) < 0.6
+    corner = 0.6 * torch.rand(images, MAX_BOXES, 2, generator=generator)
+    size = 0.05 + 0.35 * torch.rand(images, MAX_BOXES, 2, generator=generator)
+    labels = torch.randint(0, CLASSES, (images, MAX_BOXES), generator=generator)
+    valid = torch.rand(images, MAX_BOXES, generator=generator) < 0.6
     if boxes is not None:
-        valid = torch.arange(SLOTS).expand(images, SLOTS) < boxes
-    return (offsets, logits), (torch.cat([corner, corner + size], dim=2), labels, valid)
+        valid = torch.arange(MAX_BOXES).expand(images, MAX_BOXES) < boxes
+    return (deltas, logits), (torch.cat([corner, corner + size], dim=2), labels, valid)
 
 
 def by_formula(outputs, boxes, labels, valid):
     """The loss in the words of the paper, image by image, in float64."""
     parts = {"loss_cls": [], "loss_bbox": []}
-    positive, matched, label = assign(CRITERION.anchors_ltrb, boxes, labels, valid, 0.5)
+    positive, matched, label = assign(CRITERION.anchors_xyxy, boxes, labels, valid, 0.5)
     for n in range(len(boxes)):
-        offsets, logits = (output[n].double() for output in outputs)
+        deltas, logits = (output[n].double() for output in outputs)
         chosen = positive[n].nonzero().squeeze(1)
         channels = torch.zeros(8732, dtype=torch.int64)
         channels[chosen] = label[n, chosen] + 1
@@ -43,7 +45,7 @@ def by_formula(outputs, boxes, labels, valid):
         negatives = entropy[~positive[n]].sort(descending=True).values[: 3 * len(chosen)]
         anchors = CRITERION.anchors[chosen]
         target = encode(to_cxcywh(boxes[n])[matched[n, chosen]], anchors, RECIPE).double()
-        box_loss = F.smooth_l1_loss(offsets[:, chosen].T, target, reduction="sum")
+        box_loss = F.smooth_l1_loss(deltas[:, chosen].T, target, reduction="sum")
         share = 1 / max(len(chosen), 1)
         parts["loss_cls"].append((entropy[chosen].sum() + negatives.sum()) * share)
         parts["loss_bbox"].append(box_loss * share)
@@ -112,7 +114,7 @@ def test_images_without_boxes_cost_nothing_but_count():
 
 
 def test_with_too_few_negatives_none_counts_twice():
-    # Every prior overlaps a box as large as the image, so with limit 0 all are positive.
+    # Every anchor overlaps a box as large as the image, so with limit 0 all are positive.
     criterion = DetectionLoss(replace(RECIPE, match_iou=0.0), CLASSES)
     outputs, (boxes, labels, valid) = batch(0, 1, boxes=1)
     boxes[0, 0] = torch.tensor([-1.0, -1, 2, 2])
@@ -138,7 +140,7 @@ def test_half_precision_outputs_are_computed_in_fp32():
     assert {g.dtype for g in gradients(losses["loss"], halves)} == {torch.bfloat16}
 
 
-def test_all_chunk_size_is_one_at_a_time(monkeypatch):
+def test_a_batch_at_once_is_one_image_at_a_time(monkeypatch):
     outputs, truth = batch(5, 3)
     one = CRITERION(outputs, *truth)["loss"]
     monkeypatch.setattr(module, "chunk_size", len)  # as on an accelerator

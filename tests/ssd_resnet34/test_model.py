@@ -28,9 +28,9 @@ def test_outputs_and_sources_of_each_backbone(backbone, images):
     assert tuple(head.in_channels for head in model.mbox) == SOURCES[backbone]
     assert [head.out_channels for head in model.mbox] == [12 * d for d in (4, 6, 6, 6, 4, 4)]
     with torch.no_grad():
-        offsets, logits = model.eval()(images[:1])
+        deltas, logits = model.eval()(images[:1])
         assert model.model(images[:1]).shape == (1, SOURCES[backbone][0], 38, 38)
-    assert offsets.shape == (1, 4, 8732)
+    assert deltas.shape == (1, 4, 8732)
     assert logits.shape == (1, 8, 8732)
 
 
@@ -52,12 +52,12 @@ def test_head_channels_are_class_or_coordinate_then_shape(images):
         nn.init.zeros_(head.weight)
         head.bias.data = torch.arange(len(head.bias), dtype=torch.float32)
     with torch.no_grad():
-        offsets, logits = model(images[:1])
+        deltas, logits = model(images[:1])
     start = 0
     for shapes, cells in zip((4, 6, 6, 6, 4, 4), (38, 19, 10, 5, 3, 1), strict=True):
         level = slice(start, start + shapes * cells**2)
         channels = torch.arange(7.0 * shapes).view(7, shapes)  # 3 class channels, 4 coordinates
-        found = torch.cat([logits[0, :, level], offsets[0, :, level]]).view(7, shapes, -1)
+        found = torch.cat([logits[0, :, level], deltas[0, :, level]]).view(7, shapes, -1)
         assert torch.equal(found, channels.unsqueeze(-1).expand_as(found))
         start = level.stop
     assert start == 8732

@@ -24,9 +24,9 @@ def outputs(seed, images=1, classes=6, background=3.0, spread=2.0):
 
 
 def nothing(images=1):
-    offsets, logits = torch.zeros(images, 4, 8732), torch.zeros(images, 7, 8732)
+    deltas, logits = torch.zeros(images, 4, 8732), torch.zeros(images, 7, 8732)
     logits[:, 0] = 20
-    return offsets, logits
+    return deltas, logits
 
 
 @pytest.fixture(params=["sparse_candidates", "dense_candidates"])
@@ -40,17 +40,17 @@ def assert_same(a, b):
 
 
 def in_order(found):
-    """The detections with equal scores in order of class and place: theirs is nobody's business."""
+    """The detections with equal scores in order of class and position: theirs is not defined."""
     order = np.lexsort((found.boxes[:, 0], found.labels, -found.scores))
     return [part[order] for part in found]
 
 
 @pytest.mark.usefixtures("_path")
 def test_one_box_in_pixels_of_the_original():
-    offsets, logits = nothing()
-    prior = 5776 + 7 * 19 + 4  # second map, row 7, column 4
-    logits[0, 3, prior] = 30
-    (found,) = detect((offsets, logits), SIZES[:1], RECIPE)
+    deltas, logits = nothing()
+    anchor = 5776 + 7 * 19 + 4  # second map, row 7, column 4
+    logits[0, 3, anchor] = 30
+    (found,) = detect((deltas, logits), SIZES[:1], RECIPE)
     x, y, half = 4.5 * 16 / 300, 7.5 * 16 / 300, 22.5 / 300
     box = [(x - half) * 640, (y - half) * 480, (x + half) * 640, (y + half) * 480]
     torch.testing.assert_close(found.boxes, torch.tensor([box]))
@@ -67,10 +67,10 @@ def test_no_detection_is_an_answer():
 
 @pytest.mark.usefixtures("_path")
 def test_an_image_that_is_not_finite_gives_none_and_harms_no_other():
-    offsets, logits = outputs(0, images=2)
-    alone = detect((offsets[1:], logits[1:]), SIZES[1:2], RECIPE)[0]
+    deltas, logits = outputs(0, images=2)
+    alone = detect((deltas[1:], logits[1:]), SIZES[1:2], RECIPE)[0]
     logits[0] = float("nan")
-    broken, other = detect((offsets, logits), SIZES[:2], RECIPE)
+    broken, other = detect((deltas, logits), SIZES[:2], RECIPE)
     assert len(broken.scores) == 0
     assert_same(other, alone)
 
@@ -108,13 +108,13 @@ def test_the_score_must_be_above_the_threshold():
 def test_only_the_best_of_a_class_enter_nms():
     # The second best of a class is a copy of the best, the third is far away: with two candidates
     # the copy is suppressed and the third never seen.
-    offsets, logits = nothing()
-    for prior, logit in ((8000, 30.0), (8001, 29.0), (100, 28.0)):
-        logits[0, 1, prior] = logit
+    deltas, logits = nothing()
+    for anchor, logit in ((8000, 30.0), (8001, 29.0), (100, 28.0)):
+        logits[0, 1, anchor] = logit
     anchors = make_anchors(RECIPE)
-    offsets[0, :, 8001] = encode(anchors[8000], anchors[8001], RECIPE)
+    deltas[0, :, 8001] = encode(anchors[8000], anchors[8001], RECIPE)
     counts = [
-        len(detect((offsets, logits), SIZES[:1], replace(RECIPE, max_per_class=most))[0].scores)
+        len(detect((deltas, logits), SIZES[:1], replace(RECIPE, max_per_class=most))[0].scores)
         for most in (1, 2, 3)
     ]
     assert counts == [1, 1, 2]

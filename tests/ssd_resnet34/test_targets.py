@@ -21,8 +21,11 @@ def iou(a, b):
 
 
 def by_definition(anchors, boxes, match_iou):
-    """{prior: ground truth}, from the words: every prior takes its best ground truth, the first of
-    equals, if above `match_iou`; then every ground truth its best prior, a later one overriding."""
+    """{anchor: ground truth}, from the paper's words.
+
+    Every anchor takes its best ground truth, the first of equals, if above `match_iou`; then every
+    ground truth takes its best anchor, a later one overriding.
+    """
     matched = {}
     for p, anchor in enumerate(anchors):
         overlaps = [iou(box, anchor) for box in boxes]
@@ -66,15 +69,15 @@ def test_iou_of_an_empty_box_is_zero():
 
 @st.composite
 def scenes(draw):
-    """Anchors, and images of up to 5 boxes scattered over 7 slots, garbage in the others."""
+    """Anchors, and images of up to 5 boxes scattered over 7 rows, garbage in the others."""
     anchors = draw(grid_boxes(3, 20, largest=6))
     images = []
     for _ in range(draw(st.integers(1, 3))):
         boxes = draw(grid_boxes(0, 5, largest=6))
         boxes += draw(st.lists(st.sampled_from(boxes), max_size=2)) if boxes else []
-        slots = sorted(draw(st.permutations(range(7)))[: len(boxes)])
+        rows = sorted(draw(st.permutations(range(7)))[: len(boxes)])
         garbage = draw(st.lists(st.sampled_from(GARBAGE), min_size=28, max_size=28))
-        images.append((boxes, slots, garbage))
+        images.append((boxes, rows, garbage))
     return anchors, images
 
 
@@ -82,10 +85,10 @@ def padded(images):
     boxes = torch.stack([torch.tensor(garbage).view(7, 4) for *_, garbage in images])
     labels = torch.full((len(images), 7), -(10**12))
     valid = torch.zeros(len(images), 7, dtype=torch.bool)
-    for n, (real, slots, _) in enumerate(images):
-        boxes[n, slots] = as_tensor(real)
-        labels[n, slots] = torch.arange(len(real)) + 10 * n
-        valid[n, slots] = True
+    for n, (real, rows, _) in enumerate(images):
+        boxes[n, rows] = as_tensor(real)
+        labels[n, rows] = torch.arange(len(real)) + 10 * n
+        valid[n, rows] = True
     return boxes, labels, valid
 
 
@@ -94,11 +97,11 @@ def padded(images):
 def test_assign_is_the_definition_wherever_the_padding_lies(scene, match_iou):
     anchors, images = scene
     positive, matched, label = assign(as_tensor(anchors), *padded(images), match_iou)
-    for n, (boxes, slots, _) in enumerate(images):
+    for n, (boxes, rows, _) in enumerate(images):
         expected = by_definition(anchors, boxes, match_iou)
         found = positive[n].nonzero().squeeze(1).tolist()
         assert found == sorted(expected)
-        assert [matched[n, p].item() for p in found] == [slots[expected[p]] for p in found]
+        assert [matched[n, p].item() for p in found] == [rows[expected[p]] for p in found]
         assert [label[n, p].item() for p in found] == [expected[p] + 10 * n for p in found]
 
 
