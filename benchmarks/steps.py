@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -12,15 +11,19 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import Timing, print_table, race, ratio
-from common.fps.window import LossWindow
-from common.npu.device import DEVICES, memory_format
+from common.npu.device import DEVICES, in_host_memory, memory_format
 from common.npu.precision import Precision
 
 LR = 1e-6  # small: random weights must not diverge while they are timed
-SIDE = {"cpu": 2048}  # of the square matrices whose product shows a device's rate; else 8192
+# Side of the square matrices whose product shows a device's rate.
+SIDE_ON_CPU = 2048
+SIDE = 8192
+PRODUCTS = 5  # of which the best counts, which other load hits least
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def arguments(description: str, batch_size: int) -> argparse.ArgumentParser:
+    """Return a parser with the flags that all step.py have."""
     root = Path(__file__).resolve().parents[1]
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", default=str(root / "tests/data/tiny_coco"))
@@ -32,40 +35,11 @@ def arguments(description: str, batch_size: int) -> argparse.ArgumentParser:
 
 
 def precisions(device: torch.device) -> dict[str, Precision]:
-    """fp32, and bf16 by autocast."""
-    half = Precision(device, "O1", dtype="bf16")
-    return {"fp32": Precision(device, "O0"), "bf16": half}
-
-
-def our_step(
-    train: ModuleType, recipe, model: nn.Module, optimizer: Optimizer, batch, precision: Precision
-) -> Callable[[], None]:
-    """A step as the model's train.py makes it: its own method, on the few attributes it uses.
-
-    The loss terms are fetched after each step, as for a log line.
-    """
-    device = precision.device
-    training = train.Training.__new__(train.Training)
-    vars(training).update(
-        recipe=recipe,
-        device=device,
-        precision=precision,
-        network=model,
-        optimizer=optimizer,
-        criterion=train.DetectionLoss(recipe, 80).to(device),
-        window=LossWindow(train.LOSSES, device),
-        iteration=0,
-        lr=lambda iteration: LR,
-    )
-
-    def run() -> None:
-        training.step(batch)
-        losses = training.window.fetch().means()
-        training.window = LossWindow(train.LOSSES, device)
-        assert np.isfinite(losses["loss"]), losses
-        synchronize(device)
-
-    return run
+    """Return fp32, and bf16 by autocast."""
+    return {
+        "fp32": Precision(device, "O0"),
+        "bf16": Precision(device, "O1", dtype="bf16"),
+    }
 
 
 def torchvision_step(
@@ -75,7 +49,7 @@ def torchvision_step(
     targets: list[dict],
     precision: Precision,
 ) -> Callable[[], None]:
-    """A step of one of torchvision's detectors, which normalise and match themselves."""
+    """Return a step of one of torchvision's detectors, which normalise and match themselves."""
 
     def run() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -89,77 +63,87 @@ def torchvision_step(
 
 
 def placed(model: nn.Module, device: torch.device, fast: bool = True) -> nn.Module:
-    """Ready to train; `fast`: in the layout that convolutions are fastest in, as train.py does."""
+    """Return the model on the device, ready to train.
+
+    `fast`: in the layout that convolutions are fastest in, as train.py has it.
+    """
     layout = memory_format(device) if fast else torch.contiguous_format
     return model.to(device, memory_format=layout).train()
 
 
 def synchronize(device: torch.device) -> None:
     """Wait for everything issued to the device."""
-    if device.type != "cpu":
+    if not in_host_memory(device):
         torch.accelerator.synchronize()
 
 
 def clock(timing: Timing, device: torch.device) -> np.ndarray:
-    """Seconds of the process on a CPU, which other load inflates least, of the wall elsewhere."""
-    return timing.cpu if device.type == "cpu" else timing.wall
+    """Return seconds of the process on a CPU, which other load inflates least; else of the wall."""
+    return timing.cpu if in_host_memory(device) else timing.wall
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product: the best of five, which other load hits least."""
-    side = SIDE.get(device.type, 8192)
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    """Return the FLOP/s of a large square matrix product."""
+    side = SIDE_ON_CPU if in_host_memory(device) else SIDE
+    left = torch.randn(side, side, device=device, dtype=dtype)
+    right = torch.randn(side, side, device=device, dtype=dtype)
 
     def product() -> None:
-        torch.mm(a, b)
+        torch.mm(left, right)
         synchronize(device)
 
-    return 2 * side**3 / clock(race({"": product}, 5)[""], device).min()
+    timing = race({"product": product}, PRODUCTS)["product"]
+    return 2 * side**3 / clock(timing, device).min()
 
 
 def flops(step: Callable[[], None]) -> int:
-    """Of the matrix products and convolutions of a step, forward and backward."""
+    """Return the FLOPs of a step in matrix products and convolutions, backward pass included."""
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
 
 
 def print_steps(
-    title: str, peers: dict[tuple[str, str], Callable[[], None]], args, device: torch.device
+    title: str,
+    peers: dict[tuple[str, str], Callable[[], None]],
+    args: argparse.Namespace,
+    device: torch.device,
 ) -> None:
-    """Time the peers, named (who, precision), and print a table; the last two are the yardstick:
-    torchvision's in fp32 and in bf16."""
-    rates = {
-        name: matrix_rate(device, dtype)
-        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
-    }
+    """Time the peers, named (who, precision), and print a table.
+
+    The last two are the yardstick: torchvision's in fp32 and in bf16.
+    """
+    rates = {name: matrix_rate(device, dtype) for name, dtype in DTYPES.items()}
     work = {name: flops(step) for name, step in peers.items()}  # warms up, too
-    times = {
-        name: clock(timing, device) for name, timing in race(peers, args.rounds, warmup=0).items()
-    }
-    yardstick, in_bf16 = list(peers)[-2:]
+    seconds = {}
+    for name, timing in race(peers, args.rounds, warmup=0).items():
+        seconds[name] = clock(timing, device)
+    yardstick_fp32, yardstick_bf16 = list(peers)[-2:]
     rows = []
-    for (who, precision), seconds in times.items():
-        same = yardstick if precision == "fp32" else in_bf16
+    for name, own_seconds in seconds.items():
+        who, precision = name
+        same_precision = yardstick_fp32 if precision == "fp32" else yardstick_bf16
+        median = np.median(own_seconds)
         rows.append(
             (
                 who,
                 precision,
-                f"{args.batch_size / np.median(seconds):.2f}",
-                *(f"{ratio(times[peer], seconds):.2f}" for peer in (yardstick, same)),
-                f"{work[who, precision] / args.batch_size / 1e9:.0f}",
-                f"{work[who, precision] / np.median(seconds) / rates[precision]:.2f}",
+                f"{args.batch_size / median:.2f}",
+                f"{ratio(seconds[yardstick_fp32], own_seconds):.2f}",
+                f"{ratio(seconds[same_precision], own_seconds):.2f}",
+                f"{work[name] / args.batch_size / 1e9:.0f}",
+                f"{work[name] / median / rates[precision]:.2f}",
             )
         )
     header = (
         "",
         "precision",
-        "images a CPU second" if device.type == "cpu" else "images/s",
+        "images a CPU second" if in_host_memory(device) else "images/s",
         "speed, torchvision in fp32 = 1",
         "torchvision in the same precision = 1",
         "GFLOP an image",
         "part of the matrix rate",
     )
-    measured = ", ".join(f"{rate / 1e12:.2f} TFLOP/s {name}" for name, rate in rates.items())
     print_table(f"{title} on {device.type}, batch {args.batch_size}", header, rows)
-    print(f"Matrix rate: {measured}.\n")
+    measured = [f"{rate / 1e12:.2f} TFLOP/s {name}" for name, rate in rates.items()]
+    print(f"Matrix rate: {', '.join(measured)}.\n")

@@ -5,6 +5,15 @@ class UserError(Exception):
     """Bad input (file, flag, data): printed as one line that names the remedy, exit status 1."""
 
 
+# How Python prints the class above in a traceback.
+LABEL = f"{UserError.__module__}.{UserError.__qualname__}: "
+
+
 def one_line(error: UserError) -> str:
-    """Its message. From a loader worker it comes wrapped in a traceback, ours is the last line."""
-    return str(error).strip().split("\n")[-1].removeprefix("common.errors.UserError: ")
+    """Return the error's message.
+
+    A DataLoader raises a worker's error again with the whole traceback as its text; the message is
+    the last line of that.
+    """
+    last_line = str(error).strip().split("\n")[-1]
+    return last_line.removeprefix(LABEL)

@@ -7,7 +7,11 @@ from common.errors import UserError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside `path`, then rename; its folder is made. Raises UserError on a full disk."""
+    """Write a file beside `path`, then rename it; the folder is made where it is missing.
+
+    Raise UserError where that fails, as on a full disk.
+    """
+    path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -19,5 +23,5 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}; give another place") from None
     finally:
-        if os.path.exists(partial):
-            os.unlink(partial)
+        if partial.exists():
+            partial.unlink()

@@ -17,35 +17,41 @@ import common  # noqa: F401 before torch
 
 # isort: split
 
-import importlib.util
 import json
-import logging
-import tempfile
-import warnings
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.coco.images import read_image
-from common.coco.sample import write_sample
+from common import flags
 from common.errors import UserError
+from common.export import compare, describe, export_graph, inputs_to_check, require_packages
 from common.files import write_atomically
-from common.npu import cli, entry
-from fcos.anchors import make_anchors, make_levels, point_strides
+from common.npu import entry
+from fcos.anchors import clear_caches
 from fcos.config import RECIPES, Recipe
-from fcos.data import normalise, resize
-from fcos.evaluate import own_network
-from fcos.model import build_model
+from fcos.data import CANVAS_MULTIPLE, normalise, resize
+from fcos.detector import Detector
 from fcos.postprocess import decode_outputs
-from fcos.weights import class_names_of, load_weights, num_classes_of
 
-TOLERANCE = 1e-4  # of an output's largest value; fp32 rounding makes about 1e-6
+# Numbers of the recipe that a deployer needs.
+DEPLOYED_FIELDS = (
+    "mean",
+    "strides",
+    "score_threshold",
+    "nms_iou",
+    "candidates",
+    "max_detections",
+)
+LIMITS_IN_STRIDES = (4, 512)  # of a free height or width
 
 
 class Flat(nn.Module):
-    """The network with its levels joined: logits, distances (pixels, or strides with
-    norm_on_bbox) and centerness logits of all P points."""
+    """The network with its levels joined, for all P points.
+
+    Outputs are logits (N, P, classes), distances (N, P, 4) in pixels, or in strides with
+    norm_on_bbox, and centerness logits (N, P, 1).
+    """
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -56,12 +62,15 @@ class Flat(nn.Module):
 
 
 class Decoded(nn.Module):
-    """The network with boxes (N, P, 4) xyxy in pixels of the input and scores (N, P, classes),
-    probability times centerness, as outputs."""
+    """The network with boxes (N, P, 4) xyxy in its pixels and scores (N, P, classes) as outputs.
+
+    A score is the class probability times the centerness.
+    """
 
     def __init__(self, network: nn.Module, recipe: Recipe):
         super().__init__()
-        self.network, self.recipe = network, recipe
+        self.network = network
+        self.recipe = recipe
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         boxes, logits, centerness = decode_outputs(self.network(images), self.recipe)
@@ -70,132 +79,101 @@ class Decoded(nn.Module):
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    needed = ("onnx", "onnxruntime", "onnxscript")
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        raise UserError(f"the export needs more packages: pip install {' '.join(missing)}")
-    args.checkpoint = args.files[-1] if args.files else args.checkpoint
-    state = cli.checkpoint_to_use(args)
-    recipe = own_network(cli.chosen_recipe(args, RECIPES), state)
-    model = build_model(recipe, num_classes_of(state)).eval()
-    print(f"{state['path']}: {load_weights(model, state).demand_all(state['path'])}")
-    outputs = ["boxes", "scores"] if args.decoded else ["logits", "distances", "centerness"]
-    model = (Decoded(model, recipe) if args.decoded else Flat(model)).eval()
+    require_packages()
+    state = flags.checkpoint_to_use(args)
+    recipe = flags.chosen_recipe(args, RECIPES)
+    detector = Detector.from_checkpoint(state, recipe, torch.device("cpu"))
+    recipe = detector.recipe
+    print(f"{state['path']}: {detector.report}")
+    if args.decoded:
+        network = Decoded(detector.model, recipe).eval()
+        output_names = ["boxes", "scores"]
+    else:
+        network = Flat(detector.model).eval()
+        output_names = ["logits", "distances", "centerness"]
 
-    graph = export(model, args.shape, outputs, args.opset, args.dynamic)
-    for shape in [args.shape, args.shape[::-1]] if args.dynamic else [args.shape]:
-        images = real_images(args.images, shape, recipe)
+    image_size = tuple(args.shape)
+    free_axes = free_height_and_width() if args.dynamic else {}
+    graph = export_graph(network, image_size, "input", output_names, args.opset, free_axes)
+    clear_caches()  # of the export's symbols
+    checked_sizes = [image_size]
+    if args.dynamic:
+        checked_sizes.append(image_size[::-1])
+    for size in checked_sizes:
+        images = inputs_to_check(args.images, lambda image, size=size: fit(image, size, recipe))
         for batch in (images[:1], images):
-            found = compare(graph, model, batch)
-            print(f"onnxruntime against torch, {tuple(batch.shape)}: {found}")
-    describe(graph, recipe, class_names_of(state), args.shape)
+            difference = compare(graph, network, batch)
+            print(f"onnxruntime against torch, {tuple(batch.shape)}: {difference}")
+    notes = deployment_notes(recipe, detector.class_names, image_size)
+    describe(graph, notes, recipe, DEPLOYED_FIELDS)
     write_atomically(args.output_file, graph.SerializeToString())
-    print(f"{args.output_file}: {graph.ByteSize() / 2**20:.1f} MiB, opset {args.opset}")
+    mebibytes = graph.ByteSize() / 2**20
+    print(f"{args.output_file}: {mebibytes:.1f} MiB, opset {args.opset}")
 
 
 def parse(argv: list[str] | None):
-    parser = cli.parser(__doc__.split("\n")[0], "files", recipes=RECIPES)
-    text = "the same as --checkpoint; the port's CONFIG may stand before it, without effect"
-    parser.add_argument("files", nargs="*", metavar="FILE.pth", help=text)
-    cli.add(parser, "--output-file", Path("fcos_r50.onnx"), "to write")
-    cli.add(parser, "--decoded", False, "boxes and scores, not raw outputs")
-    cli.add(parser, "--dynamic", False, "height and width free, multiples of 32")
+    parser = flags.make_parser(__doc__.split("\n")[0], "files", recipes=RECIPES)
+    parser.add_argument(
+        "files",
+        nargs="*",
+        metavar="FILE.pth",
+        help="the same as --checkpoint; the port's CONFIG may stand before it, without effect",
+    )
+    flags.add(parser, "--output-file", Path("fcos_r50.onnx"), "file to write")
+    flags.add(parser, "--decoded", False, "boxes and scores instead of raw outputs")
+    flags.add(parser, "--dynamic", False, "height and width free, multiples of 32")
     parser.add_argument("--shape", nargs=2, type=int, default=[800, 1344], metavar=("H", "W"))
-    cli.add(parser, "--opset --opset-version", 17, "version of ONNX's operator set")
-    text = "to check with; default: sample"
-    parser.add_argument("--images", "--input-img", "--test-img", nargs="+", help=text)
-    cli.add(parser, "--verify", True, "no effect: what is written has always been verified")
+    flags.add(parser, "--opset --opset-version", 17, "version of ONNX's operator set")
+    parser.add_argument(
+        "--images", "--input-img", "--test-img", nargs="+", help="to check with; default: sample"
+    )
+    flags.add(parser, "--verify", True, "no effect: what is written has always been verified")
     args = parser.parse_args(argv)
-    if len(args.files) > 1 and not (len(args.files) == 2 and args.files[0].endswith(".py")):
+    config_first = len(args.files) == 2 and args.files[0].endswith(".py")
+    if len(args.files) > 1 and not config_first:
         raise UserError(f"{' '.join(args.files)}: give one checkpoint")
-    if any(side < 32 or side % 32 for side in args.shape):
-        raise UserError(f"--shape {args.shape[0]} {args.shape[1]}: give multiples of 32")
+    if args.files:
+        args.checkpoint = args.files[-1]
+    for side in args.shape:
+        if side < CANVAS_MULTIPLE or side % CANVAS_MULTIPLE:
+            height, width = args.shape
+            raise UserError(f"--shape {height} {width}: give multiples of {CANVAS_MULTIPLE}")
     return args
 
 
-def real_images(paths: list[str] | None, shape: list[int], recipe: Recipe) -> Tensor:
-    """Network inputs (at least 2, 3, *shape) of the files, by default of the sample's images."""
-    with tempfile.TemporaryDirectory() as scratch:
-        if not paths:
-            write_sample(Path(scratch, "sample"), train=1, val=2)
-            paths = sorted(map(str, Path(scratch, "sample", "val2017").iterdir()))
-        inputs = [fitted(read_image(path), shape, recipe) for path in paths]
-    return torch.cat((inputs * 2)[: max(2, len(inputs))])
+def free_height_and_width() -> dict:
+    """Return the axes of height and width as free multiples of the stride."""
+    least, most = LIMITS_IN_STRIDES
+    height = torch.export.Dim("height_in_strides", min=least, max=most)
+    width = torch.export.Dim("width_in_strides", min=least, max=most)
+    return {2: CANVAS_MULTIPLE * height, 3: CANVAS_MULTIPLE * width}
 
 
-def fitted(image: np.ndarray, shape: list[int], recipe: Recipe) -> Tensor:
-    """The network input (1, 3, *shape) of an image: the largest that fits, padded."""
-    factor = min(side / own for side, own in zip(shape, image.shape, strict=False))
-    size = [int(own * factor) for own in image.shape[:2]]
-    canvas = torch.zeros(1, *shape, 3, dtype=torch.uint8)
-    canvas[0, : size[0], : size[1]] = resize(image, tuple(size))
-    return normalise(canvas, torch.tensor([size]), recipe)
+def fit(image: np.ndarray, size: tuple[int, int], recipe: Recipe) -> Tensor:
+    """Return the network input (3, *size) of an image (H, W, 3): the largest that fits, padded."""
+    factor = min(size[0] / image.shape[0], size[1] / image.shape[1])
+    height = int(image.shape[0] * factor)
+    width = int(image.shape[1] * factor)
+    canvas = torch.zeros(1, *size, 3, dtype=torch.uint8)
+    canvas[0, :height, :width] = resize(image, (height, width))
+    return normalise(canvas, torch.tensor([[height, width]]), recipe).squeeze(0)
 
 
-def export(model: nn.Module, shape: list[int], outputs: list[str], opset: int, dynamic: bool):
-    """The network as an onnx.ModelProto. Raises UserError where torch cannot write the opset."""
-    import onnx
-
-    for name in ("torch.onnx", "onnxscript"):  # they warn of detours of their own
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    # Not one: an example batch of one would fix the batch axis.
-    example = torch.zeros(2, 3, *shape)
-    names = {"input_names": ["input"], "output_names": outputs}
-    options = {"dynamo": True, "opset_version": opset, "verbose": False}
-    # An end, though none is meant: torch 2.6 refuses an open one.
-    free = {0: torch.export.Dim("batch", max=4096)}
-    if dynamic:
-        for axis, name in ((2, "height"), (3, "width")):
-            free[axis] = 32 * torch.export.Dim(f"{name}_in_32s", min=4, max=512)
-    options["dynamic_shapes"] = (free,)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
-        program = torch.onnx.export(model, (example,), **names, **options)
-    for cached in (make_levels, make_anchors, point_strides):
-        cached.cache_clear()  # of the export's symbols
-    graph = program.model_proto
-    written = next(used.version for used in graph.opset_import if not used.domain)
-    if written != opset:
-        raise UserError(f"--opset {opset}: torch cannot write it; give --opset {written}")
-    onnx.checker.check_model(graph, full_check=True)
-    return graph
-
-
-@torch.no_grad()
-def compare(graph, model: nn.Module, images: Tensor) -> str:
-    """How far onnxruntime is from torch on `images` (N, 3, H, W); UserError where too far."""
-    import onnxruntime
-
-    content, parts = graph.SerializeToString(), []
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    exported = session.run(None, {"input": images.numpy()})
-    for output, theirs, ours in zip(session.get_outputs(), exported, model(images), strict=True):
-        largest = ours.abs().max().item()
-        difference = (ours - torch.from_numpy(theirs)).abs().max().item()
-        parts.append(f"{output.name} differ by {difference:.1e} (largest value {largest:.3g})")
-        if not difference <= TOLERANCE * largest:
-            raise UserError(f"the exported network is wrong, {parts[-1]}; try another --opset")
-    return ", ".join(parts)
-
-
-def describe(graph, recipe: Recipe, class_names: tuple[str, ...], shape: list[int]) -> None:
-    """Put what a deployer must know into the graph's metadata, lists as JSON."""
-    import onnx
-
-    notes = {
+def deployment_notes(
+    recipe: Recipe, class_names: tuple[str, ...], image_size: tuple[int, int]
+) -> dict[str, str]:
+    """Return what a deployer must know beside the recipe's numbers; lists are JSON."""
+    unit = "strides" if recipe.norm_on_bbox else "pixels"
+    return {
         "classes": json.dumps(class_names),
-        "input_size": json.dumps(shape),
+        "input_size": json.dumps(image_size),
         "preprocessing": "BGR, resized with its aspect kept (bilinear, no antialias), minus mean, "
         "then padded right and bottom with 0",
         "points": "by level, row, column: column * stride + stride // 2, the same of the row",
         "boxes": "left, top, right, bottom in pixels of the input, not clipped",
-        "distances": "from the point to left, top, right, bottom, in "
-        + ("strides" if recipe.norm_on_bbox else "pixels"),
+        "distances": f"from the point to left, top, right, bottom, in {unit}",
         "scores": "sigmoid(logits) * sigmoid(centerness); the threshold is for sigmoid(logits)",
     }
-    for name in ["mean", "strides", "score_threshold", "nms_iou", "candidates", "max_detections"]:
-        notes[name] = json.dumps(getattr(recipe, name))
-    onnx.helper.set_model_props(graph, notes)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Loading weights: our checkpoints, MMDetection 2.x's, and caffe ResNet-50 backbones.
 
-The network's own keys are the published ones (see model.py), so the maps are few: a `module.`
-prefix of distributed runs goes, early names of the predictors are renamed, a backbone file's keys
-get the prefix `backbone.`.
+The names in the network are the published ones (see model.py), so there is little to map: a
+`module.` prefix of distributed runs is taken off, early names of the predictors are replaced, and
+a backbone file's names get the prefix `backbone.`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -14,168 +14,181 @@ from torch import Tensor, nn
 from common.coco.index import COCO_CLASSES
 from common.errors import UserError
 from common.npu import checkpoint
-from fcos.config import DETECTRON2_MEAN, DETECTRON_MEAN
+from common.npu.weights import LoadReport, load_matching, name_of, tensors_of, weights_on_cpu
+from fcos.config import DETECTRON2_MEAN, DETECTRON_MEAN, NETWORK, RECIPES, Recipe
 
 EARLY_NAMES = {
     "fcos_cls": "conv_cls",
     "fcos_reg": "conv_reg",
     "fcos_centerness": "conv_centerness",
 }
-BACKBONE = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc")
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What became of each tensor; names as in the network or, for `skipped`, in the file."""
-
-    loaded: tuple[str, ...]
-    skipped: tuple[str, ...]  # in the file, not in the network
-    reinitialised: tuple[str, ...]  # in both, of another shape: kept as initialised
-    missing: tuple[str, ...]  # not in the file: kept as initialised
-
-    def __str__(self) -> str:
-        kept = [name for name in self.missing if not name.endswith("num_batches_tracked")]
-        parts = [f"{len(self.loaded)} tensors loaded"]
-        for what, names in (
-            ("skipped", self.skipped),
-            ("re-initialised (other shape)", self.reinitialised),
-            ("missing, left as initialised", kept),
-        ):
-            if names:
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                parts.append(f"{len(names)} {what}: {', '.join(names[:3])}{more}")
-        return "; ".join(parts)
-
-    def demand_all(self, name: str) -> "LoadReport":
-        """Raise UserError unless every weight was loaded: a network without is not to be judged."""
-        if self.reinitialised or any(key.endswith("weight") for key in self.missing):
-            raise UserError(f"{name}: {self}; give a detector trained on these classes")
-        return self
+BACKBONE_MODULES = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc")
+# What the published presets differ in, once they are trained.
+PUBLISHED = ("head_norm", "conv_bias", "norm_on_bbox", "centerness_on_reg", "mean", "nms_iou")
+# The preset of a published detector, by what each of its towers' layers has: (norm, bias).
+PRESETS = {(True, False): "gn", (False, True): "nogn", (True, True): "tricks"}
 
 
 def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> LoadReport:
-    """Load a file or state dict into the network, whatever of the known layouts it has.
+    """Load a file or a state dict, in any of the known layouts, into the network.
 
-    Tensors of another shape stay as initialised. Raises UserError for an unreadable file or one
+    Tensors of another shape stay as initialised. Raise UserError for an unreadable file and for one
     whose backbone does not fit.
     """
     state = source if isinstance(source, Mapping) else checkpoint.load(source)
-    given = network_keys(state)
-    own = model.state_dict()
-    loaded, skipped, reinitialised = {}, [], []
-    for key, value in given.items():
-        if key not in own:
-            skipped.append(key)
-        elif own[key].shape != value.shape:
-            reinitialised.append(key)
-        else:
-            loaded[key] = value
-    if not any(key.startswith("backbone.") and key.endswith("weight") for key in loaded):
-        name = state.get("path", "the state dict")
-        raise UserError(
-            f"{name}: nothing in it fits the backbone; give a checkpoint of this detector, or "
-            "caffe's ResNet-50 (resnet50_caffe-788b5fa3.pth)"
-        )
-    model.load_state_dict(loaded, strict=False)
-    missing = tuple(key for key in own if key not in given)
-    return LoadReport(tuple(loaded), tuple(skipped), tuple(reinitialised), missing)
-
-
-def tensors_of(state: Mapping) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, whatever wraps them, without `module.`."""
-    for wrapper in ("model", "state_dict"):
-        if isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    return {key.removeprefix("module."): value for key, value in tensors.items()}
+    report = load_matching(model, network_keys(state))
+    for key in report.loaded:
+        if key.startswith("backbone.") and key.endswith("weight"):
+            return report
+    raise UserError(
+        f"{name_of(state)}: nothing in it fits the backbone; give a checkpoint of this detector, "
+        "or caffe's ResNet-50 (resnet50_caffe-788b5fa3.pth)"
+    )
 
 
 def network_keys(state: Mapping) -> dict[str, Tensor]:
-    """The tensors of any known layout under the network's keys."""
+    """Return the tensors of a checkpoint, in any known layout, under the network's names."""
     tensors = tensors_of(state)
     if is_backbone(tensors):
-        return _of_backbone(tensors, state.get("path", "the state dict"))
+        return _backbone_keys(tensors, name_of(state))
     renamed = {}
     for key, value in tensors.items():
-        parts = key.split(".")
-        if len(parts) > 1:
-            parts[1] = EARLY_NAMES.get(parts[1], parts[1])
-        renamed[".".join(parts)] = value
+        modules = key.split(".")
+        if len(modules) > 1:
+            modules[1] = EARLY_NAMES.get(modules[1], modules[1])
+        renamed[".".join(modules)] = value
     return renamed
 
 
-def is_backbone(tensors: Mapping) -> bool:
-    """Whether the keys are those of a bare ResNet."""
-    return bool(tensors) and all(key.split(".")[0] in BACKBONE for key in tensors)
+def is_backbone(tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether the names are those of a ResNet by itself."""
+    if not tensors:
+        return False
+    return all(key.split(".")[0] in BACKBONE_MODULES for key in tensors)
 
 
-def _of_backbone(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """A caffe ResNet under the network's keys. Its batch norm is folded into factor and offset,
-    so statistics are 0 and 1; the biases of convolutions that some files have should be 0."""
+def _backbone_keys(tensors: dict[str, Tensor], file: str) -> dict[str, Tensor]:
+    """Return a caffe ResNet under the network's names.
+
+    Its batch norm is folded into factor and offset, so that statistics are 0 and 1. Biases of
+    convolutions, which some files have, are left out where they are 0; others are reported as
+    skipped. Raise UserError for another ResNet.
+    """
     statistics = [value for key, value in tensors.items() if key.endswith("running_mean")]
     if "fc.weight" in tensors or any(value.any() for value in statistics):
         raise UserError(
-            f"{name}: not caffe's ResNet-50 (its batch norm has statistics, as torchvision's: "
+            f"{file}: not caffe's ResNet-50 (its batch norm has statistics, as torchvision's: "
             "other strides and colours); give resnet50_caffe-788b5fa3.pth or "
             "resnet50_msra-5891d200.pth of MMDetection"
         )
-    return {
-        f"backbone.{key}": value
-        for key, value in tensors.items()
-        if not (_is_conv_bias(key) and not value.any())  # one that is not 0 is told as skipped
-    }
+    renamed = {}
+    for key, value in tensors.items():
+        if is_conv_bias(key) and not value.any():
+            continue
+        renamed[f"backbone.{key}"] = value
+    return renamed
 
 
-def _is_conv_bias(key: str) -> bool:
-    parts = key.split(".")
-    return parts[-1] == "bias" and (parts[-2].startswith("conv") or parts[-2:-1] == ["0"])
+def is_conv_bias(key: str) -> bool:
+    """Return whether a name in a ResNet is that of a convolution's bias."""
+    *_, module, parameter = ("", *key.split("."))
+    # The first layer of a shortcut, `downsample.0`, is a convolution as well.
+    return parameter == "bias" and (module.startswith("conv") or module == "0")
+
+
+def recipe_of_checkpoint(recipe: Recipe, state: Mapping) -> Recipe:
+    """Return the recipe with the network of a checkpoint.
+
+    Ours say which it is. Of a published detector the head shows which preset it belongs to; that is
+    taken unless the head of `recipe` has the same tensors. A backbone changes nothing.
+    """
+    saved = state.get("recipe")
+    if saved:
+        return replace(recipe, **{field: saved[field] for field in NETWORK if field in saved})
+    name = preset_of(state)
+    if name is None or has_same_head(recipe, RECIPES[name]):
+        return recipe
+    preset = RECIPES[name]
+    return replace(recipe, **{field: getattr(preset, field) for field in PUBLISHED})
+
+
+def has_same_head(recipe: Recipe, other: Recipe) -> bool:
+    """Return whether the heads of two recipes have the same tensors."""
+    return _norm_and_bias(recipe) == _norm_and_bias(other)
+
+
+def _norm_and_bias(recipe: Recipe) -> tuple[bool, bool]:
+    """Return whether a layer of the head's towers has a norm and a bias; without a norm it does."""
+    has_norm = recipe.head_norm != "none"
+    return has_norm, recipe.conv_bias or not has_norm
+
+
+def preset_of(state: Mapping) -> str | None:
+    """Return the name of the published network whose head has a checkpoint's tensors, if any."""
+    keys = network_keys(state)
+    has_norm = "bbox_head.cls_convs.0.gn.weight" in keys
+    has_bias = "bbox_head.cls_convs.0.conv.bias" in keys
+    return PRESETS.get((has_norm, has_bias))
+
+
+def with_mean_of(recipe: Recipe, state: Mapping) -> Recipe:
+    """Return the recipe with the mean that the weights of a checkpoint were trained with."""
+    mean = mean_of(state)
+    if mean is None:
+        return recipe
+    return replace(recipe, mean=mean)
 
 
 def mean_of(state: Mapping) -> tuple[float, float, float] | None:
-    """The mean that the weights were trained with, of our checkpoints and of backbone files; None
-    where it does not show: MMDetection's detectors, which have that of their recipe.
+    """Return the mean, BGR in 0..255, that the weights were trained with.
 
-    Detectron's backbone has a bias for every convolution, Detectron2's for the first one.
+    Our checkpoints and backbone files show it; None for MMDetection's detectors, which have that
+    of their recipe. Detectron's backbone has a bias for every convolution, Detectron2's for the
+    first one.
     """
     if "recipe" in state:
         return tuple(state["recipe"]["mean"])
     tensors = tensors_of(state)
     if not is_backbone(tensors) or "conv1.bias" not in tensors:
         return None
-    detectron = "layer1.0.conv1.bias" in tensors
-    return DETECTRON_MEAN if detectron else DETECTRON2_MEAN
+    if "layer1.0.conv1.bias" in tensors:
+        return DETECTRON_MEAN
+    return DETECTRON2_MEAN
 
 
 def num_classes_of(state: Mapping) -> int:
-    """Foreground classes of the detector in a checkpoint. Raises UserError where it has no head."""
+    """Return the number of foreground classes of a checkpoint's detector.
+
+    Raise UserError where it has no detection head.
+    """
     head = network_keys(state).get("bbox_head.conv_cls.weight")
     if head is None:
         raise UserError("the checkpoint has no detection head; give one of a trained detector")
     return len(head)
 
 
-def preset_of(state: Mapping) -> str | None:
-    """The name of the published network whose head has the keys of a checkpoint, if one has."""
-    keys = network_keys(state)
-    norm, bias = (f"bbox_head.cls_convs.0.{part}" in keys for part in ("gn.weight", "conv.bias"))
-    return {(True, False): "gn", (False, True): "nogn", (True, True): "tricks"}.get((norm, bias))
-
-
 def named_classes(state: Mapping) -> tuple[str, ...] | None:
-    """The class names that a checkpoint holds, ours or MMDetection's (`meta.CLASSES`)."""
+    """Return the class names that a checkpoint holds, ours or MMDetection's (`meta.CLASSES`)."""
+    names = state.get("classes")
     meta = state.get("meta")
-    names = state.get("classes") or (meta.get("CLASSES") if isinstance(meta, Mapping) else None)
-    return tuple(names) if isinstance(names, list | tuple) else None
+    if not names and isinstance(meta, Mapping):
+        names = meta.get("CLASSES")
+    if isinstance(names, list | tuple):
+        return tuple(names)
+    return None
 
 
 def class_names_of(state: Mapping) -> tuple[str, ...]:
-    """The class names in a checkpoint; of one that holds none COCO's where there are 80 classes."""
-    names, count = named_classes(state), num_classes_of(state)
-    if names is None and count == len(COCO_CLASSES):
-        names = COCO_CLASSES
-    return names or tuple(f"class_{label}" for label in range(count))
+    """Return a checkpoint's class names; where it holds none, COCO's if there are 80 classes."""
+    names = named_classes(state)
+    if names is not None:
+        return names
+    num_classes = num_classes_of(state)
+    if num_classes == len(COCO_CLASSES):
+        return COCO_CLASSES
+    return tuple(f"class_{label}" for label in range(num_classes))
 
 
 def published_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The weights as MMDetection's checkpoints have them: fp32 on the CPU, under its keys."""
-    return {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+    """Return the weights as MMDetection's checkpoints have them: fp32 on the CPU, its names."""
+    return weights_on_cpu(model)

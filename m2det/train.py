@@ -16,346 +16,172 @@ import common  # noqa: F401 before torch
 
 # isort: split
 
-import time
-from collections.abc import Iterator, Sequence
+from torch import nn
 
-import torch
-
-from common.coco import check
+from common import flags
+from common.coco.check import check_data
 from common.coco.index import CocoIndex
-from common.errors import UserError, one_line
-from common.fps.curves import draw_curves
-from common.fps.meter import Meter
-from common.fps.runlog import RunLog
-from common.fps.summary import write_summary
-from common.fps.window import LossWindow
-from common.npu import checkpoint, cli, distributed, entry
-from common.npu.device import (
-    be_deterministic,
-    environment,
-    memory_format,
-    memory_mib,
-    setup_device,
-)
-from common.npu.distributed import Ranks
-from common.npu.precision import Precision, build_sgd, default_level
-from m2det import snapshot
+from common.errors import UserError
+from common.fps.progress import Progress
+from common.npu import distributed, entry
+from common.npu.device import memory_format
+from common.npu.loading import repeat_first_batch
+from common.npu.precision import build_sgd, set_learning_rate
+from common.npu.run import Run, RunState
 from m2det.augment import augment
 from m2det.config import RECIPES, Recipe
-from m2det.data import Batch, build_loader, find_files, iterations_per_epoch, read_records
-from m2det.evaluate import assess, detect_all, own_network
+from m2det.data import build_loader, find_files, iterations_per_epoch, read_records
+from m2det.evaluate import detect_all, evaluate_and_save
 from m2det.loss import DetectionLoss
 from m2det.model import build_model
-from m2det.weights import load_weights
+from m2det.weights import load_weights, recipe_of_checkpoint
 
-LOSSES = ("loss_cls", "loss_bbox", "loss")
+# Where the port keeps the backbone's ImageNet weights.
 PRETRAINED = Path(__file__).resolve().parent / "weights" / "vgg16_reducedfc.pth"
+LOSSES = ("loss_cls", "loss_bbox", "loss")
+REMEDY = (
+    "clip gradients with --clip_each=1 or --clip_norm=10, lower --lr (the port's is 0.001, the "
+    "original's 0.004), use --loss_scale=dynamic, or see --check_data"
+)
 
 
 def main(argv: list[str] | None = None) -> int | None:
     args = parse(argv)
-    recipe = cli.chosen_recipe(args, RECIPES)
+    recipe = flags.chosen_recipe(args, RECIPES)
     train_files = find_files(args.data, "train", args.train_annotations, args.train_images)
     val_files = find_files(args.data, "val", args.val_annotations, args.val_images)
     if args.check_data:
-        return check.check_data(*train_files, *val_files)
+        return check_data(*train_files, *val_files)
 
-    ranks = Ranks.from_environment()
-    device, why = setup_device(args.device, ranks.card(args.device_id))
-    distributed.start(device, ranks, args.timeout)
-    stop = entry.StopRequest()
-    torch.manual_seed(args.seed)
-    if args.deterministic:
-        be_deterministic(device)
-    level = getattr(args, "amp", None) or default_level(device, recipe.amp)
-    precision = Precision(device, level, recipe.loss_scale, args.amp_dtype, args.amp_backend)
+    # All that the run needs is read and built first. A former run's folder is moved only after
+    # that, by `open_output`: a run that is refused changes nothing.
+    run = Run.start(args, recipe)
+    args.pretrained = args.pretrained or default_backbone(args.recipe, recipe)
+    weights = [] if run.resumed else flags.starting_weights(args, run.ranks)
+    for checkpoint in weights:
+        requested = recipe
+        recipe = recipe_of_checkpoint(requested, checkpoint)
+        run.log_network_change(checkpoint, requested, recipe)
+    train_set = read_records(train_files, classes=run.resumed_classes)
+    val_set = read_records(val_files, classes=train_set.class_names)
+    for records in (train_set, val_set):
+        run.log.warn_of(records.annotation_file, records.lines())
+    num_classes = len(train_set.class_names)
+    flags.check_num_classes(args, num_classes)
 
-    # Read before the output folder makes room: they may lie in it.
-    resumed = checkpoint.to_resume(args.resume, args.output_dir) if ranks.main else None
-    resumed = ranks.from_main(resumed)
-    args.checkpoint = args.checkpoint or args.pth_path
-    if not args.pretrained and recipe.backbone == "vgg16" and PRETRAINED.is_file():
-        args.pretrained = str(PRETRAINED)
-    weights = []
-    if args.recipe == "finetune" and not resumed:
-        weights = [cli.checkpoint_to_use(args, ranks)]
-        recipe = own_network(recipe, weights[0])
-    elif not resumed:
-        weights = [checkpoint.load(path) for path in (args.pretrained, args.checkpoint) if path]
-    ranks.barrier()
-    moved = checkpoint.make_room(args.output_dir, resumed is not None) if ranks.main else None
-    ranks.barrier()
-    workers = cli.workers_for(args, ranks.local_world_size)
-    with RunLog(args.output_dir, ranks, args.device_id, workers) as log:
-        log.header(
-            env_info=environment(),
-            config=recipe.listing(),
-            seed=args.seed,
-            exp_name=f"{args.tag}{recipe.name}",
+    require_trainable(recipe)
+    model = build_model(recipe, num_classes)
+    for checkpoint in weights:
+        run.log.info(f"{checkpoint['path']}: {load_weights(model, checkpoint)}")
+    if not weights and not run.resumed:
+        run.log.info(
+            "weights: random; --pretrained takes vgg16_reducedfc.pth (or torchvision's ResNet)"
         )
-        for line in filter(None, (moved, why, f"precision: {precision}")):
-            log.info(line)
-        classes = resumed["classes"] if resumed else None
-        train_set = read(train_files, classes, log)
-        val_set = read(val_files, train_set.class_names, log)
-        cli.check_num_classes(args, len(train_set.class_names))
+    model.to(run.device, memory_format=memory_format(run.device))
+    criterion = DetectionLoss(recipe, num_classes).to(run.device)
+    optimizer = build_sgd(
+        list(model.parameters()),
+        run.device,
+        lr=0.0,  # set before each step
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+    )
 
-        training = Training(
-            args, recipe, device, ranks, precision, log, train_set, val_set, resumed, weights
-        )
-        log.info(training.plan())
-        for warning in recipe.warnings(ranks.world_size):
-            log.info(warning, "WARNING")
-        loader = build_loader(
-            recipe,
-            train_set,
-            True,
-            ranks=ranks,
-            workers=workers,
-            seed=args.seed,
-            start=training.iteration,
-            end=training.end,
-            pin_memory=device.type != "cpu",
-        )
-        status = training.run(iter(repeated(loader) if args.fake_input else loader), stop)
-        if status is None:
-            training.finish()
-    return status
+    world_size = run.ranks.world_size
+    steps_per_epoch = iterations_per_epoch(train_set, recipe, world_size)
+    total_steps = recipe.epochs * steps_per_epoch
+    progress = Progress(run, recipe, LOSSES, steps_per_epoch, total_steps, REMEDY)
+    network = {"backbone": recipe.backbone, "image size": recipe.image_size}
+    state = RunState(run, model, optimizer, progress, recipe, train_set, val_set, network)
+    state.restore()
+    parallel_model, optimizer = run.parallel(model, optimizer)
+    parallel_model.train()
+    loader = build_loader(
+        recipe,
+        train_set,
+        training=True,
+        ranks=run.ranks,
+        workers=run.workers,
+        seed=run.seed,
+        start=progress.steps_done,
+        end=progress.end,
+        pin_memory=run.pin_memory,
+    )
+    if args.fake_input:
+        loader = repeat_first_batch(loader)
+
+    with run.open_output(recipe):
+        progress.begin(len(train_set), num_classes, f"learning rate {recipe.lr:g} after warm-up")
+        for warning in recipe.warnings(world_size):
+            run.log.warning(warning)
+        if progress.evaluation_due():  # left undone by the run that this one goes on from
+            evaluate(run, recipe, progress, state, model, val_set)
+
+        for step, batch in progress.steps(loader):
+            batch = batch.to(run.device)
+            images, boxes = augment(batch, recipe)
+            set_learning_rate(optimizer, progress.lr(step))
+            optimizer.zero_grad(set_to_none=True)
+            with run.precision.autocast():
+                outputs = parallel_model(images)
+            losses = criterion(outputs, boxes, batch.labels, batch.valid)
+            run.precision.backward(losses["loss"], optimizer)
+            run.precision.step(optimizer, recipe.clip_norm, recipe.clip_each)
+            progress.add(step, losses, batch.image_ids)
+
+            if progress.checkpoint_due():
+                state.save()
+            if progress.evaluation_due():
+                evaluate(run, recipe, progress, state, model, val_set)
+
+        if progress.interrupted:
+            state.save()
+            return progress.exit_status()
+        progress.finish()
+    return None
 
 
 def parse(argv: list[str] | None):
-    groups = ("data", "files", "run", "evaluation", "device", "process")
-    parser = cli.parser(__doc__.split("\n")[0], *groups, recipes=RECIPES)
-    cli.add(parser, "--pth-path", "", "the same as --checkpoint")
-    return parser.parse_args(argv)
+    parser = flags.make_parser(__doc__.split("\n")[0], *flags.TRAINING_GROUPS, recipes=RECIPES)
+    flags.add(parser, "--pth-path", "", "the same as --checkpoint")
+    args = parser.parse_args(argv)
+    args.checkpoint = args.checkpoint or args.pth_path
+    return args
 
 
-def read(files: list[tuple[str, str]], classes: Sequence[str] | None, log: RunLog) -> CocoIndex:
-    """The index of a split's files; what was noticed about them goes to the log."""
-    index = read_records(files, classes)
-    for line in index.lines():
-        log.info(f"{index.annotation_file}: {line}", "WARNING")
-    return index
+def default_backbone(preset: str, recipe: Recipe) -> str:
+    """Return the port's file of ImageNet weights where it is there and fits, else nothing."""
+    if preset == "finetune" or recipe.backbone != "vgg16" or not PRETRAINED.is_file():
+        return ""
+    return str(PRETRAINED)
 
 
-def repeated(loader) -> Iterator[Batch]:
-    """The first batch again and again."""
-    batch = next(iter(loader))
-    for _ in range(len(loader)):
-        yield batch
+def require_trainable(recipe: Recipe) -> None:
+    """Raise UserError where batch normalisation would see a single value a channel."""
+    if recipe.batch_size == 1 and recipe.anchor_maps[-1] == 1:
+        raise UserError("--batch_size=1: BN on the 1 x 1 map needs at least 2 images a process")
 
 
-class Training:
-    """A run's state, and the parts of its loop."""
-
-    def __init__(
-        self,
-        args,
-        recipe: Recipe,
-        device: torch.device,
-        ranks: Ranks,
-        precision: Precision,
-        log: RunLog,
-        train_set: CocoIndex,
-        val_set: CocoIndex,
-        resumed: dict | None = None,
-        weights: Sequence[dict] = (),
-    ):
-        self.args, self.recipe, self.device, self.ranks = args, recipe, device, ranks
-        self.precision, self.log, self.val_set = precision, log, val_set
-        self.classes, self.records = train_set.class_names, len(train_set)
-        self.per_epoch = iterations_per_epoch(self.records, recipe.batch_size, ranks.world_size)
-        self.end = min(recipe.epochs * self.per_epoch, args.max_iters or sys.maxsize)
-        self.log_interval = max(1, min(args.log_interval, self.per_epoch // 2, self.end // 2))
-        self.iteration, self.evaluated = 0, -1
-        self.best, self.accuracy = -1.0, -1.0
-        self.pending = None  # what a log line needs, on its way from the device
-        self.logged_losses: list[float] = []
-
-        if recipe.batch_size == 1 and recipe.prior_maps[-1] == 1:
-            raise UserError("--batch_size=1: BN on the 1 x 1 map needs at least 2 images a process")
-        self.model = build_model(recipe, len(self.classes))
-        for state in weights:
-            log.info(f"{state['path']}: {load_weights(self.model, state)}")
-        if not (weights or resumed):
-            log.info(
-                "weights: random; --pretrained takes vgg16_reducedfc.pth (or torchvision's ResNet)"
+def evaluate(
+    run: Run,
+    recipe: Recipe,
+    progress: Progress,
+    state: RunState,
+    model: nn.Module,
+    val_set: CocoIndex,
+) -> None:
+    """Evaluate the network in fp32 on all ranks, log the result, and keep the best state."""
+    with progress.paused():
+        run.log.info(f"evaluating {len(val_set)} images")
+        distributed.average_buffers(model, run.ranks)
+        result_rows = detect_all(model, recipe, val_set, run.device, run.ranks, run.workers)
+        evaluation = None
+        if result_rows is not None:
+            evaluation = evaluate_and_save(
+                result_rows, val_set, recipe, run.output_dir, run.evaluation, run.log.info
             )
-        self.model.to(device, memory_format=memory_format(device))
-        options = {"momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
-        self.optimizer = build_sgd(list(self.model.parameters()), device, lr=0.0, **options)
-        self.window = LossWindow(LOSSES, device)
-        if resumed is not None:
-            snapshot.restore(self, resumed)
-            log.info(f"resumed from {resumed['path']} at iteration {self.iteration}")
-        self.network, self.optimizer = precision.prepare(self.model, self.optimizer)
-        if ranks.world_size > 1:
-            self.network = distributed.parallel(self.network, precision.reduce_dtype)
-        self.network.train()
-        self.criterion = DetectionLoss(recipe, len(self.classes)).to(device)
-        self.meter = Meter(recipe.batch_size * ranks.world_size)
-
-    def plan(self) -> str:
-        """What is about to happen, with the rate for the real global batch."""
-        batch, world = self.recipe.batch_size, self.ranks.world_size
-        return (
-            f"{self.records} images, {len(self.classes)} classes; global batch {batch * world} "
-            f"({world} x {batch}): learning rate {self.recipe.lr:g} after warm-up; "
-            f"{self.per_epoch} iterations an epoch, steps {self.iteration} to {self.end}; "
-            f"{self.meter.formula}"
-        )
-
-    def run(self, batches: Iterator[Batch], stop: entry.StopRequest) -> int | None:
-        """All steps; an exit status if a signal ended it. Bad data ends it with its UserError.
-
-        Either way all ranks leave at the same step, with a checkpoint of it.
-        """
-        self.log.begin(self.end, self.iteration, self.per_epoch)
-        while self.iteration < self.end:
-            if self.due() and self.evaluate():
-                break
-            asked, batch, trouble = time.perf_counter(), None, None
-            try:
-                batch = next(batches)
-            except UserError as error:
-                trouble = error
-            waited = time.perf_counter() - asked
-            if stop.agreed(self.ranks, also=trouble is not None):
-                self.save()
-                # Every rank raises what one has met: whichever ends first tells it.
-                for message in self.ranks.all_gather_objects(trouble and one_line(trouble)):
-                    if message is not None:
-                        raise UserError(message)
-                return stop.status
-            self.step(batch)
-            self.report()  # of an earlier step: an accelerator has this one to do meanwhile
-            self.meter.step(waited)
-            self.log.bar.update()
-            done = (self.iteration - 1) % self.per_epoch + 1  # steps of this epoch
-            if done % self.log_interval == 0:
-                self.pending = (self.iteration, self.window.fetch())
-                self.window = LossWindow(LOSSES, self.device)
-                if self.device.type == "cpu":
-                    self.report()
-            whole = self.iteration % (self.args.save_interval or self.per_epoch) == 0
-            if self.iteration < self.end and (whole or self.due()):
-                self.save()
-        return None
-
-    def due(self) -> bool:
-        """Whether an evaluation is wanted here and not done. The state is saved before: a run that
-        ends in its evaluation begins there again."""
-        epoch = self.iteration / self.per_epoch
-        wanted = self.iteration == self.end or epoch in self.recipe.evaluation
-        return wanted and self.args.kind == "acc" and self.evaluated != self.iteration
-
-    def step(self, batch: Batch) -> None:
-        """One update. Nothing in it waits for the device or has a shape that depends on data."""
-        batch = batch.to(self.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr(self.iteration)
-        self.optimizer.zero_grad(set_to_none=True)
-        images, boxes = augment(batch, self.recipe)
-        with self.precision.autocast():
-            outputs = self.network(images)
-        losses = self.criterion(outputs, boxes, batch.labels, batch.valid)
-        self.precision.backward(losses["loss"], self.optimizer)
-        self.precision.step(self.optimizer, self.recipe.clip_norm, self.recipe.clip_each)
-        self.window.add(self.iteration, losses, batch.image_ids)
-        self.iteration += 1
-
-    def lr(self, iteration: int) -> float:
-        batch_size, world_size = self.recipe.batch_size, self.ranks.world_size
-        return self.recipe.lr_at(iteration, self.per_epoch, world_size, batch_size)
-
-    def report(self) -> None:
-        """Write the pending log line, if there is one: losses are means over window and ranks."""
-        if self.pending is None:
-            return
-        iteration, window = self.pending
-        self.pending = None
-        self.demand_finite(window.bad())
-        gathered = self.ranks.all_gather_objects(window.means())
-        losses = {name: sum(m[name] for m in gathered) / len(gathered) for name in LOSSES}
-        self.logged_losses.append(losses["loss"])
-        lr, memory = self.lr(iteration - 1), memory_mib(self.device)
-        self.log.train(iteration, lr, losses, self.meter.window(), memory)
-
-    def demand_finite(self, bad: tuple[int, str, list[int]] | None) -> None:
-        """Stop all ranks where one of them met a loss that is not finite."""
-        of_ranks = self.ranks.all_gather_objects(bad)
-        found = [(bad[0], rank) for rank, bad in enumerate(of_ranks) if bad is not None]
-        if not found:
-            return
-        step, rank = min(found)
-        _, term, image_ids = of_ranks[rank]
-        kept = checkpoint.by_age(self.args.output_dir)
-        raise UserError(
-            f"{term} is not finite, first at iteration {step} (epoch "
-            f"{step // self.per_epoch + 1}) on rank {rank}, learning rate {self.lr(step):g}, "
-            f"images {image_ids}; last good checkpoint: {kept[0] if kept else 'none'}; "
-            "clip gradients with --clip_each=1 or --clip_norm=10, lower --lr (the port's is 0.001, "
-            "the original's 0.004), use --loss_scale=dynamic, or see --check_data"
-        )
-
-    def evaluate(self) -> bool:
-        """COCO evaluation on all ranks, in fp32; whether the goal is reached."""
-        self.report()
-        self.evaluated = self.iteration
-        self.log.info(f"evaluating {len(self.val_set)} images")
-        with self.meter.paused():
-            distributed.average_buffers(self.model, self.ranks)
-            shared = (self.device, self.ranks, self.log.num_workers)
-            rows = detect_all(self.model, self.recipe, self.val_set, *shared)
-            if rows is not None:
-                outcome = assess(rows, self.val_set, self.recipe, self.args, self.log.info)
-                self.log.val(self.iteration, self.lr(self.iteration - 1), outcome.mmdet())
-                self.accuracy = outcome.stats["AP"]
-            self.accuracy = self.ranks.all_gather_objects(self.accuracy)[0]
-            if self.accuracy > self.best:
-                self.best = self.accuracy
-                self.save("best.pt")
-        reached = 0 < self.recipe.threshold <= self.accuracy
-        if reached:
-            self.log.info(f"AP goal {self.recipe.threshold:g} reached: training ends here")
-        return reached
-
-    def save(self, name: str | None = None) -> None:
-        """Write the whole state, `iter_<n>.pt` or `name`; never one that is not finite."""
-        self.report()
-        with self.meter.paused():
-            self.demand_finite(self.window.fetch().bad())
-            if not self.args.save:
-                return
-            state = snapshot.take(self)
-            if state is not None:
-                path = self.args.output_dir / (name or f"iter_{self.iteration}.pt")
-                checkpoint.save(path, state)
-                checkpoint.tidy(path.parent, self.iteration, self.args.keep)
-                self.log.info(f"Saving checkpoint {path}")
-            self.ranks.barrier()
-
-    def finish(self) -> None:
-        """Save and evaluate the last state, write the summary, draw the curves."""
-        self.report()
-        self.save()
-        if self.due():
-            self.evaluate()
-        self.log.info(self.meter.formula)
-        folder = self.args.output_dir
-        if not self.logged_losses and any(folder.glob(f"*p_{self.args.kind}.log")):
-            self.log.info("nothing was left to log: curves and summary stay as they were")
-        elif self.ranks.main:
-            lines = write_summary(
-                folder,
-                (self.recipe.name, self.recipe.batch_size, self.ranks.world_size, self.args.kind),
-                seconds=time.time() - self.args.started,
-                fps=self.meter.fps_average if self.logged_losses else None,
-                accuracy=self.accuracy if self.args.kind == "acc" else None,
-                losses=self.logged_losses,
-            )
-            self.log.info("\n".join(lines))
-            draw_curves(sorted(folder.glob("*.log.json")), folder / "curves.png")
+        if progress.add_evaluation(evaluation):
+            state.save_best()
 
 
 if __name__ == "__main__":

@@ -1,122 +1,113 @@
 """Loading weights: our checkpoints, the original's, VGG-16 "reducedfc", torchvision's ResNets.
 
-The network's own keys are the published ones (see model.py), so the maps are few: a `module.`
-prefix of distributed runs goes, a backbone's own names get `base.` in front.
+The names in the network are the published ones (see model.py), so there is little to map: a
+`module.` prefix of distributed runs is taken off, a backbone's names get `base.` in front.
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
 from torch import Tensor, nn
 
 from common.coco.index import COCO_CLASSES
 from common.errors import UserError
 from common.npu import checkpoint
+from common.npu.weights import LoadReport, load_matching, name_of, tensors_of, weights_on_cpu
+from m2det.config import Recipe
 
 # vgg16_reducedfc.pth numbers its convolutions, torchvision's ResNets name theirs.
-BACKBONE = re.compile(r"(\d+|conv1|bn1|layer[1-4]|fc)\.")
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What became of each tensor; names as in the network or, for `skipped`, in the file."""
-
-    loaded: tuple[str, ...]
-    skipped: tuple[str, ...]  # in the file, not in the network
-    reinitialised: tuple[str, ...]  # in both, of another shape: kept as initialised
-    missing: tuple[str, ...]  # not in the file: kept as initialised
-
-    def __str__(self) -> str:
-        kept = [name for name in self.missing if not name.endswith("num_batches_tracked")]
-        parts = [f"{len(self.loaded)} tensors loaded"]
-        for what, names in (
-            ("skipped", self.skipped),
-            ("re-initialised (other shape)", self.reinitialised),
-            ("missing, left as initialised", kept),
-        ):
-            if names:
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                parts.append(f"{len(names)} {what}: {', '.join(names[:3])}{more}")
-        return "; ".join(parts)
-
-    def demand_all(self, name: str) -> "LoadReport":
-        """Raise UserError unless every weight was loaded: a network without is not to be judged."""
-        if self.reinitialised or any(key.endswith("weight") for key in self.missing):
-            raise UserError(f"{name}: {self}; give a detector trained on these classes")
-        return self
+BACKBONE_KEY = re.compile(r"(\d+|conv1|bn1|layer[1-4]|fc)\.")
+# Fields of the recipe that the weights of a checkpoint belong to.
+NETWORK = (
+    "name",
+    "backbone",
+    "image_size",
+    "planes",
+    "num_levels",
+    "sfam",
+    "smooth",
+    "anchor_maps",
+    "anchor_steps",
+    "anchor_sizes",
+    "anchor_ratios",
+)
+COORDINATES = 4
 
 
 def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> LoadReport:
-    """Load a file or state dict into the network, whatever of the known layouts it has.
+    """Load a file or a state dict, in any of the known layouts, into the network.
 
-    Tensors of another shape stay as initialised. Raises UserError for an unreadable file or one of
-    which nothing fits.
+    Tensors of another shape stay as initialised. Raise UserError for an unreadable file and for one
+    of which nothing fits.
     """
     state = source if isinstance(source, Mapping) else checkpoint.load(source)
-    given = network_keys(state)
-    own = model.state_dict()
-    loaded, skipped, reinitialised = {}, [], []
-    for key, value in given.items():
-        if key not in own:
-            skipped.append(key)
-        elif own[key].shape != value.shape:
-            reinitialised.append(key)
-        else:
-            loaded[key] = value
-    if not any(key.endswith("weight") for key in loaded):
-        name = state.get("path", "the state dict")
-        raise UserError(f"{name}: no tensor fits this network; is it a checkpoint of another one?")
-    model.load_state_dict(loaded, strict=False)
-    missing = tuple(key for key in own if key not in given)
-    return LoadReport(tuple(loaded), tuple(skipped), tuple(reinitialised), missing)
+    report = load_matching(model, network_keys(state))
+    if not any(key.endswith("weight") for key in report.loaded):
+        raise UserError(
+            f"{name_of(state)}: no tensor fits this network; is it a checkpoint of another one?"
+        )
+    return report
 
 
 def network_keys(state: Mapping) -> dict[str, Tensor]:
-    """The tensors of any known layout under the network's keys."""
-    for wrapper in ("model", "state_dict"):
-        if isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
+    """Return the tensors of a checkpoint, in any known layout, under the network's names."""
     renamed = {}
-    for key, value in state.items():
-        if isinstance(value, Tensor):
-            key = key.removeprefix("module.")
-            renamed[f"base.{key}" if BACKBONE.match(key) else key] = value
+    for key, value in tensors_of(state).items():
+        if BACKBONE_KEY.match(key):
+            key = f"base.{key}"
+        renamed[key] = value
     return renamed
 
 
+def recipe_of_checkpoint(recipe: Recipe, state: Mapping) -> Recipe:
+    """Return the recipe with the network that a checkpoint of ours was trained with.
+
+    Other files do not say it: the recipe stays as it is. Checkpoints written before the anchors had
+    that name call their fields `prior_*`.
+    """
+    saved = state.get("recipe", {})
+    changes = {}
+    for field in NETWORK:
+        for name in (field, field.replace("anchor_", "prior_")):
+            if name in saved:
+                changes[field] = saved[name]
+    return replace(recipe, **changes)
+
+
 def num_classes_of(state: Mapping) -> int:
-    """Foreground classes of the detector in a checkpoint. Raises UserError where it has no head."""
-    keys = network_keys(state)
-    offsets, logits = keys.get("loc.0.bias"), keys.get("conf.0.bias")
-    if offsets is None or logits is None:
+    """Return the number of foreground classes of a checkpoint's detector.
+
+    Raise UserError where it has no detection heads.
+    """
+    tensors = network_keys(state)
+    deltas_bias = tensors.get("loc.0.bias")
+    logits_bias = tensors.get("conf.0.bias")
+    if deltas_bias is None or logits_bias is None:
         raise UserError("the checkpoint has no detection heads; give one of a trained detector")
-    # Per prior shape four coordinates, and a channel per class and for background.
-    return len(logits) * 4 // len(offsets) - 1
+    shapes = len(deltas_bias) // COORDINATES
+    return len(logits_bias) // shapes - 1  # without background
+
+
+def named_classes(state: Mapping) -> tuple[str, ...] | None:
+    """Return the class names that a checkpoint holds: ours do, the original's do not."""
+    if "classes" not in state:
+        return None
+    return tuple(state["classes"])
 
 
 def class_names_of(state: Mapping) -> tuple[str, ...]:
-    """The class names in a checkpoint; the original's hold none: COCO's where there are 80."""
-    if "classes" in state:
-        return tuple(state["classes"])
-    count = num_classes_of(state)
-    if count == len(COCO_CLASSES):
+    """Return a checkpoint's class names; where it holds none, COCO's if there are 80 classes."""
+    names = named_classes(state)
+    if names is not None:
+        return names
+    num_classes = num_classes_of(state)
+    if num_classes == len(COCO_CLASSES):
         return COCO_CLASSES
-    return tuple(f"class_{label}" for label in range(count))
+    return tuple(f"class_{label}" for label in range(num_classes))
 
 
-def published_state_dict(
-    model: nn.Module, buffers: Mapping[str, Tensor] = MappingProxyType({})
-) -> dict[str, Tensor]:
-    """The weights as the original's checkpoints have them: fp32 on the CPU, under its keys.
-
-    `buffers` by name take the place of the model's own, under every key of a shared module.
-    """
-    state = model.state_dict()
-    given = {state[name].data_ptr(): value for name, value in buffers.items()}
-    return {
-        key: given.get(value.data_ptr(), value).detach().cpu().clone()
-        for key, value in state.items()
-    }
+def published_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights as the original's checkpoints have them: fp32 on the CPU, its names."""
+    return weights_on_cpu(model)

@@ -18,81 +18,86 @@ import common  # noqa: F401 before torch
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from common.coco import evaluation
-from common.coco.draw import draw_pairs
-from common.coco.evaluation import Evaluation
-from common.coco.images import read_image
+from common import flags
+from common.coco.evaluation import (
+    Evaluation,
+    EvaluationOptions,
+    gather_result_rows,
+    save_results,
+    to_result_rows,
+)
 from common.coco.index import CocoIndex, find_coco, read_index
+from common.coco.report import RESULTS_FILE, draw_examples, report_results
 from common.fps.summary import write_summary
-from common.npu import cli, distributed, entry
-from common.npu.device import memory_format, setup_device
+from common.npu import entry
 from common.npu.distributed import Ranks
+from common.npu.loading import workers_per_rank
 from common.npu.precision import Precision
+from common.npu.run import start_process
+from common.npu.weights import require_num_classes
 from ssd_mmdet.config import RECIPES, Recipe
 from ssd_mmdet.data import build_loader, normalise
-from ssd_mmdet.model import build_model
+from ssd_mmdet.detector import Detector
 from ssd_mmdet.postprocess import detect
-from ssd_mmdet.weights import load_weights, named_classes, network_keys
-
-RESULTS = "results.bbox.json"  # COCO's submission format
-# Fields of a recipe that a checkpoint's network decides.
-NETWORK = (
-    *("name", "image_size", "width"),
-    *("anchor_sizes", "anchor_maps", "anchor_strides", "anchor_ratios"),
-)
+from ssd_mmdet.weights import named_classes
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    ranks = Ranks.from_environment()
-    device, why = setup_device(args.device, ranks.card(args.device_id))
-    distributed.start(device, ranks, args.timeout)
-    say = print if ranks.main else (lambda *_: None)
-    say(why)
+    ranks, device, reason = start_process(args.device, args.device_id, args.timeout)
+    log = print if ranks.main else log_nothing
+    log(reason)
 
-    state = cli.checkpoint_to_use(args, ranks)
-    recipe = own_network(cli.chosen_recipe(args, RECIPES), state)
+    state = flags.checkpoint_to_use(args, ranks)
+    detector = Detector.from_checkpoint(state, flags.chosen_recipe(args, RECIPES), device)
+    recipe = detector.recipe
     files = find_coco(args.data, "val", args.val_annotations, args.val_images)
     records = read_index(*files, classes=named_classes(state))
-    cli.check_num_classes(args, len(records.class_names))
-    model = build_model(recipe, len(records.class_names))
-    say(f"{state['path']}: {load_weights(model, state).demand_all(state['path'])}")
-    model.to(device, memory_format=memory_format(device))
+    num_classes = len(records.class_names)
+    flags.check_num_classes(args, num_classes)
+    require_num_classes(state["path"], len(detector.class_names), num_classes)
+    log(f"{state['path']}: {detector.report}")
 
-    precision = Precision(device, getattr(args, "amp", "O0"), recipe.loss_scale, args.amp_dtype)
-    workers = cli.workers_for(args, ranks.local_world_size)
-    rows = detect_all(model, recipe, records, device, ranks, workers, precision)
-    if rows is None:
+    level = getattr(args, "amp", "O0")
+    precision = Precision(device, level, recipe.loss_scale, args.amp_dtype)
+    workers = workers_per_rank(args.num_workers, ranks.local_world_size)
+    result_rows = detect_all(detector.model, recipe, records, device, ranks, workers, precision)
+    if result_rows is None:
         return
     if args.format_only:
-        evaluation.save_results(args.output_dir / RESULTS, rows)
-        say(f"{len(rows)} detections in {len(records)} images: {args.output_dir / RESULTS}")
+        path = args.output_dir / RESULTS_FILE
+        save_results(path, result_rows)
+        log(f"{len(result_rows)} detections in {len(records)} images: {path}")
         return
-    outcome = assess(rows, records, recipe, args, say)
-    case = (recipe.name, recipe.eval_batch_size, ranks.world_size, "eval")
-    seconds, accuracy = time.time() - args.started, outcome.stats["AP"]
-    say("\n".join(write_summary(args.output_dir, case, seconds, accuracy=accuracy)))
+    options = flags.evaluation_options(args)
+    evaluation = evaluate_and_save(result_rows, records, recipe, args.output_dir, options, log)
+    closing_lines = write_summary(
+        args.output_dir,
+        network=recipe.name,
+        batch_size=recipe.eval_batch_size,
+        num_ranks=ranks.world_size,
+        kind="eval",
+        seconds=time.time() - args.started,
+        accuracy=evaluation.stats["AP"],
+    )
+    log("\n".join(closing_lines))
 
 
 def parse(argv: list[str] | None):
     groups = ("data", "files", "evaluation", "device", "process")
-    parser = cli.parser(__doc__.split("\n")[0], *groups, recipes=RECIPES)
-    cli.add(parser, "--format-only", False, "write results, no metrics")
+    parser = flags.make_parser(__doc__.split("\n")[0], *groups, recipes=RECIPES)
+    flags.add(parser, "--format-only", False, "write results, no metrics")
     return parser.parse_args(argv)
 
 
-def own_network(recipe: Recipe, state: dict) -> Recipe:
-    """The recipe with the network of a checkpoint: ours say which, others show it by their keys."""
-    published = "ssd512" if "backbone.extra.9.weight" in network_keys(state) else "1p"
-    kept = state.get("recipe") or asdict(RECIPES[published])
-    return replace(recipe, **{name: kept[name] for name in NETWORK})
+def log_nothing(text: str) -> None:
+    """Only the main rank logs."""
 
 
 @torch.no_grad()
@@ -105,66 +110,42 @@ def detect_all(
     workers: int,
     precision: Precision | None = None,
 ) -> np.ndarray | None:
-    """Detect on every image once, shared among the ranks; result rows on rank 0, else None.
+    """Detect on every image once, shared among the ranks.
 
-    In fp32, unless another `precision` is given.
+    The network runs in fp32 unless another `precision` is given. Return the result rows of all
+    ranks on the main one, None on the others.
     """
-    loader = build_loader(recipe, records, False, ranks=ranks, workers=workers)
     precision = precision or Precision(device)
+    loader = build_loader(recipe, records, training=False, ranks=ranks, workers=workers)
     was_training = model.training
     model.eval()
-    rows = []
-    silent = not (ranks.main and sys.stderr.isatty())
-    for images, sizes, image_ids in tqdm(loader, "evaluating", leave=False, disable=silent):
+    result_rows = []
+    show_bar = ranks.main and sys.stderr.isatty()
+    for images, sizes, image_ids in tqdm(loader, "evaluating", leave=False, disable=not show_bar):
+        inputs = normalise(images.to(device, non_blocking=True), recipe)
         with precision.autocast():
-            outputs = model(normalise(images.to(device, non_blocking=True), recipe))
-        for image_id, found in zip(image_ids.tolist(), detect(outputs, sizes, recipe), strict=True):
-            parts = (part.numpy() for part in found)
-            rows.append(evaluation.to_rows(image_id, *parts, records.category_ids))
+            outputs = model(inputs)
+        detections = detect(outputs, sizes, recipe)
+        for image_id, of_image in zip(image_ids.tolist(), detections, strict=True):
+            result_rows.append(to_result_rows(image_id, *of_image, records.category_ids))
     model.train(was_training)
-    return evaluation.gather_rows(rows, ranks)
+    return gather_result_rows(result_rows, ranks)
 
 
-def assess(
-    rows: np.ndarray, records: CocoIndex, recipe: Recipe, args, say: Callable[[str], None]
+def evaluate_and_save(
+    result_rows: np.ndarray,
+    records: CocoIndex,
+    recipe: Recipe,
+    folder: Path,
+    options: EvaluationOptions,
+    log: Callable[[str], None],
 ) -> Evaluation:
-    """COCO's figures of result rows, told; rows and pictures go to the output folder."""
-    folder = args.output_dir
-    evaluation.save_results(folder / RESULTS, rows)
-    outcome = evaluation.evaluate(records.annotation_file, rows, args.eval_backend == "faster")
-    say(f"{outcome.text}\n{len(rows)} detections in {len(records)} images: {folder / RESULTS}")
-    if args.per_class:
-        width = max(len(name) for name, _ in outcome.per_class)
-        say("\n".join(f"{name:<{width}}  AP {value:.3f}" for name, value in outcome.per_class))
-    evaluation.draw_pr_curves(folder / "pr_curves.png", outcome)
-    draw_examples(folder / "detections.png", records, rows)
-    return outcome
-
-
-def draw_examples(path: Path, records: CocoIndex, rows: np.ndarray, count: int = 8) -> None:
-    """Some images with ground truth beside detections, spread over the set."""
-    with_truth = np.flatnonzero(np.diff(records.offsets))
-    chosen = with_truth if len(with_truth) else np.arange(len(records))
-    label = {category: position for position, category in enumerate(records.category_ids)}
-    pictures = []
-    for i in chosen[np.unique(np.linspace(0, len(chosen) - 1, count, dtype=int))]:
-        truth = records.annotations(i)
-        found = rows[rows[:, 0] == records.image_ids[i]]
-        pictures.append(
-            (
-                read_image(records.path(i)),
-                to_xyxy(truth.box_xywh),
-                truth.label,
-                to_xyxy(found[:, 1:5]),
-                np.array([label[category] for category in found[:, 6]], np.int64),
-                found[:, 5],
-            )
-        )
-    draw_pairs(path, pictures, records.class_names)
-
-
-def to_xyxy(boxes_xywh: np.ndarray) -> np.ndarray:
-    return np.concatenate([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], axis=1)
+    """Evaluate result rows, log the metrics, and save rows and pictures in the output folder."""
+    evaluation = report_results(
+        result_rows, records.annotation_file, len(records), folder, options, log
+    )
+    draw_examples(folder / "detections.png", records, result_rows)
+    return evaluation
 
 
 if __name__ == "__main__":

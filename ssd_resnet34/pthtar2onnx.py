@@ -16,37 +16,42 @@ import common  # noqa: F401 before torch
 
 # isort: split
 
-import importlib.util
+import functools
 import json
-import logging
-import tempfile
-import warnings
 
 import torch
 from torch import Tensor, nn
 
-from common.coco.images import read_image
-from common.coco.sample import write_sample
-from common.errors import UserError
+from common import flags
+from common.export import compare, describe, export_graph, inputs_to_check, require_packages
 from common.files import write_atomically
-from common.npu import cli, entry
+from common.npu import entry
 from ssd_resnet34.anchors import make_anchors
 from ssd_resnet34.config import RECIPES, Recipe
 from ssd_resnet34.data import prepare_image
-from ssd_resnet34.evaluate import own_network
-from ssd_resnet34.model import build_model
+from ssd_resnet34.detector import Detector
 from ssd_resnet34.postprocess import decode_outputs
-from ssd_resnet34.weights import class_names_of, load_weights, num_classes_of
 
-TOLERANCE = 1e-4  # of an output's largest value; fp32 rounding makes about 1e-6
+# Numbers of the recipe that a deployer needs.
+DEPLOYED_FIELDS = (
+    "mean",
+    "std",
+    "center_variance",
+    "size_variance",
+    "score_threshold",
+    "nms_iou",
+    "max_per_class",
+    "max_detections",
+)
 
 
 class Decoded(nn.Module):
-    """The network with boxes (N, P, 4) normalised ltrb and scores (N, classes, P) as outputs."""
+    """The network with boxes (N, P, 4) normalised xyxy and scores (N, classes, P) as outputs."""
 
     def __init__(self, network: nn.Module, recipe: Recipe):
         super().__init__()
-        self.network, self.recipe = network, recipe
+        self.network = network
+        self.recipe = recipe
         self.register_buffer("anchors", make_anchors(recipe))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,102 +60,50 @@ class Decoded(nn.Module):
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    needed = ("onnx", "onnxruntime", "onnxscript")
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        raise UserError(f"the export needs more packages: pip install {' '.join(missing)}")
-    state = cli.checkpoint_to_use(args)
-    recipe = own_network(RECIPES["1p"], state)
-    model = build_model(recipe, num_classes_of(state)).eval()
-    print(f"{state['path']}: {load_weights(model, state).demand_all(state['path'])}")
-    outputs = ["offsets", "logits"]
+    require_packages()
+    state = flags.checkpoint_to_use(args)
+    detector = Detector.from_checkpoint(state, RECIPES["1p"], torch.device("cpu"))
+    recipe = detector.recipe
+    print(f"{state['path']}: {detector.report}")
     if args.decoded:
-        model, outputs = Decoded(model, recipe).eval(), ["boxes", "scores"]
+        network = Decoded(detector.model, recipe).eval()
+        output_names = ["boxes", "scores"]
+    else:
+        network = detector.model
+        output_names = ["offsets", "logits"]
 
-    graph = export(model, recipe, outputs, args.opset)
-    images = real_images(args.images, recipe)
+    image_size = (recipe.image_size, recipe.image_size)
+    graph = export_graph(network, image_size, "image", output_names, args.opset)
+    images = inputs_to_check(args.images, functools.partial(prepare_image, recipe=recipe))
     for batch in (images[:1], images):
-        print(f"onnxruntime against torch, batch {len(batch)}: {compare(graph, model, batch)}")
-    describe(graph, recipe, class_names_of(state))
+        difference = compare(graph, network, batch)
+        print(f"onnxruntime against torch, batch {len(batch)}: {difference}")
+    describe(graph, deployment_notes(recipe, detector.class_names), recipe, DEPLOYED_FIELDS)
     write_atomically(args.output_file, graph.SerializeToString())
-    print(f"{args.output_file}: {graph.ByteSize() / 2**20:.1f} MiB, opset {args.opset}")
+    mebibytes = graph.ByteSize() / 2**20
+    print(f"{args.output_file}: {mebibytes:.1f} MiB, opset {args.opset}")
 
 
 def parse(argv: list[str] | None):
-    parser = cli.parser(__doc__.split("\n")[0], "files")
-    cli.add(parser, "--output-file", Path("ssd300_resnet34.onnx"), "to write")
-    cli.add(parser, "--decoded", False, "boxes and scores, not raw outputs")
-    cli.add(parser, "--opset", 17, "version of ONNX's operator set")
+    parser = flags.make_parser(__doc__.split("\n")[0], "files")
+    flags.add(parser, "--output-file", Path("ssd300_resnet34.onnx"), "file to write")
+    flags.add(parser, "--decoded", False, "boxes and scores instead of raw outputs")
+    flags.add(parser, "--opset", 17, "version of ONNX's operator set")
     parser.add_argument("--images", nargs="+", help="to check with; default: sample images")
     return parser.parse_args(argv)
 
 
-def real_images(paths: list[str] | None, recipe: Recipe) -> Tensor:
-    """Network inputs (at least 3, 3, 300, 300) of the files, by default of the sample's images."""
-    with tempfile.TemporaryDirectory() as scratch:
-        if not paths:
-            write_sample(Path(scratch, "sample"), train=1, val=3)
-            paths = sorted(map(str, Path(scratch, "sample", "val2017").iterdir()))
-        inputs = [prepare_image(read_image(path), recipe) for path in paths]
-    return torch.stack((inputs * 3)[: max(3, len(inputs))])
-
-
-def export(model: nn.Module, recipe: Recipe, outputs: list[str], opset: int):
-    """The network as an onnx.ModelProto. Raises UserError where torch cannot write the opset."""
-    import onnx
-
-    for name in ("torch.onnx", "onnxscript"):  # they warn of detours of their own
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    # Not one: an example batch of one would fix the batch axis.
-    example = torch.zeros(2, 3, recipe.image_size, recipe.image_size)
-    names = {"input_names": ["image"], "output_names": outputs}
-    options = {"dynamo": True, "opset_version": opset, "verbose": False}
-    # An end, though none is meant: torch 2.6 refuses an open one.
-    options["dynamic_shapes"] = ({0: torch.export.Dim("batch", max=4096)},)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        program = torch.onnx.export(model, (example,), **names, **options)
-    graph = program.model_proto
-    written = next(used.version for used in graph.opset_import if not used.domain)
-    if written != opset:
-        raise UserError(f"--opset {opset}: torch cannot write it; give --opset {written}")
-    onnx.checker.check_model(graph, full_check=True)
-    return graph
-
-
-@torch.no_grad()
-def compare(graph, model: nn.Module, images: Tensor) -> str:
-    """How far onnxruntime is from torch on `images` (N, 3, H, W); UserError where too far."""
-    import onnxruntime
-
-    content, parts = graph.SerializeToString(), []
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    exported = session.run(None, {"image": images.numpy()})
-    for output, theirs, ours in zip(session.get_outputs(), exported, model(images), strict=True):
-        largest = ours.abs().max().item()
-        difference = (ours - torch.from_numpy(theirs)).abs().max().item()
-        parts.append(f"{output.name} differ by {difference:.1e} (largest value {largest:.3g})")
-        if not difference <= TOLERANCE * largest:
-            raise UserError(f"the exported network is wrong, {parts[-1]}; try another --opset")
-    return ", ".join(parts)
-
-
-def describe(graph, recipe: Recipe, class_names: tuple[str, ...]) -> None:
-    """Put what a deployer must know into the graph's metadata, lists as JSON."""
-    import onnx
-
-    notes = {
+def deployment_notes(recipe: Recipe, class_names: tuple[str, ...]) -> dict[str, str]:
+    """Return what a deployer must know beside the recipe's numbers; lists are JSON."""
+    return {
         "classes": json.dumps(class_names),
-        "input_size": json.dumps([recipe.image_size] * 2),
+        "input_size": json.dumps([recipe.image_size, recipe.image_size]),
         "preprocessing": "RGB, resized without keeping the aspect (bilinear, antialias), "
         "divided by 255, minus mean, divided by std",
         "boxes": "left, top, right, bottom, 0..1 of the image",
         "offsets": "centre shift / prior size / variance, log of size ratio / variance",
         "logits": "background, then the classes; softmax over them gives scores",
     }
-    numbers = "mean std center_variance size_variance score_threshold nms_iou max_per_class"
-    for name in (*numbers.split(), "max_detections"):
-        notes[name] = json.dumps(getattr(recipe, name))
-    onnx.helper.set_model_props(graph, notes)
 
 
 if __name__ == "__main__":

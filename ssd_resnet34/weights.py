@@ -1,11 +1,12 @@
 """Loading weights: our checkpoints, the port's, and torchvision's ImageNet ResNets.
 
-The network's own keys are the published ones (see model.py), so the maps are few: a `module.`
-prefix of distributed runs goes, torchvision's names become positions of the trunk.
+The names in the network are the published ones (see model.py), so there is little to map: a
+`module.` prefix of distributed runs is taken off, and torchvision's names become positions in the
+backbone.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -13,79 +14,41 @@ from torch import Tensor, nn
 from common.coco.index import COCO_CLASSES
 from common.errors import UserError
 from common.npu import checkpoint
+from common.npu.weights import LoadReport, load_matching, name_of, tensors_of, weights_on_cpu
+from ssd_resnet34.config import Recipe
 
-# torchvision's name: position in the trunk. Its layer4 and fc have no place here.
+# torchvision's name: position in the backbone. Its layer4 and fc are not used here.
 TORCHVISION = {"conv1": 0, "bn1": 1, "layer1": 3, "layer2": 4, "layer3": 5}
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What became of each tensor; names as in the network or, for `skipped`, in the file."""
-
-    loaded: tuple[str, ...]
-    skipped: tuple[str, ...]  # in the file, not in the network
-    reinitialised: tuple[str, ...]  # in both, of another shape: kept as initialised
-    missing: tuple[str, ...]  # not in the file: kept as initialised
-
-    def __str__(self) -> str:
-        kept = [name for name in self.missing if not name.endswith("num_batches_tracked")]
-        parts = [f"{len(self.loaded)} tensors loaded"]
-        for what, names in (
-            ("skipped", self.skipped),
-            ("re-initialised (other shape)", self.reinitialised),
-            ("missing, left as initialised", kept),
-        ):
-            if names:
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                parts.append(f"{len(names)} {what}: {', '.join(names[:3])}{more}")
-        return "; ".join(parts)
-
-    def demand_all(self, name: str) -> "LoadReport":
-        """Raise UserError unless every weight was loaded: a network without is not to be judged."""
-        if self.reinitialised or any(key.endswith("weight") for key in self.missing):
-            raise UserError(f"{name}: {self}; give a detector trained on these classes")
-        return self
+# Fields of the recipe that the weights of a checkpoint belong to.
+NETWORK = ("name", "backbone")
+COORDINATES = 4
+SHAPES_OF_FIRST_MAP = 4
 
 
 def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> LoadReport:
-    """Load a file or state dict into the network, whatever of the known layouts it has.
+    """Load a file or a state dict, in any of the known layouts, into the network.
 
-    Tensors of another shape stay as initialised. Raises UserError for an unreadable file or one of
-    which nothing fits.
+    Tensors of another shape stay as initialised. Raise UserError for an unreadable file, for one
+    of which nothing fits, and for a detector of the TFRecord recipe.
     """
     state = source if isinstance(source, Mapping) else checkpoint.load(source)
-    given = network_keys(state)
-    own = model.state_dict()
-    if any(key.startswith("class_net.") and key not in own for key in given):
-        name = state.get("path", "the state dict")
+    tensors = network_keys(state)
+    if any(key.startswith("class_net.") for key in tensors) and not hasattr(model, "class_net"):
         raise UserError(
-            f"{name}: a detector of the TFRecord recipe, whose padding and heads differ"
+            f"{name_of(state)}: a detector of the TFRecord recipe, whose padding and heads differ"
         )
-    loaded, skipped, reinitialised = {}, [], []
-    for key, value in given.items():
-        if key not in own:
-            skipped.append(key)
-        elif own[key].shape != value.shape:
-            reinitialised.append(key)
-        else:
-            loaded[key] = value
-    if not any(key.endswith("weight") for key in loaded):
-        name = state.get("path", "the state dict")
-        raise UserError(f"{name}: no tensor fits this network; is it a checkpoint of another one?")
-    model.load_state_dict(loaded, strict=False)
-    missing = tuple(key for key in own if key not in given)
-    return LoadReport(tuple(loaded), tuple(skipped), tuple(reinitialised), missing)
+    report = load_matching(model, tensors)
+    if not any(key.endswith("weight") for key in report.loaded):
+        raise UserError(
+            f"{name_of(state)}: no tensor fits this network; is it a checkpoint of another one?"
+        )
+    return report
 
 
 def network_keys(state: Mapping) -> dict[str, Tensor]:
-    """The tensors of any known layout under the network's keys."""
-    for wrapper in ("model", "state_dict"):
-        if isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    """Return the tensors of a checkpoint, in any known layout, under the network's names."""
     renamed = {}
-    for key, value in tensors.items():
-        key = key.removeprefix("module.")
+    for key, value in tensors_of(state).items():
         first, _, rest = key.partition(".")
         if first in TORCHVISION:
             key = f"model.{TORCHVISION[first]}.{rest}"
@@ -93,25 +56,47 @@ def network_keys(state: Mapping) -> dict[str, Tensor]:
     return renamed
 
 
+def recipe_of_checkpoint(recipe: Recipe, state: Mapping) -> Recipe:
+    """Return the recipe with the network that a checkpoint of ours was trained with.
+
+    Other files do not say it: the recipe stays as it is.
+    """
+    saved = state.get("recipe", {})
+    changes = {field: saved[field] for field in NETWORK if field in saved}
+    return replace(recipe, **changes)
+
+
 def num_classes_of(state: Mapping) -> int:
-    """Foreground classes of the detector in a checkpoint. Raises UserError where it has no head."""
+    """Return the number of foreground classes of a checkpoint's detector.
+
+    Raise UserError where it has no detection heads.
+    """
     head = network_keys(state).get("mbox.0.weight")
     if head is None:
         raise UserError("the checkpoint has no detection heads; give one of a trained detector")
-    # Per prior shape, of which the first map has 4: a channel per class, background, coordinate.
-    return len(head) // 4 - 5
+    # For each anchor shape a channel per class, for background, and for each coordinate.
+    channels = len(head) // SHAPES_OF_FIRST_MAP
+    return channels - COORDINATES - 1
+
+
+def named_classes(state: Mapping) -> tuple[str, ...] | None:
+    """Return the class names that a checkpoint holds: ours do, the port's do not."""
+    if "classes" not in state:
+        return None
+    return tuple(state["classes"])
 
 
 def class_names_of(state: Mapping) -> tuple[str, ...]:
-    """The class names in a checkpoint; the port's hold none: COCO's where there are 80 classes."""
-    if "classes" in state:
-        return tuple(state["classes"])
-    count = num_classes_of(state)
-    if count == len(COCO_CLASSES):
+    """Return a checkpoint's class names; where it holds none, COCO's if there are 80 classes."""
+    names = named_classes(state)
+    if names is not None:
+        return names
+    num_classes = num_classes_of(state)
+    if num_classes == len(COCO_CLASSES):
         return COCO_CLASSES
-    return tuple(f"class_{label}" for label in range(count))
+    return tuple(f"class_{label}" for label in range(num_classes))
 
 
 def published_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The weights as the port's checkpoints have them: fp32 on the CPU, under its keys."""
-    return {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+    """Return the weights as the port's checkpoints have them: fp32 on the CPU, under its names."""
+    return weights_on_cpu(model)

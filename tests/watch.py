@@ -4,6 +4,7 @@ On a CPU nothing waits, but the operations that would are the same ones: the mod
 them, those of the backward pass and of the optimizer too.
 """
 
+from collections import Counter
 from contextlib import ExitStack
 
 import pytest
@@ -73,3 +74,25 @@ class Watch(TorchDispatchMode):
 def tensors(value):
     """All tensors in nested arguments."""
     return [x for x in torch.utils._pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]
+
+
+def watched_steps(loop, batches, allowed=0) -> list[list[tuple]]:
+    """The operations of each step of a TrainingLoop but the first, which makes momenta.
+
+    `allowed`: how many values each step may read.
+    """
+    loop.step(batches[0])
+    calls = []
+    for batch in batches[1:]:
+        watch = Watch(allowed)
+        loop.step(batch, watch)
+        calls.append(watch.calls)
+    return calls
+
+
+def assert_equal_steps(calls: list[list[tuple]]) -> None:
+    """The same operations on the same shapes in the same order, whatever the boxes."""
+    assert len(calls[0]) > 500
+    for later in calls[1:]:
+        assert Counter(later) == Counter(calls[0])
+        assert later == calls[0]

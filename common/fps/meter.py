@@ -4,9 +4,11 @@ The warm-up holds loader start, compilation and autotuning.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
+
+WARMUP_STEPS = 20
 
 
 class Window(NamedTuple):
@@ -20,52 +22,81 @@ class Window(NamedTuple):
     warming_up: bool  # fps_average still rests on warm-up steps
 
 
+class Moment(NamedTuple):
+    """A point of the run: steps done, and seconds since the start without pauses."""
+
+    steps: int
+    seconds: float
+
+
 class Meter:
     """Counts steps against the wall clock, which starts here.
 
     `images_per_step` is batch size times world size. Steps are issued asynchronously: wait for
-    the device (by reading losses) before `window` and `paused`, else work in flight is booked
+    the device (by reading losses) before `window` and `paused`, else work in flight is counted
     late or not at all.
     """
 
-    def __init__(self, images_per_step: int, warmup_steps: int = 20, clock=time.perf_counter):
-        self.images_per_step, self.warmup_steps, self._clock = images_per_step, warmup_steps, clock
-        self._origin = clock()
-        self._steps = 0
-        self._now = 0.0  # run seconds, pauses left out, at the latest step or window
-        self._warm = self._last = (0, 0.0)  # steps, seconds when warm-up ended, this window began
-        self._data_seconds = 0.0  # of this window
+    def __init__(
+        self,
+        images_per_step: int,
+        warmup_steps: int = WARMUP_STEPS,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.images_per_step = images_per_step
+        self.warmup_steps = warmup_steps
         self.formula = (
             f"FPS = images of all ranks ({images_per_step} a step) / wall seconds, loader wait "
             "included, evaluation and checkpoint writing excluded; the average leaves out the "
             f"first {warmup_steps} steps (a shorter run counts them and is marked)"
         )
+        self._clock = clock
+        self._origin = clock()
+        self._now = Moment(0, 0.0)  # the latest step or window
+        self._warm = Moment(0, 0.0)  # the end of the warm-up
+        self._window_start = Moment(0, 0.0)
+        self._data_seconds = 0.0  # of this window
 
     @property
     def fps_average(self) -> float:
-        """Images a second of the run up to the latest `step` or `window`, of which there is one."""
-        steps, since = self._warm if self._steps > self.warmup_steps else (0, 0.0)
-        return (self._steps - steps) * self.images_per_step / (self._now - since)
+        """Images a second of the run up to the latest `step` or `window`; there must be one."""
+        since = Moment(0, 0.0) if self._warming_up else self._warm
+        return self._images_a_second(since)
+
+    @property
+    def _warming_up(self) -> bool:
+        return self._now.steps <= self.warmup_steps
 
     def step(self, data_seconds: float) -> None:
-        """Book one issued step, `data_seconds` of which were spent waiting for its batch."""
-        self._steps += 1
+        """Count one issued step, `data_seconds` of which were spent waiting for its batch."""
         self._data_seconds += data_seconds
-        self._look()
+        self._look_at_clock(steps=self._now.steps + 1)
 
     def window(self) -> Window:
-        """Close the window that began at the last call (or at the start) and report it."""
-        self._look()  # now the device, too, has done these steps
-        steps, seconds = self._steps - self._last[0], self._now - self._last[1]
-        data_time, fps = self._data_seconds / steps, steps * self.images_per_step / seconds
-        self._last, self._data_seconds = (self._steps, self._now), 0.0
-        warming_up = self._steps <= self.warmup_steps
-        return Window(steps, seconds / steps, data_time, fps, self.fps_average, warming_up)
+        """Close the window that began at the last call (or at the start) and return it."""
+        self._look_at_clock(steps=self._now.steps)  # now the device, too, has done these steps
+        steps = self._now.steps - self._window_start.steps
+        seconds = self._now.seconds - self._window_start.seconds
+        window = Window(
+            steps=steps,
+            time=seconds / steps,
+            data_time=self._data_seconds / steps,
+            fps=self._images_a_second(self._window_start),
+            fps_average=self.fps_average,
+            warming_up=self._warming_up,
+        )
+        self._window_start = self._now
+        self._data_seconds = 0.0
+        return window
 
-    def _look(self) -> None:
-        self._now = self._clock() - self._origin
-        if self._steps == self.warmup_steps:
-            self._warm = self._steps, self._now
+    def _images_a_second(self, since: Moment) -> float:
+        steps = self._now.steps - since.steps
+        return steps * self.images_per_step / (self._now.seconds - since.seconds)
+
+    def _look_at_clock(self, steps: int) -> None:
+        self._now = Moment(steps, self._clock() - self._origin)
+        if steps == self.warmup_steps:
+            self._warm = self._now
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -5,107 +5,175 @@ which reads `step`) works on them. A killed process loses nothing it has logged.
 """
 
 import json
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from tqdm import tqdm
 
+from common.arithmetic import ceil_div
 from common.fps.meter import Window
 from common.npu.distributed import Ranks
 
-DATA_SHARE_LIMIT = 0.2  # of the time waiting for the loader, above which the log line says so
+DATA_SHARE_LIMIT = 0.2  # of the time waiting for the loader, above which the log line has advice
+DECIMALS = 5  # of numbers in the JSON log, as MMDetection writes them; a rate is written in full
 
 
 class RunLog:
-    """Writes `train_<device_id>.log` (and stdout), `<time>.log.json`, `tensorboard/` in `folder`.
+    """Writes `train_<device_id>.log` (and stdout), `<time>.log.json`, `tensorboard/` in a folder.
 
-    Ranks but the main one write nothing but the exception that leaves the `with`. Call `begin`
-    before `train` and `val`. `num_workers` only serves the advice on a slow loader.
+    Until `open` names the folder, lines go to stdout and wait for the file. Ranks but the main one
+    write nothing but the exception that leaves the `with`. Call `begin` before `train` and `val`.
+    `num_workers` only serves the advice on a slow loader.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, device_id: int | str, num_workers: int = 0):
-        self._ranks, self.num_workers = ranks, num_workers
+    def __init__(self, ranks: Ranks, num_workers: int = 0):
+        self.ranks = ranks
+        self.num_workers = num_workers
+        self.bar = tqdm(disable=True)
+        self.text_path: Path | None = None
+        self.json_path: Path | None = None
+        self._waiting_lines: list[str] = []
+        self._events = None
+        self._steps = 0
+        self._per_epoch = 1
+
+    def open(self, folder: Path, device_id: int | str) -> None:
+        """Begin the files in `folder`, with the lines logged so far."""
+        folder.mkdir(parents=True, exist_ok=True)
         self.text_path = folder / f"train_{device_id}.log"
         self.json_path = folder / f"{datetime.now():%Y%m%d_%H%M%S}.log.json"
-        self.bar, self._events = tqdm(disable=True), None
-        folder.mkdir(parents=True, exist_ok=True)
-        if ranks.main:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
+        for line in self._waiting_lines:
+            _append(self.text_path, line)
+        self._waiting_lines.clear()
+        if self.ranks.main:
+            self._open_events(folder / "tensorboard")
 
-                self._events = SummaryWriter(str(folder / "tensorboard"))
-            except ImportError:
-                self.info("no events: the package tensorboard is not installed", "WARNING")
+    def _open_events(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.warning("no events: the package tensorboard is not installed")
+        else:
+            self._events = SummaryWriter(str(folder))
 
     def header(self, **about: str | int) -> None:
-        """The first JSON line: env_info, config, seed, exp_name (no `mode`: readers skip it)."""
-        self._record(about, 0)
+        """Write the first JSON line: env_info, config, seed, exp_name.
+
+        It has no `mode`, for which readers of the log skip it.
+        """
+        self._record(about, step=0)
         self.info("\n".join(f"{key}: {value}" for key, value in about.items()))
 
-    def info(self, text: str, level: str = "INFO") -> None:
-        if self._ranks.main:
-            with tqdm.external_write_mode():  # takes the bar away meanwhile
-                print(self._write(level, text), flush=True)
+    def info(self, text: str) -> None:
+        self._say("INFO", text)
+
+    def warning(self, text: str) -> None:
+        self._say("WARNING", text)
+
+    def warn_of(self, file: str, findings: Iterable[str]) -> None:
+        """Log what was noticed about a file, a line each."""
+        for finding in findings:
+            self.warning(f"{file}: {finding}")
 
     def begin(self, steps: int, done: int, per_epoch: int) -> None:
-        """The run has `steps`, `done` of them behind us; `bar` shows on a terminal only."""
-        self._steps, self._per_epoch = steps, per_epoch
-        self.bar = tqdm(total=steps, initial=done, disable=None if self._ranks.main else True)
+        """Show the bar, on a terminal only: `done` of the run's `steps` are behind it."""
+        self._steps = steps
+        self._per_epoch = per_epoch
+        disable = None if self.ranks.main else True  # None: tqdm shows it on terminals
+        self.bar = tqdm(total=steps, initial=done, disable=disable)
 
-    def train(self, step: int, lr: float, losses: dict, window: Window, memory_mib: int) -> None:
-        """The line after `step` steps of the run; `losses` are means, the total `loss` last."""
-        epoch, iter = (step - 1) // self._per_epoch + 1, (step - 1) % self._per_epoch + 1
-        entry = {"mode": "train", "epoch": epoch, "iter": iter, "lr": lr, "memory": memory_mib}
-        entry |= {"data_time": window.data_time, **losses, "time": window.time, "fps": window.fps}
-        self._record(entry | {"step": step}, step)
-        eta = (self._steps - step) * window.time * window.fps / window.fps_average
+    def train(
+        self, step: int, lr: float, losses: dict[str, float], window: Window, memory_mib: int
+    ) -> None:
+        """Write the line after `step` steps of the run.
+
+        `losses` are means over the window, the total `loss` last.
+        """
+        epoch = ceil_div(step, self._per_epoch)
+        iteration = step - (epoch - 1) * self._per_epoch
+        entry = {
+            "mode": "train",
+            "epoch": epoch,
+            "iter": iteration,
+            "lr": lr,
+            "memory": memory_mib,
+            "data_time": window.data_time,
+            **losses,
+            "time": window.time,
+            "fps": window.fps,
+            "step": step,
+        }
+        self._record(entry, step)
+        seconds_a_step = window.time * window.fps / window.fps_average
+        eta = timedelta(seconds=int((self._steps - step) * seconds_a_step))
+        warm_up = " (warm-up)" if window.warming_up else ""
         text = (
-            f"Epoch [{epoch}][{iter}/{self._per_epoch}]\tlr: {lr:.3e}, "
-            f"eta: {timedelta(seconds=int(eta))}, time: {window.time:.3f}, "
-            f"data_time: {window.data_time:.3f}, memory: {memory_mib}, {_fields(losses)}, "
-            f"fps: {window.fps:.2f}, fps_avg: {window.fps_average:.2f}"
-            f"{' (warm-up)' if window.warming_up else ''}, "
+            f"Epoch [{epoch}][{iteration}/{self._per_epoch}]\tlr: {lr:.3e}, eta: {eta}, "
+            f"time: {window.time:.3f}, data_time: {window.data_time:.3f}, memory: {memory_mib}, "
+            f"{_fields(losses)}, fps: {window.fps:.2f}, "
+            f"fps_avg: {window.fps_average:.2f}{warm_up}, "
             f"data_wait: {window.data_time * window.steps:.1f} s"
         )
-        if (share := window.data_time / window.time) > DATA_SHARE_LIMIT:
-            text += f" ({share:.0%} of the time: raise --num_workers (now {self.num_workers}), "
-            text += "put the data on a local disk, leave this run more CPU cores)"
-        self.info(text)
+        self.info(text + self._advice_on_loader(window))
+
+    def _advice_on_loader(self, window: Window) -> str:
+        share = window.data_time / window.time
+        if share <= DATA_SHARE_LIMIT:
+            return ""
+        return (
+            f" ({share:.0%} of the time: raise --num_workers (now {self.num_workers}), "
+            "put the data on a local disk, leave this run more CPU cores)"
+        )
 
     def val(self, step: int, lr: float, metrics: dict[str, float | str]) -> None:
-        """The line of an evaluation after `step` steps."""
-        epoch, iter = -(-step // self._per_epoch), self._per_epoch
-        self._record({"mode": "val", "epoch": epoch, "iter": iter, "lr": lr, **metrics}, step)
-        self.info(f"Epoch(val) [{epoch}][{iter}]\t{_fields(metrics)}")
+        """Write the line of an evaluation after `step` steps."""
+        epoch = ceil_div(step, self._per_epoch)
+        entry = {"mode": "val", "epoch": epoch, "iter": self._per_epoch, "lr": lr, **metrics}
+        self._record(entry, step)
+        self.info(f"Epoch(val) [{epoch}][{self._per_epoch}]\t{_fields(metrics)}")
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
         self.bar.close()
-        with suppress(OSError):  # of a full disk: `error` is the one to be told
+        with suppress(OSError):  # of a full disk: the first error is the one to be told
             if error is not None:
-                self._write("ERROR", f"rank {self._ranks.rank}: {kind.__name__}: {error}")
+                self._write("ERROR", f"rank {self.ranks.rank}: {kind.__name__}: {error}")
             if self._events is not None:
                 self._events.close()
+
+    def _say(self, level: str, text: str) -> None:
+        if self.ranks.main:
+            line = self._write(level, text)
+            with tqdm.external_write_mode():  # takes the bar away meanwhile
+                print(line, flush=True)
 
     def _write(self, level: str, text: str) -> str:
         stamp = datetime.now().isoformat(" ", "milliseconds").replace(".", ",")
         line = f"{stamp} - onestage - {level} - {text}"
-        _append(self.text_path, line)
+        if self.text_path is None:
+            self._waiting_lines.append(line)
+        else:
+            _append(self.text_path, line)
         return line
 
     def _record(self, entry: dict, step: int) -> None:
-        """A JSON line, floats to 5 decimals (a learning rate in full), and its events."""
-        if not self._ranks.main:
+        """Write a JSON line, and its floating-point numbers as TensorBoard events."""
+        if not self.ranks.main:
             return
-        floats = {key: value for key, value in entry.items() if isinstance(value, float)}
-        rounded = {key: round(value, 5) for key, value in floats.items() if key != "lr"}
-        _append(self.json_path, json.dumps(entry | rounded, allow_nan=False))
+        rounded = {}
+        for key, value in entry.items():
+            if isinstance(value, float) and key != "lr":
+                value = round(value, DECIMALS)
+            rounded[key] = value
+        _append(self.json_path, json.dumps(rounded, allow_nan=False))
         if self._events is not None:
-            for name, value in floats.items():
-                self._events.add_scalar(f"{entry['mode']}/{name}", value, step)
+            for key, value in entry.items():
+                if isinstance(value, float):
+                    self._events.add_scalar(f"{entry['mode']}/{key}", value, step)
             self._events.flush()
 
 
@@ -115,4 +183,9 @@ def _append(path: Path, line: str) -> None:
 
 
 def _fields(values: dict[str, float | str]) -> str:
-    return ", ".join(f"{k}: {v if isinstance(v, str) else f'{v:.4f}'}" for k, v in values.items())
+    texts = []
+    for key, value in values.items():
+        if not isinstance(value, str):
+            value = f"{value:.4f}"
+        texts.append(f"{key}: {value}")
+    return ", ".join(texts)

@@ -5,34 +5,52 @@ forgot the number of devices in TrainingTime; here it is the time of one iterati
 """
 
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.files import write_atomically
 
+MILLISECONDS = 1000  # in a second
 
-def write_summary(folder: Path, case: tuple, seconds, fps=None, accuracy=None, losses=()) -> list:
-    """Write `<CaseName>.log` and, of logged total `losses`, `train_<CaseName>_loss.txt`.
 
-    `case`: network, batch size of a rank, number of ranks, and "acc", "perf" or "eval"; `seconds`
-    of the whole run. Returns the closing lines, to be printed; a figure not given has no line.
+def write_summary(
+    folder: Path,
+    network: str,
+    batch_size: int,
+    num_ranks: int,
+    kind: str,
+    seconds: float,
+    fps: float | None = None,
+    accuracy: float | None = None,
+    losses: Sequence[float] = (),
+) -> list[str]:
+    """Write `<CaseName>.log` and, of the logged total losses, `train_<CaseName>_loss.txt`.
+
+    `batch_size` is that of a rank, `kind` is "acc", "perf" or "eval", `seconds` is the time of the
+    whole run. Return the closing lines, to be printed. A figure that is None has no line.
     """
-    network, batch_size, rank_size, kind = case
-    name = f"{network}_bs{batch_size}_{rank_size}p_{kind}"
-    values = {"Network": network, "RankSize": rank_size, "BatchSize": batch_size}
-    values |= {"DeviceType": platform.machine(), "CaseName": name}
-    closing = ["------------------ Final result ------------------"]
+    case_name = f"{network}_bs{batch_size}_{num_ranks}p_{kind}"
+    values = {
+        "Network": network,
+        "RankSize": num_ranks,
+        "BatchSize": batch_size,
+        "DeviceType": platform.machine(),
+        "CaseName": case_name,
+    }
+    closing_lines = ["------------------ Final result ------------------"]
     if fps is not None:
         values["ActualFPS"] = f"{fps:.2f}"
-        values["TrainingTime"] = f"{rank_size * batch_size * 1000 / fps:.2f}"  # ms an iteration
-        closing.append(f"Final Performance images/sec : {fps:.2f}")
+        values["TrainingTime"] = f"{num_ranks * batch_size * MILLISECONDS / fps:.2f}"
+        closing_lines.append(f"Final Performance images/sec : {fps:.2f}")
     if accuracy is not None:
         values["TrainAccuracy"] = f"{accuracy:.5f}"
-        closing.append(f"Final Train Accuracy : {accuracy:.5f}")
+        closing_lines.append(f"Final Train Accuracy : {accuracy:.5f}")
     if losses:
         values["ActualLoss"] = f"{losses[-1]:.4f}"
-        text = "".join(f"{loss:.4f}\n" for loss in losses)
-        write_atomically(folder / f"train_{name}_loss.txt", text.encode())
+        loss_list = "".join(f"{loss:.4f}\n" for loss in losses)
+        write_atomically(folder / f"train_{case_name}_loss.txt", loss_list.encode())
     values["E2ETrainingTime"] = f"{seconds:.0f}"
-    text = "".join(f"{key} = {value}\n" for key, value in values.items())
-    write_atomically(folder / f"{name}.log", text.encode())
-    return [*closing, f"E2E Training Duration sec : {seconds:.0f}"]
+    summary = "".join(f"{key} = {value}\n" for key, value in values.items())
+    write_atomically(folder / f"{case_name}.log", summary.encode())
+    closing_lines.append(f"E2E Training Duration sec : {seconds:.0f}")
+    return closing_lines

@@ -1,51 +1,75 @@
 """Loss terms of the steps since the last log line, kept on the device until they are wanted."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from common.npu.device import record_event
 
 
-class LossWindow:
-    """Sums of named loss terms, and for each the steps before its sum ceased to be finite.
+class NotFinite(NamedTuple):
+    """The first step of a window with a loss that is not finite."""
 
-    `add` waits for nothing. `fetch` starts the copy to the host that `means` and `bad` wait for.
+    step: int
+    term: str
+    image_ids: list[int]
+
+
+class LossWindow:
+    """Sums of named loss terms, and for each how many steps its sum stayed finite.
+
+    `add` waits for nothing. `fetch` starts the copy to the host that `means` and `first_not_finite`
+    wait for.
     """
 
     def __init__(self, names: tuple[str, ...], device: torch.device):
-        self.names, self.device = names, device
+        self.names = names
+        self.device = device
         self.steps = 0
-        self._images: list[tuple[int, Tensor]] = []  # iteration and image ids, on the host
         self._figures = torch.zeros(2, len(names), device=device)  # sums, steps with finite sums
+        self._step_numbers: list[int] = []
+        self._image_ids: list[Tensor] = []  # of each step, on the host
 
     def add(self, step: int, losses: dict[str, Tensor], image_ids: Tensor) -> None:
-        """Book a step's terms (0-dim, on the device) and its image ids (on the host)."""
-        sums, good = self._figures
+        """Add a step's terms (0-dim, on the device) and its image ids (on the host)."""
+        sums, finite_steps = self._figures
         sums += torch.stack([losses[name].detach().float() for name in self.names])
-        good += torch.isfinite(sums)  # a sum that is not finite stays so
-        self._images.append((step, image_ids))
+        finite_steps += torch.isfinite(sums)  # a sum that is not finite stays so
+        self._step_numbers.append(step)
+        self._image_ids.append(image_ids)
         self.steps += 1
 
     def fetch(self) -> "LossWindow":
+        """Start the copy to the host of what was added so far."""
         self._copy = self._figures.to("cpu", non_blocking=True)
         self._copied = record_event(self.device)
         return self
 
     def means(self) -> dict[str, float]:
-        """The mean of each term."""
+        """Return the mean of each term."""
         sums, _ = self._fetched()
-        return {name: total / self.steps for name, total in zip(self.names, sums, strict=True)}
+        means = {}
+        for name, total in zip(self.names, sums, strict=True):
+            means[name] = total / self.steps
+        return means
 
-    def bad(self) -> tuple[int, str, list[int]] | None:
-        """The first step with a loss that is not finite: iteration, term, image ids."""
-        _, good = self._fetched()
-        first = int(min(good))
-        if first == self.steps:
+    def first_not_finite(self) -> NotFinite | None:
+        """Return the first step with a loss that is not finite, None where all are.
+
+        Of terms that fail in the same step it names the first, a summand before the total.
+        """
+        _, finite_steps = self._fetched()
+        fewest = int(min(finite_steps))
+        if fewest == self.steps:
             return None
         # Counted from the end: a resumed window has no images of its earliest steps.
-        step, image_ids = self._images[first - self.steps]
-        # Of equally early terms the first named: a part before the total that it spoils.
-        return step, self.names[good.index(first)], image_ids.tolist()
+        position = fewest - self.steps
+        return NotFinite(
+            step=self._step_numbers[position],
+            term=self.names[finite_steps.index(fewest)],
+            image_ids=self._image_ids[position].tolist(),
+        )
 
     def _fetched(self) -> list[list[float]]:
         if self._copied is not None:
@@ -53,7 +77,7 @@ class LossWindow:
         return self._copy.tolist()
 
     def state_dict(self) -> dict:
-        """What a resumed run needs to log the same means (waits for the device)."""
+        """Return what a resumed run needs to log the same means (waits for the device)."""
         return {"figures": self._figures.cpu(), "steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:

@@ -1,4 +1,7 @@
-"""Device choice, and the few things that differ between npu, cuda and cpu."""
+"""Device choice, and everything that differs between npu, cuda and cpu.
+
+No other file outside `common/npu` asks for the kind of a device.
+"""
 
 import importlib.util
 import os
@@ -11,14 +14,53 @@ import torch
 
 from common.errors import UserError
 
-DEVICES = ("auto", "npu", "cuda", "cpu")
-_CANN = "source CANN's set_env.sh (bash: `source common/npu/env_npu.sh`)"
+KINDS = ("npu", "cuda", "cpu")  # in the order in which `auto` tries them
+DEVICES = ("auto", *KINDS)
+CANN_ADVICE = "source CANN's set_env.sh (bash: `source common/npu/env_npu.sh`)"
+BF16_PROCESSOR_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86 and Arm in /proc/cpuinfo
 
 
-def _trouble(kind: str) -> str | None:
-    """Why a kind of device cannot be used, or nothing; loads torch_npu on the way."""
-    if kind != "npu":
-        return None if kind == "cpu" or torch.cuda.is_available() else "no CUDA device"
+def setup_device(name: str = "auto", index: int = 0) -> tuple[torch.device, str]:
+    """Return the device of this process, ready to use, and a line saying why it was taken.
+
+    `auto` takes the first that works of npu, cuda, cpu. Raise UserError where the named device
+    cannot be used.
+    """
+    if name == "auto":
+        kind, obstacles = _first_usable_kind()
+    else:
+        kind = name
+        obstacles = []
+        obstacle = _obstacle(kind)
+        if obstacle is not None:
+            raise UserError(f"--device {kind}: {obstacle}")
+    if kind == "cpu":
+        reason = "; ".join(obstacles) or "as asked"
+        return torch.device("cpu"), f"device: cpu, {torch.get_num_threads()} threads ({reason})"
+    return _setup_accelerator(kind, index)
+
+
+def _first_usable_kind() -> tuple[str, list[str]]:
+    """Return the first kind of device that works, and why those before it do not."""
+    obstacles = []
+    for kind in KINDS:
+        obstacle = _obstacle(kind)
+        if obstacle is None:
+            return kind, obstacles
+        obstacles.append(f"{kind}: {obstacle}")
+    raise AssertionError("there always is a CPU")
+
+
+def _obstacle(kind: str) -> str | None:
+    """Return why a kind of device cannot be used, or None; load torch_npu on the way."""
+    if kind == "cpu":
+        return None
+    if kind == "cuda":
+        return None if torch.cuda.is_available() else "no CUDA device"
+    return _obstacle_to_npu()
+
+
+def _obstacle_to_npu() -> str | None:
     if importlib.util.find_spec("torch_npu") is None:
         return "torch_npu is not installed"
     if torch.version.cuda is not None:
@@ -27,35 +69,21 @@ def _trouble(kind: str) -> str | None:
     try:
         import torch_npu  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
-        return f"torch_npu does not load ({str(error).strip().splitlines()[0]}); {_CANN}"
+        first_line = str(error).strip().splitlines()[0]
+        return f"torch_npu does not load ({first_line}); {CANN_ADVICE}"
     if not torch.npu.is_available():
-        return f"torch_npu finds no NPU; check `npu-smi info` and {_CANN}"
+        return f"torch_npu finds no NPU; check `npu-smi info` and {CANN_ADVICE}"
     return None
 
 
-def setup_device(name: str = "auto", index: int = 0) -> tuple[torch.device, str]:
-    """The device of this process, ready to use, and a line saying why it was taken.
-
-    `auto` takes the first that works of npu, cuda, cpu. Raises UserError where the named device
-    cannot be had.
-    """
-    passed = []
-    for kind in DEVICES[1:] if name == "auto" else [name]:
-        reason = _trouble(kind)
-        if reason is None:
-            break
-        passed.append(f"{kind}: {reason}")
-    else:
-        raise UserError(f"--device {passed[0]}")
-    if kind == "cpu":
-        why = "; ".join(passed) or "as asked"
-        return torch.device("cpu"), f"device: cpu, {torch.get_num_threads()} threads ({why})"
+def _setup_accelerator(kind: str, index: int) -> tuple[torch.device, str]:
     module = getattr(torch, kind)
-    if index >= (count := module.device_count()):
+    count = module.device_count()
+    if index >= count:
         raise UserError(f"--device_id {index}: {count} {kind} devices here; use fewer processes")
     module.set_device(index)
     if kind == "npu":
-        # Prebuilt kernels and plain layouts: one compilation less per shape, nothing to cast back.
+        # Prebuilt kernels and plain layouts: one compilation less a shape, nothing to cast back.
         torch.npu.set_compile_mode(jit_compile=False)
         torch.npu.config.allow_internal_format = False
     torch.backends.cudnn.benchmark = True  # every shape of a training step is fixed
@@ -63,18 +91,23 @@ def setup_device(name: str = "auto", index: int = 0) -> tuple[torch.device, str]
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 is there; on a CPU: whether it is faster than fp32."""
+    """Return whether bfloat16 is there; on a CPU: whether it is faster than fp32."""
     if device.type == "npu":
         return torch.npu.is_bf16_supported()
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    flags = Path("/proc/cpuinfo")
-    words = flags.read_text().split() if flags.exists() else ()
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
+    processor = Path("/proc/cpuinfo")
+    if not processor.exists():
+        return False
+    flags = processor.read_text().split()
+    return not BF16_PROCESSOR_FLAGS.isdisjoint(flags)
 
 
 def has_infinity(device: torch.device) -> bool:
-    """Whether what overflows becomes infinite; on an Ascend 910A it stays at the largest number."""
+    """Return whether what overflows becomes infinite.
+
+    On an Ascend 910A it stays at the largest number.
+    """
     if device.type != "npu":
         return True
     import torch_npu
@@ -82,45 +115,67 @@ def has_infinity(device: torch.device) -> bool:
     return torch_npu.npu.utils.is_support_inf_nan()
 
 
+def has_fused_sgd(device: torch.device) -> bool:
+    """Return whether torch's fused SGD runs on the device: everywhere but on an Ascend 910A."""
+    return device.type != "npu" or has_bf16(device)
+
+
 def be_deterministic(device: torch.device) -> None:
-    """Same bits in every run on the same machine, where the device's kernels can."""
+    """Give the same bits in every run on the same machine, where the device's kernels can."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("HCCL_DETERMINISTIC", "true")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=device.type == "npu")
 
 
+def in_host_memory(device: torch.device) -> bool:
+    """Return whether tensors of the device lie in the host's memory and operations wait for none.
+
+    Everywhere else work is issued asynchronously, and a value read back waits for all of it.
+    """
+    return device.type == "cpu"
+
+
 def record_event(device: torch.device):
-    """An event after everything issued so far, with `synchronize()`; None on a CPU."""
+    """Return an event after everything issued so far, with `synchronize()`; None on a CPU."""
     if device.type == "cpu":
         return None
     return getattr(torch, device.type).current_stream().record_event()
 
 
 def memory_mib(device: torch.device) -> int:
-    """Peak memory in MiB: of tensors on the device, of the process on a CPU."""
-    if device.type != "cpu":
-        return getattr(torch, device.type).max_memory_allocated(device) >> 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    """Return the peak memory in MiB: of tensors on the device, of the process on a CPU."""
+    if device.type == "cpu":
+        kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return kibibytes >> 10
+    return getattr(torch, device.type).max_memory_allocated(device) >> 20
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
-    """The layout convolutions are fastest in: channels last, but for the NPU."""
-    return torch.contiguous_format if device.type == "npu" else torch.channels_last
+    """Return the layout convolutions are fastest in: channels last, but for the NPU."""
+    if device.type == "npu":
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 def compiles_each_shape(device: torch.device) -> bool:
-    """Whether a shape met for the first time costs seconds to minutes."""
+    """Return whether a shape met for the first time costs seconds to minutes."""
     return device.type == "npu"
 
 
 def chunk_size(tensor: torch.Tensor) -> int:
-    """How much of a batch to take at a time: a CPU is fastest on what fits its cache, one image."""
-    return 1 if tensor.device.type == "cpu" else len(tensor)
+    """Return how many images of a batch to process at a time.
+
+    A CPU is fastest on what fits its cache, one image; everything else takes the whole batch.
+    """
+    if tensor.device.type == "cpu":
+        return 1
+    return len(tensor)
 
 
 def environment() -> str:
-    """One line for logs: what this run stands on."""
-    packages = filter(None, (torch, sys.modules.get("torch_npu")))
-    versions = [f"{package.__name__} {package.__version__}" for package in packages]
-    return ", ".join([f"python {platform.python_version()}", *versions, platform.platform()])
+    """Return one line for logs: the versions and the platform that this run uses."""
+    versions = [f"python {platform.python_version()}", f"torch {torch.__version__}"]
+    if "torch_npu" in sys.modules:
+        versions.append(f"torch_npu {sys.modules['torch_npu'].__version__}")
+    return ", ".join([*versions, platform.platform()])

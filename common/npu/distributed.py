@@ -11,6 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 # CPU tensors and objects go over gloo on every device, tensors on the device over its own.
 BACKENDS = {"npu": "cpu:gloo,npu:hccl", "cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}
+# HCCL gives up before torch's watchdog ends the process, so that the reason is logged.
+HCCL_SHARE_OF_TIMEOUT = 0.9
 
 
 @dataclass(frozen=True)
@@ -27,84 +29,111 @@ class Ranks:
         return self.rank == 0
 
     def card(self, device_id: int = 0) -> int:
-        """Index of this process's card: its local rank, or what a single process asked for."""
-        return self.local_rank if self.world_size > 1 else device_id
+        """Return the index of this process's card.
+
+        Of several processes each takes its local rank, a single one what it was asked to take.
+        """
+        if self.world_size > 1:
+            return self.local_rank
+        return device_id
 
     @staticmethod
     def from_environment() -> "Ranks":
-        """From the variables that torchrun and torch.distributed.launch --use_env set."""
+        """Read the variables that torchrun and torch.distributed.launch --use_env set."""
         if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():
             return Ranks()
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-        return Ranks(*(int(os.environ.get(name, 1)) for name in names))
+        return Ranks(
+            rank=int(os.environ["RANK"]),
+            local_rank=int(os.environ["LOCAL_RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        )
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on at least one rank; every rank gets the same answer."""
+        """Return, on every rank, whether the flag is set on at least one of them."""
         votes = torch.tensor(int(flag))  # on the CPU: asked at every step, it may not wait
         if self.world_size > 1:
             dist.all_reduce(votes, dist.ReduceOp.MAX)
         return bool(votes)
 
     def all_gather_objects(self, value: object) -> list:
-        """Every rank's value, in order, on every rank."""
+        """Return every rank's value, in order, on every rank."""
         values = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value)
         return values
 
     def from_main(self, value: object) -> object:
-        """The main rank's value, on every rank: its folder may be out of the others' reach."""
+        """Return the main rank's value on every rank, whose folders the others may not reach."""
         values = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(values)
         return values[0]
 
     def barrier(self) -> None:
+        """Wait until all ranks have come here."""
         self.any(False)
 
 
 def start(device: torch.device, ranks: Ranks, timeout_seconds: float = 1800) -> None:
     """Join the process group, if there is more than one rank."""
-    if ranks.world_size > 1:
-        # Imported later, its default arguments keep the group for ever, and gloo's threads may then
-        # abort the process at its end.
-        from torch.distributed.nn import functional  # noqa: F401
+    if ranks.world_size == 1:
+        return
+    # Imported later, its default arguments keep the group for ever, and gloo's threads may then
+    # abort the process at its end.
+    from torch.distributed.nn import functional  # noqa: F401
 
-        # HCCL gives up before torch's watchdog ends the process, so that the reason is logged.
-        os.environ.setdefault("HCCL_EXEC_TIMEOUT", f"{0.9 * timeout_seconds:.0f}")
-        card, timeout = None if device.type == "cpu" else device, timedelta(seconds=timeout_seconds)
-        dist.init_process_group(BACKENDS[device.type], timeout=timeout, device_id=card)
+    hccl_seconds = HCCL_SHARE_OF_TIMEOUT * timeout_seconds
+    os.environ.setdefault("HCCL_EXEC_TIMEOUT", f"{hccl_seconds:.0f}")
+    dist.init_process_group(
+        BACKENDS[device.type],
+        timeout=timedelta(seconds=timeout_seconds),
+        device_id=None if device.type == "cpu" else device,
+    )
 
 
-def parallel(model: nn.Module, half: torch.dtype | None) -> nn.Module:
-    """DistributedDataParallel that leaves buffers alone; `half`: dtype gradients travel in."""
-    buffers = [name for name, _ in model.named_buffers()]
-    # Else every rank would start with those of rank 0; a resumed rank has its own.
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, buffers)
+def parallel(model: nn.Module, reduce_dtype: torch.dtype | None) -> nn.Module:
+    """Wrap a network in DistributedDataParallel, which leaves its buffers alone.
+
+    Else every rank would start with those of rank 0; a resumed rank has its own. Gradients travel
+    in `reduce_dtype`, None for their own.
+    """
+    buffer_names = [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, buffer_names)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    if half is not None:
-        wrapped.register_comm_hook(half, _reduce_in)
+    if reduce_dtype is not None:
+        wrapped.register_comm_hook(reduce_dtype, _mean_in_dtype)
     return wrapped
 
 
-def _reduce_in(half: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """Mean of a bucket of gradients over ranks; torch's own for bfloat16 refuses all but CUDA."""
-    small = bucket.buffer().to(half).div_(dist.get_world_size())
-    future = dist.all_reduce(small, async_op=True).get_future()
+def _mean_in_dtype(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Replace a bucket of gradients by its mean over ranks, which travels in `dtype`.
+
+    torch's own hook for bfloat16 refuses all devices but CUDA.
+    """
+    share = bucket.buffer().to(dtype).div_(dist.get_world_size())
+    future = dist.all_reduce(share, async_op=True).get_future()
     return future.then(lambda reduced: bucket.buffer().copy_(reduced.value()[0]))
 
 
 def gather_buffers(model: nn.Module, ranks: Ranks) -> list[dict[str, Tensor]]:
-    """Every rank's floating buffers (BN running statistics) on the CPU, in rank order."""
-    floating = ((name, b) for name, b in model.named_buffers() if b.is_floating_point())
-    return ranks.all_gather_objects({name: buffer.cpu() for name, buffer in floating})
+    """Return every rank's floating buffers (BN running statistics) on the CPU, in rank order."""
+    buffers = {}
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point():
+            buffers[name] = buffer.cpu()
+    return ranks.all_gather_objects(buffers)
 
 
 def mean_buffers(buffers: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean over ranks of what `gather_buffers` brought."""
-    return {name: torch.stack([rank[name] for rank in buffers]).mean(0) for name in buffers[0]}
+    """Return the mean over ranks of what `gather_buffers` returned."""
+    means = {}
+    for name in buffers[0]:
+        means[name] = torch.stack([of_rank[name] for of_rank in buffers]).mean(dim=0)
+    return means
 
 
 def average_buffers(model: nn.Module, ranks: Ranks) -> None:
     """Replace BN running statistics by their mean over ranks, on every rank."""
-    model.load_state_dict(mean_buffers(gather_buffers(model, ranks)), strict=False)
+    means = mean_buffers(gather_buffers(model, ranks))
+    model.load_state_dict(means, strict=False)

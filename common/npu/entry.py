@@ -6,62 +6,90 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
 
 import torch.distributed as dist
 
 from common.errors import UserError, one_line
 from common.npu.distributed import Ranks
 
-# What gloo and HCCL say of a rank that is gone or does not come.
-LOST = re.compile("[Cc]onnection (closed|reset)|[Tt]imed? ?out|Hccl")
+# The only place that reads messages of other libraries: torch, gloo and HCCL raise plain
+# RuntimeErrors and tell only in words that a rank is gone or that a loader worker was killed.
+LOST_RANK = re.compile("[Cc]onnection (closed|reset)|[Tt]imed? ?out|Hccl")
+KILLED_WORKER = re.compile("DataLoader worker")
 
 
-def run(main) -> None:
-    """Call an entry script's `main` and exit: with its status, or 1 after a UserError's line."""
-    name = f"error (rank {os.environ['RANK']})" if "RANK" in os.environ else "error"
+def run(main: Callable[[], int | None]) -> None:
+    """Call an entry script's `main` and exit with its status, or with 1 after a line on stderr.
+
+    Mistakes of ours keep their traceback.
+    """
     try:
         status = main()
-        if dist.is_initialized():
-            gc.collect()  # nothing may keep the group: its threads would outlive it
-            dist.destroy_process_group()
+        _leave_process_group()
     except UserError as error:
-        status = f"{name}: {one_line(error)}"
+        status = f"{_error_label()}: {one_line(error)}"
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except OSError as error:  # such as a full or read-only disk
-        status = f"{name}: {error.strerror or error}: {error.filename or 'see --output_dir'}"
+        reason = error.strerror or error
+        status = f"{_error_label()}: {reason}: {error.filename or 'see --output_dir'}"
     except RuntimeError as error:
-        if "DataLoader worker" in str(error):
-            hint = "often for want of memory or /dev/shm; lower --num_workers"
-        elif dist.is_initialized() and LOST.search(str(error)):
-            hint = "another rank has ended or does not answer, see its own message"
-        else:
+        advice = _advice(error)
+        if advice is None:
             raise
         reason = str(error).strip().splitlines()[0]
-        status = f"{name}: {hint}; go on with --resume=auto ({reason})"
+        status = f"{_error_label()}: {advice}; go on with --resume=auto ({reason})"
     finally:
-        # Loader workers that an error left behind sit out a SIGTERM, multiprocessing's too.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for worker in multiprocessing.active_children():
-            worker.kill()
+        _kill_workers()
     sys.exit(status)
 
 
-class StopRequest:
-    """SIGTERM and Ctrl-C ask all ranks to stop at the same step; a further Ctrl-C does not wait.
+def _error_label() -> str:
+    rank = os.environ.get("RANK")
+    return "error" if rank is None else f"error (rank {rank})"
 
-    status: the exit status of a process ended by the signal, 143 for SIGTERM.
+
+def _advice(error: RuntimeError) -> str | None:
+    """Return what a user can do about an error of another library, None for a mistake of ours."""
+    message = str(error)
+    if KILLED_WORKER.search(message):
+        return "often for want of memory or /dev/shm; lower --num_workers"
+    if dist.is_initialized() and LOST_RANK.search(message):
+        return "another rank has ended or does not answer, see its own message"
+    return None
+
+
+def _leave_process_group() -> None:
+    if dist.is_initialized():
+        gc.collect()  # nothing may keep the group: its threads would outlive it
+        dist.destroy_process_group()
+
+
+def _kill_workers() -> None:
+    """Kill loader workers that an error left behind, which outlive a SIGTERM."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+class StopRequest:
+    """SIGTERM and Ctrl-C ask all ranks to stop at the same step; a second Ctrl-C does not wait.
+
+    `status` is the exit status of a process ended by the signal, 143 for SIGTERM.
     """
 
     def __init__(self) -> None:
-        self.asked, self.status = False, 128 + signal.SIGTERM
+        self.requested = False
+        self.status = 128 + signal.SIGTERM
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+            signal.signal(number, self._request)
 
-    def _note(self, number: int, frame: object) -> None:
-        self.asked, self.status = True, 128 + number
+    def _request(self, number: int, frame: object) -> None:
+        self.requested = True
+        self.status = 128 + number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def agreed(self, ranks: Ranks, also: bool = False) -> bool:
-        """Whether any rank was asked to stop, or brings its own reason; the same on all ranks."""
-        return ranks.any(self.asked or also)
+        """Return, on all ranks, whether one of them was asked to stop or has a reason (`also`)."""
+        return ranks.any(self.requested or also)

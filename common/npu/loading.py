@@ -1,7 +1,10 @@
-"""How loader workers run: their number, what they read ahead, and which signals they leave alone."""
+"""How loader workers run: their number, what they read ahead, which signals they outlive."""
 
 import os
 import signal
+from collections.abc import Iterator
+
+from torch.utils.data import DataLoader
 
 PREFETCHED_BATCHES = 4  # by each worker: a slow batch now and then does not hold up a step
 MAX_WORKERS = 16  # for each rank: more do not speed up decoding, but cost memory
@@ -50,3 +53,10 @@ def outlive_signals(worker: int) -> None:
 
 def end_later(number: int, frame: object) -> None:
     signal.alarm(SECONDS_TO_OUTLIVE_SIGTERM)
+
+
+def repeat_first_batch(loader: DataLoader) -> Iterator:
+    """Yield the first batch of a loader again and again, as often as it has batches."""
+    batch = next(iter(loader))
+    for _ in range(len(loader)):
+        yield batch

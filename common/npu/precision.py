@@ -12,107 +12,178 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from common.errors import UserError
-from common.npu.device import has_bf16, has_infinity
+from common.npu.device import has_bf16, has_fused_sgd, has_infinity, in_host_memory
+
+LEVELS = ("O0", "O1", "O2")
+LOSS_SCALE = re.compile(r"dynamic|[1-9]\d*(\.\d+)?")
+NO_SCALE = "1"
 
 
 class Precision:
     """What a training step does differently by precision: autocast, backward, step.
 
-    dtype: of the network; reduce_dtype: what gradients travel in between ranks, None for their own.
+    `dtype` is that of the network; `reduce_dtype` is what gradients travel in between ranks, None
+    for their own.
     """
 
-    def __init__(self, device, level="O0", loss_scale="dynamic", dtype="auto", backend="native"):
-        if level not in ("O0", "O1", "O2"):
-            raise UserError(f"--amp {level}: not one of O0, O1, O2")
-        if not re.fullmatch(r"dynamic|[1-9]\d*(\.\d+)?", loss_scale):
+    def __init__(
+        self,
+        device: torch.device,
+        level: str = "O0",
+        loss_scale: str = "dynamic",
+        dtype: str = "auto",
+        backend: str = "native",
+    ):
+        if level not in LEVELS:
+            raise UserError(f"--amp {level}: not one of {', '.join(LEVELS)}")
+        if not LOSS_SCALE.fullmatch(loss_scale):
             raise UserError(f"--loss_scale {loss_scale}: not 'dynamic' or a number from 1 on")
-        self.device, self.level = device, level
-        self.dtype = torch.float32 if level == "O0" else _half(device, dtype)
-        self.apex = _apex() if backend == "apex" and level != "O0" else None
-        self.reduce_dtype = self.dtype if level == "O2" and not self.apex else None
-        self.loss_scale = loss_scale if self.dtype is torch.float16 else "1"
-        # Native: one of these two scales, the other does nothing.
-        dynamic = self.loss_scale == "dynamic"
-        if dynamic and not self.apex and not has_infinity(device):
+        self.device = device
+        self.level = level
+        self.dtype = torch.float32
+        self.apex = None
+        if level != "O0":
+            self.dtype = _half_dtype(device, dtype)
+            if backend == "apex":
+                self.apex = _import_apex()
+        self.reduce_dtype = None
+        if level == "O2" and self.apex is None:
+            self.reduce_dtype = self.dtype
+        self.loss_scale = NO_SCALE
+        if self.dtype is torch.float16:
+            self.loss_scale = loss_scale
+        self._set_up_native_scale()
+
+    def _set_up_native_scale(self) -> None:
+        """Set up one of two scales, the dynamic or the static one; the other does nothing."""
+        native = self.apex is None
+        dynamic = native and self.loss_scale == "dynamic"
+        if dynamic and not has_infinity(self.device):
             raise UserError("--loss_scale dynamic: this NPU hides overflows; give a number")
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dynamic and not self.apex)
-        self.static_scale = 1.0 if dynamic or self.apex else float(self.loss_scale)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dynamic)
+        self.static_scale = 1.0
+        if native and not dynamic:
+            self.static_scale = float(self.loss_scale)
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-        """With apex, its patched model and optimizer; call before going parallel."""
+        """Return what apex makes of the network and the optimizer; call it before going parallel.
+
+        Without apex they are returned as they are.
+        """
         if self.apex is None:
             return model, optimizer
-        options = {"opt_level": self.level, "loss_scale": self.loss_scale}
-        return self.apex.initialize(model, optimizer, **options)
+        return self.apex.initialize(
+            model, optimizer, opt_level=self.level, loss_scale=self.loss_scale
+        )
 
     def autocast(self) -> torch.autocast:
-        """Around the forward pass of the network; losses stay outside."""
+        """Return the context of the network's forward pass; losses stay outside of it."""
         enabled = self.dtype is not torch.float32 and self.apex is None
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
 
     def backward(self, loss: Tensor, optimizer: Optimizer) -> None:
-        """Scaled backward pass."""
+        """Run the backward pass of the scaled loss."""
         if self.apex is not None:
             with self.apex.scale_loss(loss, optimizer) as scaled:
                 scaled.backward()
-        else:
-            self.scaler.scale(loss * self.static_scale).backward()
+            return
+        self.scaler.scale(loss * self.static_scale).backward()
 
-    def step(self, optimizer: Optimizer, clip_norm=0.0, clip_each=0.0) -> Tensor | None:
-        """Unscale, clip each parameter's norm or the global one if asked, update. Nothing is read
-        back to the host, but for the one flag of a dynamic scale. Returns the global norm before
-        it is clipped, if that is asked."""
-        params = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-        grads, norm = [p.grad for p in params], None
+    def step(
+        self, optimizer: Optimizer, clip_norm: float = 0.0, clip_each: float = 0.0
+    ) -> Tensor | None:
+        """Unscale the gradients, clip them if asked, and update the weights.
+
+        `clip_norm` limits the global norm, `clip_each` that of each parameter; 0 does not. Nothing
+        is read back to the host but the one flag of a dynamic scale. Return the global norm before
+        it is clipped (0-dim, on the device), or None where `clip_norm` is 0.
+        """
+        parameters = []
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameters.append(parameter)
+        gradients = [parameter.grad for parameter in parameters]
         if self.static_scale != 1:
-            torch._foreach_mul_(grads, 1 / self.static_scale)
+            torch._foreach_mul_(gradients, 1 / self.static_scale)
         if clip_each:
-            norms = torch.stack(torch._foreach_norm(grads))
-            factors = self.scaler.scale(torch.full_like(norms, clip_each)) / norms
-            torch._foreach_mul_(grads, list(factors.clamp(max=1)))
+            self._clip_each(gradients, clip_each)
+        norm = None
         if clip_norm:
-            # The norm is unscaled, the gradients only in the fused update: GradScaler.unscale_
-            # would invert the scale in float64, which NPUs are slow at.
-            norm = nn.utils.get_total_norm(grads)
-            norm = norm / self.scaler.scale(torch.ones_like(norm))
-            nn.utils.clip_grads_with_norm_(params, clip_norm, norm)
+            norm = self._clip_global(parameters, gradients, clip_norm)
         self.scaler.step(optimizer)
         self.scaler.update()
         return norm
 
+    def _clip_each(self, gradients: list[Tensor], limit: float) -> None:
+        """Scale each gradient down to the norm `limit`, in the unit of the dynamic scale."""
+        norms = torch.stack(torch._foreach_norm(gradients))
+        limits = self.scaler.scale(torch.full_like(norms, limit))
+        factors = (limits / norms).clamp(max=1)
+        torch._foreach_mul_(gradients, list(factors))
+
+    def _clip_global(
+        self, parameters: list[Tensor], gradients: list[Tensor], limit: float
+    ) -> Tensor:
+        """Scale all gradients down to the global norm `limit`; return the norm they had.
+
+        The norm is unscaled here, the gradients only in the fused update: GradScaler.unscale_ would
+        invert the scale in float64, which NPUs are slow at.
+        """
+        norm = nn.utils.get_total_norm(gradients)
+        norm = norm / self.scaler.scale(torch.ones_like(norm))
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return norm
+
     def __str__(self) -> str:
-        kind, dtype = "apex " if self.apex else "", str(self.dtype).removeprefix("torch.")
-        return f"{kind}{self.level} ({dtype}, loss scale {self.loss_scale})"
+        dtype = str(self.dtype).removeprefix("torch.")
+        text = f"{self.level} ({dtype}, loss scale {self.loss_scale})"
+        return f"apex {text}" if self.apex else text
 
 
 def default_level(device: torch.device, recipe_level: str) -> str:
-    """The recipe's level on an accelerator; on a CPU O1 where bf16 is fast there, else O0."""
-    level_on_cpu = "O1" if has_bf16(device) else "O0"
-    return level_on_cpu if device.type == "cpu" else recipe_level
+    """Return the recipe's level on an accelerator; on a CPU O1 where bf16 is fast, else O0."""
+    if not in_host_memory(device):
+        return recipe_level
+    return "O1" if has_bf16(device) else "O0"
 
 
-def build_sgd(params: list, device: torch.device, **options: float) -> torch.optim.SGD:
-    """SGD in one fused kernel where the device has it; on an Ascend 910A one kernel per list."""
-    fused = device.type != "npu" or has_bf16(device)  # 910A: has neither
-    optimizer = torch.optim.SGD(params, fused=fused, **options)
+def build_sgd(parameters: list, device: torch.device, **options: float) -> torch.optim.SGD:
+    """Return SGD in one fused kernel where the device has it; else one kernel a list.
+
+    `parameters` are tensors or groups of them; `options` are those of torch's SGD.
+    """
+    optimizer = torch.optim.SGD(parameters, fused=has_fused_sgd(device), **options)
     # torch's fused kernel would take them uninitialised after a first step that overflowed.
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
-def _half(device: torch.device, wanted: str) -> torch.dtype:
-    """float16 on accelerators, bfloat16 on a CPU or as `wanted` ("auto", "fp16", "bf16")."""
-    on_cpu = device.type == "cpu"
-    if not on_cpu and wanted != "bf16":
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    """Set the rate of every parameter group, times its "lr_factor" where it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_factor", 1.0)
+
+
+def _half_dtype(device: torch.device, requested: str) -> torch.dtype:
+    """Return float16 on accelerators and bfloat16 on a CPU, or what was requested.
+
+    `requested` is "auto", "fp16" or "bf16". Raise UserError where the device cannot use it.
+    """
+    on_cpu = in_host_memory(device)
+    if not on_cpu and requested != "bf16":
         return torch.float16
-    if wanted == "fp16" or not (on_cpu or has_bf16(device)):
-        raise UserError(f"--amp_dtype {wanted}: of no use on this {device.type}; leave it to auto")
+    if requested == "fp16" or not (on_cpu or has_bf16(device)):
+        raise UserError(
+            f"--amp_dtype {requested}: of no use on this {device.type}; leave it to auto"
+        )
     return torch.bfloat16
 
 
-def _apex():
-    """The amp module of NVIDIA's or Ascend's apex."""
+def _import_apex():
+    """Return the amp module of NVIDIA's or Ascend's apex."""
     try:
         return importlib.import_module("apex.amp")
     except ImportError as error:

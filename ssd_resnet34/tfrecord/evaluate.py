@@ -1,46 +1,116 @@
-"""Evaluation of the TFRecord recipe: every record once, COCO's figures under the port's names."""
+#!/usr/bin/env python3
+"""Evaluate the newest checkpoint of the TFRecord recipe: every record counts once.
 
-import os
+    python3 evaluate.py --validation_file_pattern='tfrecord/val2017*' \\
+        --val_json_file=instances_val2017.json --model_dir=result_npu
+
+The metrics are COCO's, under the port's names.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import common  # noqa: F401 before torch
+
+# isort: split
+
 from collections.abc import Callable
-from datetime import datetime
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from common.coco.evaluation import STATS, Evaluation
+from common import flags
+from common.coco.evaluation import (
+    STATS,
+    Evaluation,
+    EvaluationOptions,
+    gather_result_rows,
+    to_result_rows,
+)
 from common.coco.index import read_annotations
+from common.coco.report import report_results
 from common.errors import UserError
+from common.fps.runlog import RunLog
+from common.npu import checkpoint, entry
 from common.npu.distributed import Ranks
-from ssd_resnet34.evaluate import detect_loaded, told
-from ssd_resnet34.tfrecord.config import Recipe
+from common.npu.loading import workers_per_rank
+from common.npu.run import start_process
+from ssd_resnet34.data import normalise
+from ssd_resnet34.tfrecord.config import RECIPES, Recipe
 from ssd_resnet34.tfrecord.data import build_loader
+from ssd_resnet34.tfrecord.detector import Detector
 from ssd_resnet34.tfrecord.index import RecordIndex, read_index
+from ssd_resnet34.tfrecord.options import parse, require_files
+from ssd_resnet34.tfrecord.port_lines import announce
 from ssd_resnet34.tfrecord.postprocess import detect
 
-# The port's names of the twelve figures.
-NAMES = {name: f"COCO/{name.replace('AR1', 'ARmax1')}" for name in STATS}
+# The port's names of the twelve metrics.
+PORT_NAMES = {name: f"COCO/{name.replace('AR1', 'ARmax1')}" for name in STATS}
 
 
-def validation_records(args, category_ids: tuple[int, ...]) -> RecordIndex:
-    """The records to evaluate. Raises UserError where `--val_json_file` does not know an image or a
-    category: found now, not after days of training."""
-    records = read_index(args.validation_file_pattern, "--validation_file_pattern", category_ids)
-    truth = read_annotations(args.val_json_file)
-    truth.raise_errors()
-    if missing := sorted(set(category_ids) - set(truth.category_ids)):
-        raise UserError(f"{args.val_json_file} has no category {missing[0]}; see --category_ids")
-    foreign = np.flatnonzero(~np.isin(records.image_ids, truth.image_ids))
-    if len(foreign):
-        image_id = records.image_ids[foreign[0]]
-        reason = f"image {image_id} is not in {args.val_json_file}"
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv, __doc__.split("\n")[0])
+    require_files(args)
+    ranks, device, reason = start_process(args.device, args.device_id, args.timeout, args.card)
+    state = None
+    if ranks.main:
+        state = checkpoint.load_newest(args.model_dir)
+    state = ranks.from_main(state)
+    if state is None:
+        raise UserError(f"no checkpoint in --model_dir={args.model_dir}; train first")
+    detector = Detector.from_checkpoint(state, flags.chosen_recipe(args, RECIPES), device)
+    recipe = detector.recipe
+    records = validation_records(
+        args.validation_file_pattern, args.val_json_file, recipe.category_ids
+    )
+    workers = workers_per_rank(args.num_workers, ranks.local_world_size)
+
+    with RunLog(ranks, workers) as log:
+        log.open(args.model_dir, args.device_id)
+        log.info(reason)
+        log.info(f"{state['path']}: {detector.report}")
+        result_rows = detect_all(detector.model, recipe, records, device, ranks, workers)
+        if result_rows is None:
+            return
+        options = flags.evaluation_options(args)
+        evaluation = evaluate_and_save(
+            result_rows, len(records), args.val_json_file, args.model_dir, options, log.info
+        )
+        steps = state["iteration"]
+        steps_per_epoch = recipe.iters_per_epoch(ranks.world_size)
+        lr = recipe.lr_at(steps - 1, steps_per_epoch, ranks.world_size, recipe.batch_size)
+        log.begin(steps, steps, steps_per_epoch)
+        log.val(steps, lr, evaluation.mmdet())
+
+
+def validation_records(
+    pattern: str, val_json_file: str, category_ids: tuple[int, ...]
+) -> RecordIndex:
+    """Return the records to evaluate.
+
+    Raise UserError where the JSON file does not know an image or a category: now, not after days of
+    training.
+    """
+    records = read_index(pattern, "--validation_file_pattern", category_ids)
+    annotations = read_annotations(val_json_file)
+    annotations.raise_errors()
+    missing = sorted(set(category_ids) - set(annotations.category_ids))
+    if missing:
+        raise UserError(f"{val_json_file} has no category {missing[0]}; see --category_ids")
+    unknown = np.flatnonzero(~np.isin(records.image_ids, annotations.image_ids))
+    if len(unknown):
+        image_id = records.image_ids[unknown[0]]
+        reason = f"image {image_id} is not in {val_json_file}"
         if image_id < 0:
             reason = "no image/source_id, which the evaluation needs; convert the data set again"
-        raise UserError(f"{records.where(foreign[0])}: {reason}")
+        raise UserError(f"{records.where(unknown[0])}: {reason}")
     return records
 
 
+@torch.no_grad()
 def detect_all(
     model: nn.Module,
     recipe: Recipe,
@@ -49,24 +119,41 @@ def detect_all(
     ranks: Ranks,
     workers: int,
 ) -> np.ndarray | None:
-    """Detect on every record once, shared among the ranks, in fp32; result rows on rank 0, else
-    None."""
-    loader = build_loader(recipe, records, False, ranks=ranks, workers=workers)
-    return detect_loaded(model, recipe, loader, detect, records.category_ids, device, ranks)
+    """Detect on every record once, in fp32, shared among the ranks.
+
+    Return the result rows of all ranks on the main one, None on the others.
+    """
+    loader = build_loader(recipe, records, training=False, ranks=ranks, workers=workers)
+    was_training = model.training
+    model.eval()
+    result_rows = []
+    show_bar = ranks.main and sys.stderr.isatty()
+    for images, sizes, image_ids in tqdm(loader, "evaluating", leave=False, disable=not show_bar):
+        outputs = model(normalise(images.to(device, non_blocking=True), recipe))
+        detections = detect(outputs, sizes, recipe)
+        for image_id, of_image in zip(image_ids.tolist(), detections, strict=True):
+            result_rows.append(to_result_rows(image_id, *of_image, records.category_ids))
+    model.train(was_training)
+    return gather_result_rows(result_rows, ranks)
 
 
-def assess(rows: np.ndarray, images: int, args, say: Callable[[str], None]) -> Evaluation:
-    """COCO's figures of result rows in `images` images, told in the port's lines too; files go to
-    `eval` in the output folder."""
-    outcome = told(rows, args.val_json_file, images, args.output_dir / "eval", args, say)
-    announce(f"Current AP: {outcome.stats['AP']:.5f}")
-    results = {NAMES[name]: value for name, value in outcome.stats.items()}
-    announce(f"Eval results: {results}")
-    return outcome
+def evaluate_and_save(
+    result_rows: np.ndarray,
+    num_images: int,
+    val_json_file: str,
+    folder: Path,
+    options: EvaluationOptions,
+    log: Callable[[str], None],
+) -> Evaluation:
+    """Evaluate result rows, log the metrics, in the port's lines too, and save them in `eval/`."""
+    evaluation = report_results(
+        result_rows, val_json_file, num_images, folder / "eval", options, log
+    )
+    announce(f"Current AP: {evaluation.stats['AP']:.5f}")
+    metrics = {PORT_NAMES[name]: value for name, value in evaluation.stats.items()}
+    announce(f"Eval results: {metrics}")
+    return evaluation
 
 
-def announce(text: str) -> None:
-    """Print a line as the port's users' scripts look for it, behind `] `."""
-    with tqdm.external_write_mode():
-        stamp = f"I{datetime.now():%m%d %H:%M:%S.%f} {os.getpid()}"
-        print(f"{stamp} ssd_main.py] {text}", flush=True)
+if __name__ == "__main__":
+    entry.run(main)

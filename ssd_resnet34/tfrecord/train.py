@@ -1,82 +1,188 @@
-"""Training of the TFRecord recipe: the first recipe's loop, this one's parts, the port's lines."""
+#!/usr/bin/env python3
+"""Train SSD300-ResNet34 on TFRecord files: the second recipe.
 
-import time
-from collections.abc import Sequence
+    python3 train.py --training_file_pattern='tfrecord/train2017*' \\
+        --validation_file_pattern='tfrecord/val2017*' --val_json_file=instances_val2017.json \\
+        --resnet_checkpoint=pretrain/model.ckpt-28152 --model_dir=result_npu
 
-import numpy as np
-from torch import Tensor, nn
+`--mode=train` does not evaluate. An epoch is what the schedule counts as one; the end of the
+records has no meaning here.
+"""
 
-from common.coco.evaluation import Evaluation
-from common.fps.window import LossWindow
-from ssd_resnet34 import train
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import common  # noqa: F401 before torch
+
+# isort: split
+
+import os
+
+from torch import nn
+
+from common import flags
+from common.errors import UserError
+from common.fps.progress import Progress
+from common.npu import distributed, entry
+from common.npu.device import memory_format
+from common.npu.precision import build_sgd, set_learning_rate
+from common.npu.run import Run, RunState
 from ssd_resnet34.tfrecord.augment import augment
-from ssd_resnet34.tfrecord.data import Batch
-from ssd_resnet34.tfrecord.evaluate import announce, assess, detect_all
+from ssd_resnet34.tfrecord.check import check_records
+from ssd_resnet34.tfrecord.config import RECIPES, Recipe
+from ssd_resnet34.tfrecord.data import build_loader, training_records
+from ssd_resnet34.tfrecord.evaluate import detect_all, evaluate_and_save, validation_records
+from ssd_resnet34.tfrecord.index import RecordIndex, read_index
 from ssd_resnet34.tfrecord.loss import DetectionLoss, decay_term
 from ssd_resnet34.tfrecord.model import build_model
+from ssd_resnet34.tfrecord.options import parse, require_files
+from ssd_resnet34.tfrecord.port_lines import PortLines
 from ssd_resnet34.tfrecord.weights import load_weights
 
+LOSSES = ("loss_cls", "loss_bbox", "loss")
+REMEDY = "lower --lr, clip with --clip_norm=10, use --loss_scale=dynamic, or see --check_data"
+RESUME_REMEDY = "start anew in another --model_dir, from its weights with --resnet_checkpoint"
 
-class Training(train.Training):
-    """As the first recipe's; `train_set` and `val_set` are RecordIndex, `weights` paths.
 
-    An epoch is what the schedule counts as one; the end of the records has no meaning here.
-    """
+def main(argv: list[str] | None = None) -> int | None:
+    args = parse(argv, __doc__.split("\n")[0])
+    recipe = flags.chosen_recipe(args, RECIPES)
+    if args.check_data:
+        patterns = {
+            "--training_file_pattern": args.training_file_pattern,
+            "--validation_file_pattern": args.validation_file_pattern,
+        }
+        return check_records(patterns, recipe)
+    require_files(args)
+    require_ranks()
 
-    remedy = "start anew in another --model_dir, from its weights with --resnet_checkpoint"
-    augment = staticmethod(augment)
+    # All that the run needs is read and built first. A former run's folder is moved only after
+    # that, by `open_output`: a run that is refused changes nothing.
+    run = Run.start(args, recipe, card=args.card)
+    world_size = run.ranks.world_size
+    steps_per_epoch = recipe.iters_per_epoch(world_size)
+    total_steps = recipe.total_steps(world_size)
+    if steps_per_epoch < 1:
+        raise UserError("--num_examples_per_epoch is less than one step's images; give more")
+    train_set = training_records(
+        read_index(args.training_file_pattern, "--training_file_pattern", recipe.category_ids)
+    )
+    val_set = train_set
+    if run.settings.evaluate:
+        val_set = validation_records(
+            args.validation_file_pattern, args.val_json_file, recipe.category_ids
+        )
 
-    def __init__(self, args, *parts, **named):
-        super().__init__(args, *parts, **named)
-        self.log_interval = max(1, min(args.log_interval, self.end // 2))
-        self.printed: dict[int, LossWindow] = {}  # by iteration, the loss that its line prints
-        self.clock: tuple[int, float] | None = None  # iteration and time of the last line
+    num_classes = len(recipe.category_ids)
+    model = build_model(recipe, num_classes)
+    if args.resnet_checkpoint and not run.resumed:
+        report = load_weights(model, args.resnet_checkpoint)
+        run.log.info(f"{args.resnet_checkpoint}: {report}")
+    elif not run.resumed:
+        run.log.warning("weights: random; --resnet_checkpoint gives the backbone's")
+    model.to(run.device, memory_format=memory_format(run.device))
+    criterion = DetectionLoss(recipe, num_classes).to(run.device)
+    optimizer = build_sgd(
+        list(model.parameters()),
+        run.device,
+        lr=0.0,  # set before each step
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+    )
 
-    def lengths(self) -> tuple[int, int]:
-        world_size = self.ranks.world_size
-        return self.recipe.iters_per_epoch(world_size), self.recipe.total_steps(world_size)
+    progress = Progress(
+        run, recipe, LOSSES, steps_per_epoch, total_steps, REMEDY, log_period=total_steps
+    )
+    network = {"network": recipe.name, "backbone": recipe.backbone}
+    state = RunState(
+        run, model, optimizer, progress, recipe, train_set, val_set, network, RESUME_REMEDY
+    )
+    state.restore()
+    parallel_model, optimizer = run.parallel(model, optimizer)
+    parallel_model.train()
+    loader = build_loader(
+        recipe,
+        train_set,
+        training=True,
+        ranks=run.ranks,
+        workers=run.workers,
+        seed=run.seed,
+        start=progress.steps_done,
+        end=progress.end,
+        pin_memory=run.pin_memory,
+    )
+    port_lines = PortLines(progress, run.device)
 
-    def build(
-        self, weights: Sequence[str], resumed: dict | None
-    ) -> tuple[nn.Module, DetectionLoss]:
-        model = build_model(self.recipe, len(self.classes))
-        for path in weights:
-            self.log.info(f"{path}: {load_weights(model, path)}")
-        if not (weights or resumed):
-            self.log.info("weights: random; --resnet_checkpoint gives the backbone's", "WARNING")
-        return model, DetectionLoss(self.recipe, len(self.classes))
+    with run.open_output(recipe):
+        base_lr = recipe.base_lr(world_size, recipe.batch_size)
+        progress.begin(len(train_set), num_classes, f"base learning rate {base_lr:g}")
+        if progress.evaluation_due():  # left undone by the run that this one goes on from
+            evaluate(run, recipe, progress, state, model, val_set, args.val_json_file)
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        losses = super().losses(batch)
-        if self.log_due(self.iteration + 1):
-            decay = decay_term(self.model.parameters(), self.recipe.weight_decay)
-            window = LossWindow(("loss",), self.device)
-            window.add(self.iteration, {"loss": losses["loss"] + decay}, batch.image_ids)
-            self.printed[self.iteration + 1] = window.fetch()
-        return losses
+        for step, batch in progress.steps(loader):
+            batch = batch.to(run.device)
+            images, boxes = augment(batch, recipe)
+            set_learning_rate(optimizer, progress.lr(step))
+            optimizer.zero_grad(set_to_none=True)
+            with run.precision.autocast():
+                outputs = parallel_model(images)
+            losses = criterion(outputs, boxes, batch.labels, batch.valid)
+            if progress.log_due(step + 1):
+                decay = decay_term(model.parameters(), recipe.weight_decay)
+                port_lines.add(step, losses["loss"] + decay, batch.image_ids)
+            run.precision.backward(losses["loss"], optimizer)
+            run.precision.step(optimizer, recipe.clip_norm)
+            progress.add(step, losses, batch.image_ids)
+            port_lines.print_logged()
 
-    def log_due(self, iteration: int) -> bool:
-        return iteration % self.log_interval == 0
+            if progress.checkpoint_due():
+                state.save()
+                port_lines.print_logged()
+            if progress.evaluation_due():
+                evaluate(run, recipe, progress, state, model, val_set, args.val_json_file)
 
-    def report(self) -> None:
-        """The run's log line, and on every rank the port's with its own loss of the last step."""
-        due = self.pending
-        super().report()
-        if due is None:
-            return
-        iteration, now = due[0], time.perf_counter()
-        printed = self.printed.pop(iteration)
-        announce(f"global_step...{iteration}")
-        if self.clock is not None:
-            begun, since = self.clock
-            images = (iteration - begun) * self.recipe.batch_size * self.ranks.world_size
-            lr, loss = self.lr(iteration - 1), printed.means()["loss"]
-            # As the port: six digits, and the shortest text of a float32.
-            fps = f"FPS: {images / (now - since):g}"
-            announce(f"{fps}, learning rate: {np.float32(lr)!s}, loss: {np.float32(loss)!s}")
-        self.clock = iteration, now
+        if progress.interrupted:
+            state.save()
+            return progress.exit_status()
+        progress.finish()
+        port_lines.print_logged()
+    return None
 
-    def figures(self) -> Evaluation | None:
-        shared = (self.device, self.ranks, self.log.num_workers)
-        rows = detect_all(self.model, self.recipe, self.val_set, *shared)
-        return None if rows is None else assess(rows, len(self.val_set), self.args, self.log.info)
+
+def require_ranks() -> None:
+    """Raise UserError where the port's launcher has told the size of the job, but not the rank."""
+    if "RANK" not in os.environ and os.environ.get("RANK_SIZE", "1") != "1":
+        raise UserError("RANK_SIZE is set without RANK; start several ranks with run_npu_8p.sh")
+
+
+def evaluate(
+    run: Run,
+    recipe: Recipe,
+    progress: Progress,
+    state: RunState,
+    model: nn.Module,
+    val_set: RecordIndex,
+    val_json_file: str,
+) -> None:
+    """Evaluate the network in fp32 on all ranks, log the result, and keep the best state."""
+    with progress.paused():
+        run.log.info(f"evaluating {len(val_set)} images")
+        distributed.average_buffers(model, run.ranks)
+        result_rows = detect_all(model, recipe, val_set, run.device, run.ranks, run.workers)
+        evaluation = None
+        if result_rows is not None:
+            evaluation = evaluate_and_save(
+                result_rows,
+                len(val_set),
+                val_json_file,
+                run.output_dir,
+                run.evaluation,
+                run.log.info,
+            )
+        if progress.add_evaluation(evaluation):
+            state.save_best()
+
+
+if __name__ == "__main__":
+    entry.run(main)

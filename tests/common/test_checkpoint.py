@@ -1,7 +1,6 @@
 import os
 import pickle
 import resource
-import subprocess
 import sys
 import types
 import zipfile
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from common.npu import checkpoint
+from common.npu.foreign import Placeholder
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,7 +118,7 @@ def noticed_or_harmless(path, data, place, bit, capsys):
     broken = bytearray(data)
     broken[place] ^= 1 << bit
     path.write_bytes(broken)
-    found = checkpoint.newest(path.parent)
+    found = checkpoint.load_newest(path.parent)
     told = capsys.readouterr().err
     if found is None:
         assert told.startswith(f"skipping checkpoint {path}")
@@ -165,10 +165,10 @@ def test_the_newest_whole_one_is_found_and_the_others_are_named(tmp_path, capsys
     (tmp_path / "best.pt").write_bytes(b"")
     (tmp_path / "iter_x.pt").write_bytes(b"")
     (tmp_path / "iter_2000.pt.77.tmp").write_bytes(b"half")
-    names = [path.name for path in checkpoint.by_age(tmp_path)]
+    names = [path.name for path in checkpoint.checkpoints_newest_first(tmp_path)]
     assert names == ["iter_1000.pt", "iter_300.pt", "iter_40.pt", "iter_5.pt"]
-    assert [path.name for path in checkpoint.by_age(tmp_path, 40)] == names[2:]
-    assert checkpoint.newest(tmp_path)["path"] == str(tmp_path / "iter_1000.pt")
+    assert [path.name for path in checkpoint.checkpoints_newest_first(tmp_path, 40)] == names[2:]
+    assert checkpoint.load_newest(tmp_path)["path"] == str(tmp_path / "iter_1000.pt")
     assert capsys.readouterr().err == ""
 
     cut, flipped = tmp_path / "iter_1000.pt", tmp_path / "iter_300.pt"
@@ -176,7 +176,7 @@ def test_the_newest_whole_one_is_found_and_the_others_are_named(tmp_path, capsys
     data = bytearray(flipped.read_bytes())
     data[data.index(torch.full((4,), 300.0).numpy().tobytes())] ^= 4
     flipped.write_bytes(data)
-    assert checkpoint.newest(tmp_path)["path"] == str(tmp_path / "iter_40.pt")
+    assert checkpoint.load_newest(tmp_path)["path"] == str(tmp_path / "iter_40.pt")
     skipped = capsys.readouterr().err.splitlines()
     assert len(skipped) == 2
     assert skipped[0].startswith(f"skipping checkpoint {cut} is missing, cut short or damaged")
@@ -184,26 +184,26 @@ def test_the_newest_whole_one_is_found_and_the_others_are_named(tmp_path, capsys
 
 
 def test_nothing_to_resume_from(tmp_path, capsys):
-    assert checkpoint.newest(tmp_path / "missing") is None
-    assert checkpoint.to_resume("auto", tmp_path) is None
-    assert checkpoint.to_resume("none", tmp_path) is None
+    assert checkpoint.load_newest(tmp_path / "missing") is None
+    assert checkpoint.load_resume_state("auto", tmp_path) is None
+    assert checkpoint.load_resume_state("none", tmp_path) is None
     assert capsys.readouterr().err == ""
 
 
 def test_resume_takes_the_newest_whole_one_and_says_what_it_skips(saved, capsys):
     saved.with_name("iter_9.pt").write_bytes(b"PK broken")
-    assert checkpoint.to_resume("none", saved.parent) is None
-    found = checkpoint.to_resume("auto", saved.parent)
+    assert checkpoint.load_resume_state("none", saved.parent) is None
+    found = checkpoint.load_resume_state("auto", saved.parent)
     assert found["path"] == str(saved)
     assert found["iteration"] == 3
     assert "skipping checkpoint" in capsys.readouterr().err
-    assert checkpoint.to_resume(str(saved), saved.parent / "elsewhere")["iteration"] == 3
+    assert checkpoint.load_resume_state(str(saved), saved.parent / "elsewhere")["iteration"] == 3
 
 
 def test_weights_alone_cannot_be_resumed(tmp_path):
     torch.save({"model": {}}, tmp_path / "weights.pt")
     with pytest.raises(UserError, match=r"weights\.pt: holds weights only; use --checkpoint_path"):
-        checkpoint.to_resume(str(tmp_path / "weights.pt"), tmp_path)
+        checkpoint.load_resume_state(str(tmp_path / "weights.pt"), tmp_path)
 
 
 def test_load_refuses_with_one_line_what_is_no_checkpoint(tmp_path):
@@ -282,7 +282,7 @@ def test_foreign_classes_become_placeholders(tmp_path, monkeypatch, foreign, as_
     assert loaded["meta"]["hooks"] == {"a": [1, 2]}
     buffer = loaded["message_hub"]["scalars"]["loss"]
     for held in (loaded["meta"]["config"], loaded["meta"]["best_score"], buffer):
-        assert isinstance(held, checkpoint.Placeholder)
+        assert isinstance(held, Placeholder)
         assert not vars(held)
     with pytest.raises(pickle.UnpicklingError):  # they are safe there and then only
         torch.load(path, weights_only=True)
@@ -307,77 +307,24 @@ def test_no_code_of_a_file_runs(tmp_path, capfd, as_zip, call):
     else:
         loaded = checkpoint.load(path)
         assert same(loaded["model"], state()["model"])
-        assert type(loaded["evil"]).__mro__[1] is checkpoint.Placeholder
+        assert type(loaded["evil"]).__mro__[1] is Placeholder
     assert not mark.exists()
     assert capfd.readouterr().out == ""
     call(text)
     assert mark.exists() or capfd.readouterr().out
 
 
-def test_tidy_keeps_the_newest_and_the_best(tmp_path):
+def test_deleting_keeps_the_newest_and_the_best(tmp_path):
     for name in ("iter_1.pt", "iter_20.pt", "iter_3.pt", "best.pt", "iter_9.pt.12.tmp", "note.txt"):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "iter_30.pt").write_bytes(b"of a former start, damaged")
-    checkpoint.tidy(tmp_path, 20, keep=2)
+    checkpoint.delete_old(tmp_path, 20, keep=2)
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["best.pt", "iter_20.pt", "iter_3.pt", "iter_30.pt", "note.txt"]
 
 
-def test_tidy_keeps_the_last_one_in_any_case(tmp_path):
+def test_deleting_keeps_the_last_one_in_any_case(tmp_path):
     for name in ("iter_1.pt", "iter_2.pt"):
         (tmp_path / name).write_bytes(b"x")
-    checkpoint.tidy(tmp_path, 2, keep=0)
+    checkpoint.delete_old(tmp_path, 2, keep=0)
     assert [path.name for path in tmp_path.iterdir()] == ["iter_2.pt"]
-
-
-@pytest.mark.parametrize("resumed", [True, False])
-def test_a_folder_in_use_is_refused(tmp_path, resumed):
-    """A lock of another process; the children of that process do not hold it any longer."""
-    code = (
-        "import os, sys, time; from pathlib import Path; from common.npu import checkpoint\n"
-        "checkpoint.make_room(Path(sys.argv[1]), True)\n"
-        "child = os.fork()\n"
-        "print(child, flush=True) if child else os.close(1)\n"
-        "time.sleep(60)"
-    )
-    folder = tmp_path / "output"
-    folder.mkdir()
-    (folder / "log").write_text("at work")
-    command = [sys.executable, "-c", code, str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as other:
-        child = int(other.stdout.readline())
-        try:
-            with pytest.raises(UserError, match=r"output: a running process uses it; name another"):
-                checkpoint.make_room(folder, resumed)
-            assert (folder / "log").read_text() == "at work"
-            other.kill()
-            other.wait()
-            checkpoint.make_room(folder, resumed)
-            assert (folder / "log").exists() == resumed
-        finally:
-            other.kill()
-            os.kill(child, 9)
-
-
-def test_make_room_renames_and_never_deletes(tmp_path):
-    folder = tmp_path / "output"
-    assert checkpoint.make_room(folder, False) is None
-    assert checkpoint.make_room(folder, False) is None
-    for text in ("first", "second", "third"):
-        (folder / "log").write_text(text)
-        line = checkpoint.make_room(folder, False)
-        assert str(folder) in line
-        assert [path.name for path in folder.iterdir()] == [checkpoint.LOCK]
-        assert Path(line.split()[-1], "log").read_text() == text
-    kept = sorted(path for path in tmp_path.iterdir() if path != folder)
-    assert {path.joinpath("log").read_text() for path in kept} == {"first", "second", "third"}
-    (folder / "log").write_text("fourth")
-    os.utime(folder, (1.7e9, 1.7e9))
-    clash = Path(checkpoint.make_room(folder, False).split()[-1])
-    assert clash.name.startswith("output_20231114_") or clash.name.startswith("output_20231115_")
-    (folder / "log").write_text("fifth")
-    os.utime(folder, (1.7e9, 1.7e9))
-    with pytest.raises(UserError, match=r"--output_dir .* cannot be made: .*not empty"):
-        checkpoint.make_room(folder, False)
-    assert (folder / "log").read_text() == "fifth"
-    assert (clash / "log").read_text() == "fourth"

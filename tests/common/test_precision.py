@@ -21,6 +21,7 @@ def _bf16(monkeypatch):
 @pytest.fixture
 def _no_bf16(monkeypatch):
     monkeypatch.setattr(module, "has_bf16", lambda device: False)
+    monkeypatch.setattr("common.npu.device.has_bf16", lambda device: False)
     monkeypatch.setattr(module, "has_infinity", lambda device: device is not NPU)
 
 

@@ -39,8 +39,9 @@ def window(data_share=0.1, seconds_a_step=0.5, warming_up=False):
     )
 
 
-def open_log(folder, rank=0, steps=600, per_epoch=200, **options):
-    log = RunLog(folder, Ranks(rank, rank, 4, 4), **({"device_id": 0} | options))
+def open_log(folder, rank=0, steps=600, per_epoch=200, device_id=0, num_workers=0):
+    log = RunLog(Ranks(rank, rank, 4, 4), num_workers)
+    log.open(folder, device_id)
     log.begin(steps, 0, per_epoch)
     return log
 
@@ -130,6 +131,24 @@ def test_a_resumed_run_loses_nothing_of_the_first(tmp_path):
     assert [line.get("step") for line in lines] == [None, 50, None, 100]
 
 
+def test_lines_before_the_folder_is_known_wait_for_the_file(tmp_path, capsys):
+    log = RunLog(Ranks())
+    log.info("early")
+    log.warn_of("a.json", ["odd", "odder"])
+    shown = capsys.readouterr().out
+    log.open(tmp_path, device_id=0)
+    log.info("late")
+    text = log.text_path.read_text()
+    assert text.startswith(shown)
+    messages = [line.split(" - ", 2)[2] for line in text.splitlines()]
+    assert messages == [
+        "INFO - early",
+        "WARNING - a.json: odd",
+        "WARNING - a.json: odder",
+        "INFO - late",
+    ]
+
+
 def test_other_ranks_write_only_what_ends_them(tmp_path, capsys):
     main = open_log(tmp_path)
     main.info("first")
@@ -137,7 +156,7 @@ def test_other_ranks_write_only_what_ends_them(tmp_path, capsys):
     with suppress(KeyError), open_log(tmp_path, rank=3) as log:
         log.header(**ABOUT)
         log.info("no")
-        log.info("no", "WARNING")
+        log.warning("no")
         train(log, 50)
         log.val(200, 0.1, METRICS)
         log.bar.update()

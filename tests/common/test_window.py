@@ -24,13 +24,13 @@ def test_means_of_each_window():
         add(w, step, float(step), 2.0 * step, 3.0 * step)
     assert w.steps == 4
     assert w.fetch().means() == {"loss_cls": 1.5, "loss_bbox": 3.0, "loss": 4.5}
-    assert w.bad() is None
+    assert w.first_not_finite() is None
     add(w, 4, 10.0, 20.0, 30.0)  # looking at a window does not end it
     assert w.fetch().means() == {"loss_cls": 3.2, "loss_bbox": 6.4, "loss": 9.6}
 
 
 def test_nothing_is_wrong_in_a_window_without_steps():
-    assert window().fetch().bad() is None
+    assert window().fetch().first_not_finite() is None
 
 
 def test_values_are_detached_copies():
@@ -56,8 +56,8 @@ def test_the_first_bad_step_is_latched(value):
     add(w, 102, NAN, 1.0, NAN)
     add(w, 103, 1.0, 1.0, 2.0)
     found = (101, "loss_bbox", [1010, 1011])
-    assert w.fetch().bad() == found
-    assert w.fetch().bad() == found  # looking changes nothing
+    assert w.fetch().first_not_finite() == found
+    assert w.fetch().first_not_finite() == found  # looking changes nothing
     assert not math.isfinite(w.means()["loss"])
 
 
@@ -65,10 +65,10 @@ def test_the_earliest_term_is_named_and_a_part_before_the_total():
     w = window()
     add(w, 0, 1.0, 1.0, INF)  # an overflow of the sum alone
     add(w, 1, NAN, NAN, NAN)
-    assert w.fetch().bad() == (0, "loss", [0, 1])
+    assert w.fetch().first_not_finite() == (0, "loss", [0, 1])
     w = window()
     add(w, 7, NAN, NAN, NAN)
-    assert w.fetch().bad() == (7, "loss_cls", [70, 71])
+    assert w.fetch().first_not_finite() == (7, "loss_cls", [70, 71])
 
 
 def test_a_resumed_window_goes_on_where_it_was():
@@ -93,6 +93,6 @@ def test_a_bad_step_after_a_resume_has_its_own_number():
         add(first, step, 1.0, 1.0, 1.0)
     w.load_state_dict(first.state_dict())
     add(w, 4, 1.0, 1.0, 1.0)
-    assert w.fetch().bad() is None
+    assert w.fetch().first_not_finite() is None
     add(w, 5, 1.0, NAN, NAN)
-    assert w.fetch().bad() == (5, "loss_bbox", [50, 51])
+    assert w.fetch().first_not_finite() == (5, "loss_bbox", [50, 51])

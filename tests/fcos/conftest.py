@@ -1,40 +1,19 @@
 """What the tests of fcos share: the golden files, the filled networks, real data."""
 
-import functools
-import json
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from common.coco.index import read_index
 from fcos.config import RECIPES
 from fcos.model import build_model
 from tests.golden.fill import fill_value
+from tests.golden_files import golden_reader
 
 TESTS = Path(__file__).parents[1]
 GOLDEN = TESTS / "golden" / "fcos"
 TINY = TESTS / "data" / "tiny_coco"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """As the golden values were computed; also far quicker on busy cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _handlers():
-    """A run in this process takes the signals; pytest gets them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
@@ -45,15 +24,7 @@ def recipe():
 @pytest.fixture(scope="session")
 def golden():
     """`golden("loss")`: the arrays of loss.npz; `golden("lr")`: the contents of lr.json."""
-
-    @functools.cache
-    def read(name):
-        path = GOLDEN / f"{name}.npz"
-        if path.exists():
-            return dict(np.load(path))
-        return json.loads((GOLDEN / f"{name}.json").read_text())
-
-    return read
+    return golden_reader("fcos")
 
 
 FACTORS = (
@@ -93,16 +64,6 @@ def filled_model(filled_state):
         return network.eval()
 
     return model
-
-
-@pytest.fixture(scope="session")
-def tiny_train():
-    return read_index(str(TINY / "annotations/instances_train2017.json"), str(TINY / "train2017"))
-
-
-@pytest.fixture(scope="session")
-def tiny_val():
-    return read_index(str(TINY / "annotations/instances_val2017.json"), str(TINY / "val2017"))
 
 
 @pytest.fixture(scope="session")

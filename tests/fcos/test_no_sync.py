@@ -1,25 +1,26 @@
 """A training step neither waits for the device nor has shapes that depend on the data."""
 
-from collections import Counter
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from common.npu.distributed import Ranks
+from benchmarks.loop import TrainingLoop
+from common.npu import checkpoint
 from common.npu.precision import Precision
-from fcos import loss, train
+from fcos import train
 from fcos.config import RECIPES
 from fcos.data import build_loader, orientation, training_records
-from tests.watch import Watch
+from fcos.model import build_model
+from tests.scripts import TINY
+from tests.watch import assert_equal_steps, watched_steps
 
 CPU = torch.device("cpu")
 SMALL = {"backbone": "resnet14", "channels": 64, "tower_convs": 1, "img_scale": ("64,107",)}
 
 
-def small(name, **fields):
-    return replace(RECIPES[name], **SMALL, batch_size=2, **fields)
+def small(name):
+    return replace(RECIPES[name], **SMALL, batch_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -27,75 +28,58 @@ def batches(tiny_train):
     """`batches(1)`: steps of two images of an orientation, with different numbers of boxes, the
     last without any."""
 
-    def of(lying, recipe):
+    def of(landscape, recipe):
         index = training_records(tiny_train)
-        records = index.subset(orientation(index) == lying)
-        found = list(build_loader(recipe, records, True, seed=2, end=3))
-        found[2] = found[2]._replace(valid=torch.zeros_like(found[2].valid))
-        assert len({batch.valid.sum().item() for batch in found}) == 3
-        return found
+        records = index.subset(orientation(index) == landscape)
+        batches = list(build_loader(recipe, records, True, seed=2, end=3))
+        batches[2] = batches[2]._replace(valid=torch.zeros_like(batches[2].valid))
+        assert len({batch.valid.sum().item() for batch in batches}) == 3
+        return batches
 
     return of
 
 
-def training(recipe, tiny_train, precision, frozen=True):
-    args = train.parse([])
-    log = SimpleNamespace(info=lambda text: None)
-    records = training_records(tiny_train)
-    torch.manual_seed(0)
-    run = train.Training(args, recipe, CPU, Ranks(), precision, log, records, records)
-    if frozen:
-        run.model.backbone.freeze()
-    return run
+@pytest.fixture(scope="module")
+def backbone_file(tmp_path_factory):
+    """Pretrained weights, with which the backbone is frozen in part."""
+    path = tmp_path_factory.mktemp("weights") / "resnet14.pth"
+    checkpoint.save(path, build_model(small("gn"), 3).backbone.state_dict())
+    return path
 
 
-def watched_steps(run, batches, allowed=0):
-    """The operations of each step but the first, which makes the optimizer's state."""
-    run.step(batches[0])
-    calls = []
-    for batch in batches[1:]:
-        with Watch(allowed) as watch:
-            run.step(batch)
-        calls.append(watch.calls)
-    assert run.iteration == len(batches)
-    return calls
+def training(recipe, precision, *flags):
+    where = [f"--data={TINY}", "--device=cpu", "--kind=perf"]
+    return TrainingLoop(train, recipe, [*where, *flags], precision)
 
 
-def assert_equal_steps(calls):
-    """The same operations on the same shapes in the same order, whatever the boxes."""
-    assert len(calls[0]) > 500
-    for later in calls[1:]:
-        assert Counter(later) == Counter(calls[0])
-        assert later == calls[0]
-
-
-@pytest.mark.parametrize("lying", [1, 0])
+@pytest.mark.parametrize("landscape", [1, 0])
 @pytest.mark.parametrize(("name", "level"), [("gn", "O0"), ("gn", "O1"), ("tricks", "O1")])
-def test_a_step_waits_for_nothing(tiny_train, batches, name, level, lying):
+def test_a_step_waits_for_nothing(batches, backbone_file, name, level, landscape):
     recipe = small(name)
-    run = training(recipe, tiny_train, Precision(CPU, level))
-    found = batches(lying, recipe)
-    assert {batch.images.shape[1:3] for batch in found} == {(64, 128) if lying else (128, 64)}
-    assert_equal_steps(watched_steps(run, found))
+    of_orientation = batches(landscape, recipe)
+    shapes = {batch.images.shape[1:3] for batch in of_orientation}
+    assert shapes == {(64, 128) if landscape else (128, 64)}
+    with training(recipe, Precision(CPU, level), f"--pretrained={backbone_file}") as loop:
+        assert_equal_steps(watched_steps(loop, of_orientation))
 
 
-def test_a_new_network_without_pretrained_weights(tiny_train, batches):
+def test_a_new_network_without_pretrained_weights(batches):
     recipe = small("nogn")
-    run = training(recipe, tiny_train, Precision(CPU), frozen=False)
-    assert_equal_steps(watched_steps(run, batches(1, recipe)))
+    with training(recipe, Precision(CPU)) as loop:
+        assert_equal_steps(watched_steps(loop, batches(1, recipe)))
 
 
-def test_a_step_with_static_scale_as_on_an_accelerator(tiny_train, batches, monkeypatch):
-    # There the whole batch goes through at once, and gradients are scaled.
-    monkeypatch.setattr(loss, "chunk_size", len)
-    recipe, precision = small("gn"), Precision(CPU, "O1")
+def test_a_step_with_static_scale(batches, backbone_file):
+    recipe = small("gn")
+    precision = Precision(CPU, "O1")
     precision.static_scale = 32.0
-    run = training(recipe, tiny_train, precision)
-    assert_equal_steps(watched_steps(run, batches(1, recipe)))
+    with training(recipe, precision, f"--pretrained={backbone_file}") as loop:
+        assert_equal_steps(watched_steps(loop, batches(1, recipe)))
 
 
-def test_a_dynamic_scale_reads_one_flag_at_most(tiny_train, batches):
-    recipe, precision = small("gn"), Precision(CPU)
+def test_a_dynamic_scale_reads_one_flag_at_most(batches, backbone_file):
+    recipe = small("gn")
+    precision = Precision(CPU)
     precision.scaler = torch.amp.GradScaler("cpu")
-    run = training(recipe, tiny_train, precision)
-    assert_equal_steps(watched_steps(run, batches(0, recipe), allowed=1))
+    with training(recipe, precision, f"--pretrained={backbone_file}") as loop:
+        assert_equal_steps(watched_steps(loop, batches(0, recipe), allowed=1))

@@ -5,9 +5,15 @@ import torch
 
 from common.errors import UserError
 from fcos.config import RECIPES
-from fcos.evaluate import own_network
 from fcos.model import build_model
-from fcos.weights import class_names_of, load_weights, mean_of, num_classes_of, published_state_dict
+from fcos.weights import (
+    class_names_of,
+    load_weights,
+    mean_of,
+    num_classes_of,
+    published_state_dict,
+    recipe_of_checkpoint,
+)
 
 
 @pytest.fixture
@@ -132,16 +138,16 @@ def test_heads_of_other_classes_start_anew(filled_state):
     assert_holds(model, before, report.reinitialised)
     assert_holds(model, filled_state("gn"), ["bbox_head.cls_convs.0.gn.weight"])
     with pytest.raises(UserError, match=r"f\.pth: .*2 re-initialised .* trained on these classes"):
-        report.demand_all("f.pth")
+        report.require_complete("f.pth")
 
 
 def test_evaluation_demands_a_whole_detector(model, filled_state):
     state = filled_state("gn")
     whole = load_weights(model, {k: v for k, v in state.items() if "num_batches" not in k})
-    assert whole.demand_all("f.pth") is whole
+    assert whole.require_complete("f.pth") is whole
     part = load_weights(model, {k: v for k, v in state.items() if k.startswith("backbone.")})
     with pytest.raises(UserError, match=r"f\.pth: .* missing, left as initialised"):
-        part.demand_all("f.pth")
+        part.require_complete("f.pth")
 
 
 def test_classes_of_a_checkpoint(filled_state):
@@ -156,12 +162,15 @@ def test_classes_of_a_checkpoint(filled_state):
 
 @pytest.mark.parametrize("name", ["gn", "nogn", "tricks"])
 def test_a_published_checkpoint_shows_its_network(filled_state, name):
-    state, said = {**runner_file(filled_state(name)), "path": "epoch_12.pth"}, []
-    for given in ("gn", "nogn", "tricks"):
-        assert own_network(RECIPES[given], state, said.append).head_norm == RECIPES[name].head_norm
-    found = own_network(replace(RECIPES["gn_2x"], max_detections=7), state, said.append)
-    assert found.max_detections == 7
+    state = {**runner_file(filled_state(name)), "path": "epoch_12.pth"}
+    for requested in ("gn", "nogn", "tricks"):
+        recipe = recipe_of_checkpoint(RECIPES[requested], state)
+        assert recipe.head_norm == RECIPES[name].head_norm
+    recipe = recipe_of_checkpoint(replace(RECIPES["gn_2x"], max_detections=7), state)
+    assert recipe.max_detections == 7
     for field in ("head_norm", "conv_bias", "norm_on_bbox", "centerness_on_reg", "mean", "nms_iou"):
-        assert getattr(found, field) == getattr(RECIPES[name], field), field
-    assert set(said) == {f"epoch_12.pth: has the head of --recipe={name}, which is taken"}
-    assert own_network(RECIPES["center"], {"path": "x", "state_dict": {}}) == RECIPES["center"]
+        assert getattr(recipe, field) == getattr(RECIPES[name], field), field
+
+
+def test_a_checkpoint_without_a_head_changes_nothing():
+    assert recipe_of_checkpoint(RECIPES["center"], {"state_dict": {}}) == RECIPES["center"]

@@ -1,9 +1,7 @@
 """What the tests of m2det share: the golden files, filled networks, real data."""
 
 import functools
-import json
 import re
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from common.coco.index import read_index
 from m2det.config import RECIPES
 from m2det.model import build_model
 from tests.golden.fill import fill_value
+from tests.golden_files import golden_reader
 
 TESTS = Path(__file__).parents[1]
 GOLDEN = TESTS / "golden" / "m2det"
@@ -27,24 +25,6 @@ SMOOTH, BN3 = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """As the golden values were computed; also far quicker on busy cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _handlers():
-    """A run in this process takes the signals; pytest gets them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture(scope="session")
 def recipe():
     return RECIPES["512_vgg"]
@@ -53,15 +33,7 @@ def recipe():
 @pytest.fixture(scope="session")
 def golden():
     """`golden("loss")`: the arrays of loss.npz; `golden("lr")`: the contents of lr.json."""
-
-    @functools.cache
-    def read(name):
-        path = GOLDEN / f"{name}.npz"
-        if path.exists():
-            return dict(np.load(path))
-        return json.loads((GOLDEN / f"{name}.json").read_text())
-
-    return read
+    return golden_reader("m2det")
 
 
 @functools.cache
@@ -99,16 +71,6 @@ def filled_model():
         return fill(model)
 
     return make
-
-
-@pytest.fixture(scope="session")
-def tiny_train():
-    return read_index(str(TINY / "annotations/instances_train2017.json"), str(TINY / "train2017"))
-
-
-@pytest.fixture(scope="session")
-def tiny_val():
-    return read_index(str(TINY / "annotations/instances_val2017.json"), str(TINY / "val2017"))
 
 
 def pad(truths, slots=48):

@@ -5,6 +5,7 @@ import torch
 
 from common.coco.index import COCO_CLASSES
 from common.errors import UserError
+from common.npu.weights import weights_on_cpu
 from m2det.config import RECIPES
 from m2det.model import build_model
 from m2det.weights import class_names_of, load_weights, num_classes_of, published_state_dict
@@ -80,13 +81,13 @@ def test_with_another_class_count_the_class_heads_alone_start_anew(state, classe
 
 def test_evaluation_demands_a_whole_detector(model, state):
     whole = load_weights(model, {k: v for k, v in state.items() if "num_batches" not in k})
-    assert whole.demand_all("f.pth") is whole
+    assert whole.require_complete("f.pth") is whole
     part = load_weights(model, {k: v for k, v in state.items() if k.startswith("base.")})
     with pytest.raises(UserError, match=r"f\.pth: .* missing, left as initialised"):
-        part.demand_all("f.pth")
+        part.require_complete("f.pth")
     narrow = {k: v[:1] if v.ndim == 4 and v.shape[1] > 3 else v for k, v in state.items()}
     with pytest.raises(UserError, match=r"f\.pth: .* re-initialised .* trained on these classes"):
-        load_weights(model, narrow).demand_all("f.pth")
+        load_weights(model, narrow).require_complete("f.pth")
 
 
 def test_sfam_is_skipped_or_missing(state):
@@ -126,7 +127,7 @@ def test_classes_of_a_checkpoint(classes):
 def test_given_buffers_stand_under_every_key_of_a_shared_module(model):
     """Means over ranks: the last key is what a loader is left with."""
     means = {"leach.0.bn.running_mean": torch.full((8,), 3.0), "Norm.running_var": torch.ones(32)}
-    state = published_state_dict(model, means)
+    state = weights_on_cpu(model, means)
     for key in ("leach.0.bn.running_mean", "leach.1.bn.running_mean"):
         assert torch.equal(state[key], means["leach.0.bn.running_mean"])
     assert torch.equal(state["Norm.running_var"], torch.ones(32))

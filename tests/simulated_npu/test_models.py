@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.loop import TrainingLoop
 from common.npu.distributed import Ranks
 from common.npu.precision import Precision
+from tests.scripts import TINY
 from tests.simulated_npu.audit import Audit
-from tests.ssd_resnet34.conftest import tiny_train, tiny_val  # noqa: F401
 
 pytestmark = pytest.mark.npu_sim
 # Recipes, and fields that make the network small.
@@ -55,7 +56,7 @@ def model(request, monkeypatch):
 
 
 @pytest.fixture
-def batches(model, tiny_train):  # noqa: F811
+def batches(model, tiny_train):
     """Five batches of two images with different numbers of boxes, one of them without any."""
     records = tiny_train
     if model.name == "fcos":  # batches of one orientation: their shape stays
@@ -65,38 +66,33 @@ def batches(model, tiny_train):  # noqa: F811
     return found
 
 
-def start(model, device, records, level="O0", loss_scale="dynamic"):
+def start(model, device, level="O0", loss_scale="dynamic"):
     """A run before its first step."""
-    torch.manual_seed(0)
-    precision = Precision(device, level, loss_scale)
-    log = SimpleNamespace(info=lambda *line: None)
-    args = model.train.parse([])
-    return model.train.Training(
-        args, model.recipe, device, Ranks(), precision, log, records, records
-    )
+    flags = [f"--data={TINY}", f"--device={device.type}", "--kind=perf"]
+    return TrainingLoop(model.train, model.recipe, flags, Precision(device, level, loss_scale))
 
 
-def test_steps_equal_the_cpus(npu, model, batches, tiny_train):  # noqa: F811
+def test_steps_equal_the_cpus(npu, model, batches):
     results = []
     for device in (npu, torch.device("cpu")):
-        run, losses = start(model, device, tiny_train), []
-        for batch in batches[:3]:
-            run.step(batch)
-            losses.append(run.window.fetch().means())
-        results.append((losses, [p.detach().cpu() for p in run.model.parameters()]))
+        with start(model, device) as loop:
+            losses = [loop.step(batch) for batch in batches[:3]]
+            weights = [p.detach().cpu() for p in loop.state.model.parameters()]
+        results.append((losses, weights))
     (losses, weights), (expected_losses, expected_weights) = results
     assert losses == expected_losses
     assert all(map(torch.equal, weights, expected_weights))
 
 
-def test_a_steady_step_waits_for_nothing(npu, model, batches, tiny_train, record_property):  # noqa: F811
-    run, audits = start(model, npu, tiny_train, "O1", "128"), []
-    for batch in batches:
-        pinned = {name: getattr(batch, name).pin_memory() for name in batch._fields[:-1]}
-        with Audit() as audit:
-            run.step(batch._replace(**pinned))
-        audits.append(audit)
-    title = f"{model.name}, a training step at {run.precision}"
+def test_a_steady_step_waits_for_nothing(npu, model, batches, record_property):
+    audits = []
+    with start(model, npu, "O1", "128") as loop:
+        for batch in batches:
+            pinned = {name: getattr(batch, name).pin_memory() for name in batch._fields[:-1]}
+            audit = Audit()
+            loop.step(batch._replace(**pinned), audit)
+            audits.append(audit)
+        title = f"{model.name}, a training step at {loop.state.run.precision}"
     record_property("audit", f"{title}\n{audits[-1].table()}")
     for before, audit in pairwise(audits[1:]):
         assert audit.ops > 500
@@ -104,7 +100,7 @@ def test_a_steady_step_waits_for_nothing(npu, model, batches, tiny_train, record
         assert {name: getattr(audit, name).total() for name in LIMITS} == LIMITS
 
 
-def test_an_evaluation_reads_once_a_batch(npu, model, tiny_val, record_property):  # noqa: F811
+def test_an_evaluation_reads_once_a_batch(npu, model, tiny_val, record_property):
     landscape = np.flatnonzero(tiny_val.sizes[:, 0] < tiny_val.sizes[:, 1])  # of one shape
     recipe = replace(model.recipe, eval_batch_size=2, **EVALUATION.get(model.name, {}))
     torch.manual_seed(0)

@@ -116,13 +116,13 @@ def test_heads_of_another_class_count_start_anew_and_are_reported(state):
 
 def test_evaluation_demands_a_whole_detector(model, state):
     whole = load_weights(model, {k: v for k, v in state.items() if "num_batches" not in k})
-    assert whole.demand_all("f.pth") is whole
+    assert whole.require_complete("f.pth") is whole
     part = load_weights(model, {k: v for k, v in state.items() if k.startswith("backbone.")})
     with pytest.raises(UserError, match=r"f\.pth: .* missing, left as initialised"):
-        part.demand_all("f.pth")
+        part.require_complete("f.pth")
     narrow = {k: v[:1] if v.ndim == 4 and v.shape[1] > 3 else v for k, v in state.items()}
     with pytest.raises(UserError, match=r"f\.pth: .* re-initialised .* trained on these classes"):
-        load_weights(model, narrow).demand_all("f.pth")
+        load_weights(model, narrow).require_complete("f.pth")
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,5 @@
 """What the tests of ssd_resnet34 share: the golden files, the filled network, real data."""
 
-import functools
-import json
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,33 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from common.coco.index import read_index
 from ssd_resnet34.config import RECIPES
 from ssd_resnet34.data import normalise
 from ssd_resnet34.model import build_model
 from tests.golden.fill import fill_value
+from tests.golden_files import golden_reader
 
 TESTS = Path(__file__).parents[1]
 GOLDEN = TESTS / "golden" / "ssd_resnet34"
 TINY = TESTS / "data" / "tiny_coco"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """As the golden values were computed; also far quicker on busy cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _handlers():
-    """A run in this process takes the signals; pytest gets them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
@@ -48,15 +27,7 @@ def recipe():
 @pytest.fixture(scope="session")
 def golden():
     """`golden("loss")`: the arrays of loss.npz; `golden("lr")`: the contents of lr.json."""
-
-    @functools.cache
-    def read(name):
-        path = GOLDEN / f"{name}.npz"
-        if path.exists():
-            return dict(np.load(path))
-        return json.loads((GOLDEN / f"{name}.json").read_text())
-
-    return read
+    return golden_reader("ssd_resnet34")
 
 
 @pytest.fixture(scope="session")
@@ -78,16 +49,6 @@ def filled_model(recipe, filled_state):
     model = build_model(recipe, 80)
     model.load_state_dict(filled_state)
     return model.eval()
-
-
-@pytest.fixture(scope="session")
-def tiny_train():
-    return read_index(str(TINY / "annotations/instances_train2017.json"), str(TINY / "train2017"))
-
-
-@pytest.fixture(scope="session")
-def tiny_val():
-    return read_index(str(TINY / "annotations/instances_val2017.json"), str(TINY / "val2017"))
 
 
 @pytest.fixture(scope="session")

@@ -4,18 +4,17 @@
 optimizer too.
 """
 
-from collections import Counter
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from common.npu.distributed import Ranks
+from benchmarks.loop import TrainingLoop
 from common.npu.precision import Precision
-from ssd_resnet34 import augment, loss, train
+from ssd_resnet34 import train
 from ssd_resnet34.data import build_loader, training_records
-from tests.watch import Watch
+from tests.scripts import TINY
+from tests.watch import assert_equal_steps, watched_steps
 
 CPU = torch.device("cpu")
 
@@ -25,67 +24,39 @@ def batches(recipe, tiny_train):
     """Steps of two images with different numbers of boxes; the last has none."""
     records = training_records(tiny_train)
     recipe = replace(recipe, batch_size=2)
-    found = list(build_loader(recipe, records, True, seed=2, end=3))
-    found[2] = found[2]._replace(valid=torch.zeros_like(found[2].valid))
-    assert len({batch.valid.sum().item() for batch in found}) == 3
-    return found
+    batches = list(build_loader(recipe, records, True, seed=2, end=3))
+    batches[2] = batches[2]._replace(valid=torch.zeros_like(batches[2].valid))
+    assert len({batch.valid.sum().item() for batch in batches}) == 3
+    return batches
 
 
-def training(recipe, tiny_train, precision, **fields):
-    recipe = replace(recipe, backbone="resnet18", batch_size=2, warmup=4, **fields)
-    args = train.parse([])
-    log = SimpleNamespace(info=lambda text: None)
-    records = training_records(tiny_train)
-    torch.manual_seed(0)
-    return train.Training(args, recipe, CPU, Ranks(), precision, log, records, records, None)
-
-
-def watched_steps(run, batches, allowed=0):
-    """The operations of each step but the first, which makes the optimizer's state."""
-    run.step(batches[0])
-    calls = []
-    for batch in batches[1:]:
-        with Watch(allowed) as watch:
-            run.step(batch)
-        calls.append(watch.calls)
-    assert run.iteration == len(batches)
-    return calls
-
-
-def assert_equal_steps(calls):
-    """The same operations on the same shapes in the same order, whatever the boxes."""
-    assert len(calls[0]) > 500
-    for later in calls[1:]:
-        assert Counter(later) == Counter(calls[0])
-        assert later == calls[0]
+def training(recipe, precision, **fields):
+    recipe = replace(recipe, backbone="resnet10", batch_size=2, warmup=4, **fields)
+    flags = [f"--data={TINY}", "--device=cpu", "--kind=perf"]
+    return TrainingLoop(train, recipe, flags, precision)
 
 
 @pytest.mark.parametrize("level", ["O0", "O1"])
-def test_a_step_waits_for_nothing(recipe, tiny_train, batches, level):
-    run = training(recipe, tiny_train, Precision(CPU, level))
-    calls = watched_steps(run, batches)
+def test_a_step_waits_for_nothing(recipe, batches, level):
+    with training(recipe, Precision(CPU, level)) as loop:
+        calls = watched_steps(loop, batches)
     assert_equal_steps(calls)
     names = {name for name, *_ in calls[0]}
     assert {"aten::convolution_backward", "aten::_fused_sgd_"} <= names
-    inputs = {given[0][0] for name, *given in calls[0] if name == "aten::convolution"}
+    inputs = {tensors[0][0] for name, *tensors in calls[0] if name == "aten::convolution"}
     assert inputs == {torch.bfloat16 if level == "O1" else torch.float32}
 
 
-def test_a_step_with_static_scale_and_clipping_as_on_an_accelerator(
-    recipe, tiny_train, batches, monkeypatch
-):
-    # There the whole batch goes through at once, and gradients are scaled.
-    for module in (augment, loss):
-        monkeypatch.setattr(module, "chunk_size", len)
+def test_a_step_with_static_scale_and_clipping(recipe, batches):
     precision = Precision(CPU, "O1")
     precision.static_scale = 128.0
-    run = training(recipe, tiny_train, precision, clip_norm=10.0)
-    assert_equal_steps(watched_steps(run, batches))
+    with training(recipe, precision, clip_norm=10.0) as loop:
+        assert_equal_steps(watched_steps(loop, batches))
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 10.0])
-def test_a_dynamic_scale_reads_one_flag_at_most(recipe, tiny_train, batches, clip_norm):
+def test_a_dynamic_scale_reads_one_flag_at_most(recipe, batches, clip_norm):
     precision = Precision(CPU)
     precision.scaler = torch.amp.GradScaler("cpu")
-    run = training(recipe, tiny_train, precision, clip_norm=clip_norm)
-    assert_equal_steps(watched_steps(run, batches, allowed=1))
+    with training(recipe, precision, clip_norm=clip_norm) as loop:
+        assert_equal_steps(watched_steps(loop, batches, allowed=1))

@@ -1,20 +1,17 @@
 """A training step of the TFRecord recipe waits for nothing, and its shapes are fixed."""
 
+import json
 from dataclasses import replace
-from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
-from common.fps.window import LossWindow
-from common.npu.distributed import Ranks
+from benchmarks.loop import TrainingLoop
 from common.npu.precision import Precision
-from ssd_resnet34 import ssd_main
-from ssd_resnet34.tfrecord import augment, loss
+from ssd_resnet34.tfrecord import train
 from ssd_resnet34.tfrecord.data import build_loader, training_records
 from ssd_resnet34.tfrecord.index import read_index
-from ssd_resnet34.tfrecord.train import Training
-from ssd_resnet34.train import LOSSES
 from tests.watch import Watch
 
 CPU = torch.device("cpu")
@@ -25,46 +22,52 @@ def records(golden_dir):
     return training_records(read_index(str(golden_dir / "train2017*"), "flag"))
 
 
-@pytest.mark.parametrize("all_at_once", [False, True])
-def test_steps_wait_for_nothing_log_steps_too(recipe, records, monkeypatch, all_at_once):
-    if all_at_once:  # as on an accelerator
-        for module in (augment, loss):
-            monkeypatch.setattr(module, "chunk_size", len)
-    recipe = replace(recipe, backbone="resnet10", batch_size=2, clip_norm=10.0 * all_at_once)
-    args = ssd_main.parse(["--log_interval=4", "--max_iters=8"])
-    log = SimpleNamespace(info=lambda *text: None)
-    parts = (CPU, Ranks(), Precision(CPU), log, records, records)
-    run = Training(args, recipe, *parts)
+@pytest.mark.parametrize("clip_norm", [0.0, 10.0])
+def test_steps_wait_for_nothing_log_steps_too(recipe, records, golden_dir, clip_norm):
+    recipe = replace(recipe, backbone="resnet10", batch_size=2, clip_norm=clip_norm)
+    flags = [f"--training_file_pattern={golden_dir}/train2017*", "--device=cpu", "--mode=train"]
+    flags += ["--log_interval=4", "--max_iters=8"]
     batches = list(build_loader(recipe, records, True, seed=2, end=4))
     batches[2] = batches[2]._replace(valid=torch.zeros_like(batches[2].valid))
-    run.step(batches[0])
     calls = []
-    for batch in batches[1:]:
-        with Watch() as watch:
-            run.step(batch)
-        calls.append(watch.calls)
+    # As on an accelerator, where a log line is written a step late.
+    late = mock.patch("common.fps.progress.in_host_memory", lambda device: False)
+    with late, TrainingLoop(train, recipe, flags, Precision(CPU)) as loop:
+        loop.step(batches[0])
+        for batch in batches[1:]:
+            watch = Watch()
+            loop.step(batch, watch)
+            calls.append(watch.calls)
     # The same operations on the same shapes whatever the boxes; a log step adds the printed loss.
     assert len(calls[0]) > 500
     assert calls[1] == calls[0]
     assert len(calls[2]) > len(calls[0])
-    assert list(run.printed) == [4]
 
 
-def test_the_printed_loss_is_the_steps_with_its_decay_even_a_step_late(recipe, records, capsys):
-    recipe = replace(recipe, backbone="resnet10", batch_size=2, weight_decay=0.1)
-    args = ssd_main.parse(["--log_interval=1", "--max_iters=3", "--num_examples_per_epoch=12"])
-    log = SimpleNamespace(train=lambda *line: None, info=lambda *text: None)
-    run = Training(args, recipe, CPU, Ranks(), Precision(CPU), log, records, records)
+@pytest.mark.parametrize("in_host_memory", [True, False])
+def test_the_printed_loss_is_the_steps_with_its_decay_even_a_step_late(
+    golden_dir, tmp_path, monkeypatch, capsys, in_host_memory
+):
     squares = []
-    for batch in build_loader(recipe, records, True, seed=2, end=3):
-        squares.append(sum(p.detach().square().sum().item() for p in run.model.parameters()))
-        run.step(batch)
-        run.report()  # as on an accelerator: of the step before
-        run.meter.step(0.0)
-        run.pending = run.iteration, run.window.fetch()
-        run.window = LossWindow(LOSSES, CPU)
+    decay_term = train.decay_term
+
+    def noted(parameters, weight_decay):
+        parameters = list(parameters)
+        squares.append(sum(p.detach().square().sum().item() for p in parameters))
+        return decay_term(parameters, weight_decay)
+
+    monkeypatch.setattr(train, "decay_term", noted)
+    monkeypatch.setattr("common.fps.progress.in_host_memory", lambda device: in_host_memory)
+    flags = [f"--training_file_pattern={golden_dir}/train2017*", "--device=cpu", "--mode=train"]
+    flags += ["--recipe=small", "--train_batch_size=2", "--wd=0.1", "--num_workers=0"]
+    flags += ["--log_interval=1", "--max_iters=3", f"--model_dir={tmp_path}/run"]
+    assert train.main(flags) is None
     printed = capsys.readouterr().out
-    assert printed.count("global_step...") == 2
-    (line,) = [line for line in printed.splitlines() if "FPS" in line]
-    value = float(line.rpartition("loss: ")[2])
-    assert value == pytest.approx(run.logged_losses[1] + 0.05 * squares[1], rel=1e-4)
+    assert printed.count("global_step...") == 3
+    lines = [line for line in printed.splitlines() if "FPS: " in line]
+    losses = [float(line.rpartition("loss: ")[2]) for line in lines]
+    (log,) = (tmp_path / "run").glob("*.log.json")
+    logged = [json.loads(line) for line in log.read_text().splitlines()]
+    logged = [line["loss"] for line in logged if line.get("mode") == "train"]
+    expected = [loss + 0.05 * square for loss, square in zip(logged, squares, strict=True)]
+    assert losses == pytest.approx(expected[1:], rel=1e-4)  # the first line has no speed yet

@@ -6,5 +6,4 @@ from tests.fcos.conftest import (  # noqa: F401
     golden,
     real_truth,
     recipe,
-    tiny_train,
 )

@@ -1,3 +1,3 @@
 """The fixtures of the ordinary tests of m2det."""
 
-from tests.m2det.conftest import filled_model, golden, recipe, tiny_train  # noqa: F401
+from tests.m2det.conftest import filled_model, golden, recipe  # noqa: F401

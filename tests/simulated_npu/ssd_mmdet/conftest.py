@@ -6,5 +6,4 @@ from tests.ssd_mmdet.conftest import (  # noqa: F401
     golden,
     real,
     recipe,
-    tiny_train,
 )

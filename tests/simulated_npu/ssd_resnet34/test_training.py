@@ -6,19 +6,19 @@ The CPU computes in the NPU path's way here: a whole batch at a time, contiguous
 import copy
 from dataclasses import replace
 from itertools import pairwise
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
 
-from common.npu.distributed import Ranks
+from benchmarks.loop import TrainingLoop
 from common.npu.precision import Precision, build_sgd
 from ssd_resnet34 import augment, data, loss, train
 from ssd_resnet34.data import build_loader, training_records
 from ssd_resnet34.loss import DetectionLoss
 from ssd_resnet34.postprocess import detect
+from tests.scripts import TINY
 from tests.simulated_npu.audit import Audit
 
 pytestmark = pytest.mark.npu_sim
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _the_npu_way(monkeypatch):
     for module in (augment, loss):
-        monkeypatch.setattr(module, "chunk_size", len)
+        monkeypatch.setattr(module, "chunk_size", len, raising=False)
     for module in (data, train):
         monkeypatch.setattr(module, "memory_format", lambda device: torch.contiguous_format)
 
@@ -43,28 +43,20 @@ def batches(recipe, tiny_train):
 
 
 @pytest.fixture
-def training(recipe, tiny_train):
+def training(recipe):
     """`training(device, "O1", "128")`: a run of a small network before its first step."""
 
     def start(device, level="O0", loss_scale="dynamic", **fields):
         small = replace(recipe, backbone="resnet10", batch_size=2, warmup=4, **fields)
-        records = training_records(tiny_train)
-        log = SimpleNamespace(info=lambda *line: None)
-        torch.manual_seed(0)
-        precision = Precision(device, level, loss_scale)
-        args = train.parse([])
-        return train.Training(args, small, device, Ranks(), precision, log, records, records)
+        flags = [f"--data={TINY}", f"--device={device.type}", "--kind=perf"]
+        return TrainingLoop(train, small, flags, Precision(device, level, loss_scale))
 
     return start
 
 
-def steps(run, batches) -> list[dict[str, float]]:
+def steps(loop, batches) -> list[dict[str, float]]:
     """The losses of each step."""
-    found = []
-    for batch in batches:
-        run.step(batch)
-        found.append(run.window.fetch().means())
-    return found
+    return [loop.step(batch) for batch in batches]
 
 
 def assert_equal_weights(one, other):
@@ -106,58 +98,68 @@ def test_golden_training_steps(npu, golden, recipe, filled_model, real, real_tru
 
 
 def test_clipped_training_equals_the_cpus(npu, training, batches):
-    on_npu, on_cpu = (training(device, clip_norm=10.0) for device in (npu, CPU))
-    assert steps(on_npu, batches[:3]) == steps(on_cpu, batches[:3])
-    assert_equal_weights(on_npu.model, on_cpu.model)
+    with training(npu, clip_norm=10.0) as loop:
+        losses = steps(loop, batches[:3])
+        on_npu = loop.state.model
+    with training(CPU, clip_norm=10.0) as loop:
+        assert steps(loop, batches[:3]) == losses
+        assert_equal_weights(on_npu, loop.state.model)
 
 
 def test_mixed_precision_stays_near(npu, training, batches):
-    exact = steps(training(npu), batches[:3])
-    static = training(npu, "O1", "128")
-    found = steps(static, batches[:3])
-    for one, other in zip(found, exact, strict=True):
+    with training(npu) as loop:
+        exact = steps(loop, batches[:3])
+    with training(npu, "O1", "128") as loop:
+        losses = steps(loop, batches[:3])
+        with_static_scale = loop.state.model
+    for one, other in zip(losses, exact, strict=True):
         assert one == pytest.approx(other, rel=0.01)
         assert one != other
     for level in ("O1", "O2"):
-        dynamic = training(npu, level, "dynamic")
-        dynamic.precision.scaler = torch.amp.GradScaler("npu", init_scale=128.0)
-        assert steps(dynamic, batches[:3]) == found
-        assert_equal_weights(dynamic.model, static.model)
-        assert dynamic.precision.scaler.get_scale() == 128
+        with training(npu, level, "dynamic") as loop:
+            precision = loop.state.run.precision
+            precision.scaler = torch.amp.GradScaler("npu", init_scale=128.0)
+            assert steps(loop, batches[:3]) == losses
+            assert_equal_weights(loop.state.model, with_static_scale)
+            assert precision.scaler.get_scale() == 128
 
 
 def test_a_dynamic_scale_finds_its_level(npu, training, batches):
     # From 65536 on the first steps overflow and are skipped, the momenta being none yet.
-    run = training(npu, "O1", "dynamic")
-    found = steps(run, batches)
-    assert 1 < run.precision.scaler.get_scale() < 65536
-    assert found[-1]["loss"] < found[0]["loss"]
-    assert max(p.abs().max().item() for p in run.model.parameters()) < 10
+    with training(npu, "O1", "dynamic") as loop:
+        losses = steps(loop, batches)
+        model = loop.state.model
+        assert 1 < loop.state.run.precision.scaler.get_scale() < 65536
+    assert losses[-1]["loss"] < losses[0]["loss"]
+    assert max(p.abs().max().item() for p in model.parameters()) < 10
 
 
 def test_an_overflow_skips_the_step_and_halves_the_scale(npu, training, batches):
-    run = training(npu, "O1", "dynamic")
-    run.step(batches[0])
-    run.precision.scaler.update(2.0**30)  # gradients in half precision end at 65504
-    before = copy.deepcopy(run.model.state_dict())
-    run.step(batches[1])
-    for name, parameter in run.model.named_parameters():
-        assert torch.equal(parameter, before[name]), name
-    assert run.precision.scaler.get_scale() == 2.0**29
+    with training(npu, "O1", "dynamic") as loop:
+        loop.step(batches[0])
+        scaler = loop.state.run.precision.scaler
+        scaler.update(2.0**30)  # gradients in half precision end at 65504
+        before = copy.deepcopy(loop.state.model.state_dict())
+        loop.step(batches[1])
+        for name, parameter in loop.state.model.named_parameters():
+            assert torch.equal(parameter, before[name]), name
+        assert scaler.get_scale() == 2.0**29
 
 
 @pytest.mark.parametrize(("level", "clip_norm"), [("O0", 10.0), ("O1", 0.0), ("O2", 10.0)])
 def test_audit_of_a_steady_step(npu, training, batches, level, clip_norm, record_property):
-    run = training(npu, level, "dynamic", clip_norm=clip_norm)
-    pinned = [batch._replace(**{f: getattr(batch, f).pin_memory() for f in batch._fields[:-1]})
-              for batch in batches]  # fmt: skip
-    run.step(pinned[0])
+    pinned = []
+    for batch in batches:
+        fields = {name: getattr(batch, name).pin_memory() for name in batch._fields[:-1]}
+        pinned.append(batch._replace(**fields))
     audits = []
-    for batch in pinned[1:]:
-        with Audit() as audit:
-            run.step(batch)
-        audits.append(audit)
-    title = f"ssd_resnet34, a training step at {run.precision}"
+    with training(npu, level, "dynamic", clip_norm=clip_norm) as loop:
+        loop.step(pinned[0])
+        for batch in pinned[1:]:
+            audit = Audit()
+            loop.step(batch, audit)
+            audits.append(audit)
+        title = f"ssd_resnet34, a training step at {loop.state.run.precision}"
     record_property("audit", f"{title}\n{audits[-1].table()}")
     for before, audit in pairwise(audits):
         assert audit.ops > 500

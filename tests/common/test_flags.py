@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from common import flags
 from common.errors import UserError
-from common.npu import checkpoint, cli
+from common.npu import checkpoint
 
 
 def option(default, *flags):
@@ -34,12 +35,11 @@ RECIPES = {"small": Recipe(), "large": Recipe(batch_size=64, augment=False)}
 
 
 def parser():
-    groups = dict.fromkeys(group for group, *_ in cli.FLAGS)
-    return cli.parser("Train.", *groups, recipes=RECIPES)
+    return flags.make_parser("Train.", *flags.TRAINING_GROUPS, recipes=RECIPES)
 
 
 def recipe_of(*words):
-    return cli.chosen_recipe(parser().parse_args(list(words)), RECIPES)
+    return flags.chosen_recipe(parser().parse_args(list(words)), RECIPES)
 
 
 @pytest.mark.parametrize(
@@ -110,15 +110,15 @@ def test_help_shows_every_flag_with_its_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for words in ("--batch-size", "(default: 32)", "(default: (4, 8))", "--no-augment", "--resume"):
         assert words in text
-    for _, names, _, explained in cli.FLAGS:
-        assert all(name in text for name in names.split())
-        assert explained in text
+    for flag in flags.FLAGS:
+        assert all(name in text for name in flag.names.split())
+        assert flag.help in text
     assert "hidden" not in text
 
 
 def test_a_script_has_the_groups_it_asks_for_and_flags_of_its_own(capsys):
-    p = cli.parser("Draw.", "files")
-    cli.add(p, "-k --count", 3, "how many")
+    p = flags.make_parser("Draw.", "files")
+    flags.add(p, "-k --count", 3, "how many")
     args = p.parse_args(["--output_dir=a_b"])
     assert (args.count, args.output_dir, args.checkpoint) == (3, Path("a_b"), "")
     assert not hasattr(args, "data")
@@ -188,29 +188,21 @@ def test_defaults_of_a_run():
     assert parser().parse_args(["--local_rank=3"]).local_rank == 3
 
 
-def test_workers(monkeypatch):
-    monkeypatch.setattr(cli.os, "sched_getaffinity", lambda pid: range(24), raising=False)
-    given = [parser().parse_args([f"--num_workers={count}"]) for count in (0, 5, 40)]
-    assert [cli.workers_for(args, 1) for args in given] == [0, 5, 40]
-    args = parser().parse_args([])
-    assert [cli.workers_for(args, ranks) for ranks in (1, 2, 8, 24, 30)] == [16, 11, 2, 0, 0]
-
-
 @pytest.mark.parametrize("given", [0, 80, 81])
 def test_a_class_count_that_agrees(given):
-    cli.check_num_classes(argparse.Namespace(num_classes=given), 80)
+    flags.check_num_classes(argparse.Namespace(num_classes=given), 80)
 
 
 @pytest.mark.parametrize("given", [1, 79, 82])
 def test_a_class_count_that_contradicts_the_file(given):
     with pytest.raises(UserError, match=f"--num_classes {given}: the annotations have 80"):
-        cli.check_num_classes(argparse.Namespace(num_classes=given), 80)
+        flags.check_num_classes(argparse.Namespace(num_classes=given), 80)
 
 
 def test_checkpoint_to_use(tmp_path, capsys):
     def use(folder, given=None):
         args = argparse.Namespace(checkpoint=given, output_dir=tmp_path / folder)
-        return Path(cli.checkpoint_to_use(args)["path"])
+        return Path(flags.checkpoint_to_use(args)["path"])
 
     with pytest.raises(UserError, match="give one with --checkpoint_path"):
         use("output")

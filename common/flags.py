@@ -1,0 +1,314 @@
+"""Command-line flags: those all detectors share, and one for every documented field of a recipe."""
+
+import argparse
+import dataclasses
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from common.coco.evaluation import EvaluationOptions
+from common.errors import UserError
+from common.npu import checkpoint
+from common.npu.device import DEVICES
+from common.npu.distributed import Ranks
+
+
+class Flag(NamedTuple):
+    """A shared flag; its type is that of its default."""
+
+    group: str
+    names: str  # separated by spaces
+    default: object
+    help: str
+    choices: tuple[str, ...] = ()
+
+
+FLAGS = (
+    # Where the data is.
+    Flag("data", "-d --data --data-path", "", "COCO folder: annotations/, train2017/, val2017/"),
+    Flag("data", "--train-annotations", "", "JSON file instead of the one in --data"),
+    Flag("data", "--train-images", "", "folder instead of the one in --data"),
+    Flag("data", "--val-annotations", "", "JSON file instead of the one in --data"),
+    Flag("data", "--val-images", "", "folder instead of the one in --data"),
+    Flag("data", "--num-workers", -1, "loader processes per rank; -1: from its share of the cores"),
+    Flag(
+        "data",
+        "--num-classes",
+        0,
+        "number of classes, with or without background, checked against the annotation file; "
+        "0: no check",
+    ),
+    # Which files are read and written.
+    Flag("files", "--output-dir", Path("output"), "logs, checkpoints, pictures"),
+    Flag(
+        "files",
+        "--checkpoint --checkpoint-path",
+        "",
+        "weights to start from; by default the newest checkpoint (train: none)",
+    ),
+    # How results are reported.
+    Flag("evaluation", "--per-class", False, "print the AP of every class"),
+    Flag(
+        "evaluation",
+        "--eval-backend",
+        "pycocotools",
+        "faster: the package faster-coco-eval",
+        choices=("pycocotools", "faster"),
+    ),
+    # What the process runs on.
+    Flag("device", "--device", "auto", "what to run on", choices=DEVICES),
+    Flag("device", "--device-id", 0, "card of a single process"),
+    Flag(
+        "process",
+        "--amp-dtype",
+        "auto",
+        "half type; auto: bf16 on a CPU, else fp16",
+        choices=("auto", "fp16", "bf16"),
+    ),
+    Flag(
+        "process",
+        "--amp-backend",
+        "native",
+        "apex: NVIDIA's or Ascend's",
+        choices=("native", "apex"),
+    ),
+    Flag("process", "--deterministic", False, "the same bits in every run"),
+    Flag("process", "--timeout", 1800.0, "seconds to wait for another rank"),
+    Flag("process", "--local-rank", 0, "what torch.distributed.launch may add; has no effect"),
+    # The course of a training run.
+    Flag("run", "--resume", "none", "go on from a file, or auto: the newest whole of --output-dir"),
+    Flag("run", "--pretrained", "", "ImageNet weights of the backbone"),
+    Flag("run", "-s --seed", 0, "seed of order and augmentation"),
+    Flag("run", "--max-iters --profile", 0, "stop after this many steps; 0: after the epochs"),
+    Flag("run", "--log-interval --print-interval", 20, "steps between log lines"),
+    Flag("run", "--save-interval", 0, "steps between checkpoints; 0: an epoch"),
+    Flag("run", "--keep", 2, "checkpoints to keep besides the best"),
+    Flag("run", "--save", True, "write checkpoints"),
+    Flag("run", "--check-data", False, "only check annotations and images, then stop"),
+    Flag("run", "--fake-input", False, "repeat the first batch: speed without the loader"),
+    Flag("run", "--kind", "acc", "perf: no evaluation at the end", choices=("acc", "perf")),
+    Flag("run", "--tag", "", "put before the experiment's name in the logs"),
+)
+TRAINING_GROUPS = ("data", "files", "run", "evaluation", "device", "process")
+
+# Flags for which -1 has a meaning; all other numbers are at least 0.
+MAY_BE_MINUS_ONE = ("num_workers", "local_rank")
+MAX_INTEGER = 2**63
+INDEXED_DEVICE = re.compile(r"(npu|cuda):(\d+)")
+POSITIVE_FIELDS = ("batch_size", "eval_batch_size", "epochs")  # of a recipe
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line and three liberties of the old scripts.
+
+    `--batch_size` and `--batch-size` are the same flag, `--device npu:1` is
+    `--device npu --device_id 1`, and `--steps=3,5` is `--steps 3 5`.
+    """
+
+    def parse_args(self, argv=None, namespace=None):
+        words = sys.argv[1:] if argv is None else list(argv)
+        words = [_with_dashes(word) for word in words]
+        words = _split_device_index(words)
+        words = self._split_lists(words)
+        args = super().parse_args(words, namespace)
+        self._check_ranges(args)
+        return args
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+    def _split_lists(self, words: list[str]) -> list[str]:
+        """Split `--steps=3,5` into three words; commas in lists of texts belong to the texts."""
+        list_flags = set()
+        for action in self._actions:
+            if action.nargs == "*" and action.type is not str:
+                list_flags.update(action.option_strings)
+        split = []
+        for word in words:
+            name, _, values = word.partition("=")
+            if name in list_flags:
+                split.append(name)
+                split.extend(value for value in re.split("[, ]", values) if value)
+            else:
+                split.append(word)
+        return split
+
+    def _check_ranges(self, args: argparse.Namespace) -> None:
+        for name, value in vars(args).items():
+            if not isinstance(value, int | float):
+                continue
+            least = -1 if name in MAY_BE_MINUS_ONE else 0
+            limit = MAX_INTEGER if isinstance(value, int) else float("inf")
+            if not least <= value < limit:
+                self.error(f"--{name} {value}: must be at least {least} and below {limit}")
+
+
+def _with_dashes(word: str) -> str:
+    """Write `--batch_size=a_b` with dashes, in the name only."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def _split_device_index(words: list[str]) -> list[str]:
+    """Write `--device=npu:1` and `--device npu:1` as `--device npu --device-id 1`."""
+    split = []
+    previous = ""
+    for word in words:
+        match = None
+        if word.startswith("--device="):
+            match = INDEXED_DEVICE.fullmatch(word.removeprefix("--device="))
+            if match:
+                split.append("--device")
+        elif previous == "--device":
+            match = INDEXED_DEVICE.fullmatch(word)
+        if match:
+            kind, index = match.groups()
+            split += [kind, "--device-id", index]
+        else:
+            split.append(word)
+        previous = word
+    return split
+
+
+def make_parser(description: str, *groups: str, recipes: dict | None = None) -> Parser:
+    """Return the parser of an entry script, with the shared flags of these groups.
+
+    With `recipes` there is `--recipe NAME` and a flag for every documented field as well. The
+    parsed arguments have `started`, the time in epoch seconds at which the launch script did.
+    """
+    parser = Parser(description=description, allow_abbrev=False)
+    started = os.environ.get("ONESTAGE_LAUNCH_TIME", time.time())
+    parser.set_defaults(started=float(started))
+    for title in groups:
+        group = parser.add_argument_group(title)
+        for flag in FLAGS:
+            if flag.group == title:
+                add(group, flag.names, flag.default, flag.help, choices=flag.choices)
+    if recipes:
+        _add_recipe_flags(parser, recipes)
+    return parser
+
+
+def _add_recipe_flags(parser: Parser, recipes: dict) -> None:
+    group = parser.add_argument_group("recipe")
+    names = tuple(recipes)
+    add(group, "--recipe", names[0], "preset that the following flags change", choices=names)
+    preset = recipes[names[0]]
+    for field in dataclasses.fields(preset):
+        if not field.metadata:  # an undocumented field has no flag
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        names = " ".join([flag, *field.metadata["flags"]])
+        default = getattr(preset, field.name)
+        add(group, names, default, field.metadata["help"], only_if_given=True)
+
+
+def add(
+    group: argparse.ArgumentParser | argparse._ArgumentGroup,
+    names: str,
+    default: object,
+    text: str,
+    choices: tuple[str, ...] = (),
+    only_if_given: bool = False,
+) -> None:
+    """Add a flag of its default's type.
+
+    `only_if_given`: the parsed arguments have no such attribute unless the flag is given.
+    """
+    if isinstance(default, bool):
+        options = {"action": argparse.BooleanOptionalAction}
+    elif isinstance(default, tuple):
+        element = type(default[0]) if default else int
+        options = {"type": element, "nargs": "*"}
+        if element is not str:
+            text += "; several: 3 5, or =3,5"
+    elif choices:
+        options = {"choices": choices}
+    else:
+        options = {"type": type(default)}
+    if default != "":
+        text += f" (default: {default})"
+    action = group.add_argument(*names.split(), default=argparse.SUPPRESS, help=text, **options)
+    if not only_if_given:
+        action.default = default
+
+
+def chosen_recipe(args: argparse.Namespace, recipes: dict):
+    """Return the preset of `--recipe` with the given flags on top."""
+    preset = recipes[args.recipe]
+    changes = {}
+    for field in dataclasses.fields(preset):
+        if field.metadata and hasattr(args, field.name):
+            value = getattr(args, field.name)
+            changes[field.name] = tuple(value) if isinstance(value, list) else value
+    recipe = dataclasses.replace(preset, **changes)
+    for name in POSITIVE_FIELDS:
+        value = getattr(recipe, name)
+        if value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+    return recipe
+
+
+def evaluation_options(args: argparse.Namespace) -> EvaluationOptions:
+    """Return what the flags of the group "evaluation" ask for."""
+    return EvaluationOptions(per_class=args.per_class, faster=args.eval_backend == "faster")
+
+
+def starting_weights(args: argparse.Namespace, ranks: Ranks) -> list[dict]:
+    """Load the checkpoints that a new run starts from: the backbone's, then the detector's.
+
+    `--recipe finetune` without either takes the newest checkpoint. All ranks must call it.
+    """
+    states = []
+    for path in (args.pretrained, args.checkpoint):
+        if path:
+            states.append(checkpoint.load(path))
+    if args.recipe == "finetune" and not states:
+        states.append(checkpoint_to_use(args, ranks))
+    return states
+
+
+def checkpoint_to_use(args: argparse.Namespace, ranks: Ranks | None = None) -> dict:
+    """Load `--checkpoint`, else the newest whole checkpoint that the main rank finds.
+
+    It looks in `--output-dir`, then in folders beside it and in those of the launch scripts there,
+    the last changed one first. Raise UserError where there is none.
+    """
+    if args.checkpoint:
+        return checkpoint.load(args.checkpoint)
+    ranks = ranks or Ranks()
+    state = None
+    if ranks.main:
+        state = _newest_around(args.output_dir)
+    state = ranks.from_main(state)
+    if state is None:
+        raise UserError(f"no checkpoint in {args.output_dir}; give one with --checkpoint_path")
+    return state
+
+
+def _newest_around(output_dir: Path) -> dict | None:
+    parent = output_dir.absolute().parent
+    neighbours = [*parent.glob("*"), *parent.glob("test/output/*")]
+    folders = [path for path in neighbours if path.is_dir()]
+    folders.sort(key=os.path.getmtime, reverse=True)
+    for folder in (output_dir, *folders):
+        state = checkpoint.load_newest(folder)
+        if state is not None:
+            return state
+    return None
+
+
+def check_num_classes(args: argparse.Namespace, num_classes: int) -> None:
+    """Raise UserError where `--num-classes` contradicts the annotation file, which decides.
+
+    The old scripts count the background as well.
+    """
+    if args.num_classes not in (0, num_classes, num_classes + 1):
+        raise UserError(
+            f"--num_classes {args.num_classes}: the annotations have {num_classes}; omit it"
+        )

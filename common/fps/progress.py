@@ -1,0 +1,237 @@
+"""The course of a run: its steps, what is due after each of them, its log lines and its end."""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+
+from torch import Tensor
+
+from common.coco.evaluation import Evaluation
+from common.errors import UserError, one_line
+from common.fps.curves import draw_curves
+from common.fps.meter import Meter
+from common.fps.summary import write_summary
+from common.fps.window import LossWindow, NotFinite
+from common.npu.checkpoint import checkpoints_newest_first
+from common.npu.device import in_host_memory, memory_mib
+from common.npu.run import Run
+
+NOT_EVALUATED = -1.0  # an AP that there is not
+
+
+class Progress:
+    """Counts the steps of a run, logs them, and knows what is due.
+
+    `recipe` gives `lr_at`, `batch_size`, `evaluation` (epochs), `threshold` and `name`; `terms` are
+    the names of the losses, the total `loss` last. A run has `steps_per_epoch` and ends after
+    `total_steps`, or after `--max_iters`. Log lines follow every `--log_interval` steps; the count
+    begins anew every `log_period` steps, by default an epoch. `remedy` ends the message on a loss
+    that is not finite.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        recipe,
+        terms: tuple[str, ...],
+        steps_per_epoch: int,
+        total_steps: int,
+        remedy: str,
+        log_period: int | None = None,
+    ):
+        self.run = run
+        self.recipe = recipe
+        self.terms = terms
+        self.steps_per_epoch = steps_per_epoch
+        self.end = total_steps
+        if run.settings.max_iters:
+            self.end = min(total_steps, run.settings.max_iters)
+        self.remedy = remedy
+        self.log_period = log_period or steps_per_epoch
+        # At least two lines an epoch and two a run, however short they are.
+        self.log_interval = max(
+            1, min(run.settings.log_interval, self.log_period // 2, self.end // 2)
+        )
+        self.images_per_step = recipe.batch_size * run.ranks.world_size
+        self.steps_done = 0
+        self.best_ap = NOT_EVALUATED
+        self.last_ap = NOT_EVALUATED
+        self.goal_reached = False
+        self.interrupted = False
+        self.window = LossWindow(terms, run.device)
+        self.meter = Meter(self.images_per_step)
+        self._evaluated_at = -1
+        self.logged_at = 0  # steps done at the last log line
+        self._to_report: tuple[int, LossWindow] | None = None  # on its way from the device
+        self._logged_losses: list[float] = []
+        self._waited = 0.0  # seconds for the batch of this step
+        self._bad_data: UserError | None = None
+
+    def begin(self, num_images: int, num_classes: int, rate: str) -> None:
+        """Log the plan of the run and start the clock; `rate` describes the learning rate."""
+        world_size = self.run.ranks.world_size
+        self.meter = Meter(self.images_per_step)
+        self.run.log.info(
+            f"{num_images} images, {num_classes} classes; global batch {self.images_per_step} "
+            f"({world_size} x {self.recipe.batch_size}): {rate}; "
+            f"{self.steps_per_epoch} iterations an epoch, steps {self.steps_done} to {self.end}; "
+            f"{self.meter.formula}"
+        )
+        self.run.log.begin(self.end, self.steps_done, self.steps_per_epoch)
+
+    def steps(self, loader: Iterable) -> Iterator[tuple[int, object]]:
+        """Yield the number of each step, from 0, and its batch; `add` must follow each.
+
+        It ends early where the goal is reached, a signal asks for it or a rank meets bad data: all
+        ranks leave at the same step. For the latter two `interrupted` is set.
+        """
+        batches = iter(loader)
+        while self.steps_done < self.end and not self.goal_reached:
+            asked_at = time.perf_counter()
+            batch = None
+            try:
+                batch = next(batches)
+            except UserError as error:
+                self._bad_data = error
+            self._waited = time.perf_counter() - asked_at
+            if self.run.stop.agreed(self.run.ranks, also=self._bad_data is not None):
+                self.interrupted = True
+                return
+            yield self.steps_done, batch
+
+    def exit_status(self) -> int:
+        """Return the exit status of an interrupted run; raise bad data as its UserError.
+
+        Every rank raises what one of them has met: whichever ends first tells it.
+        """
+        message = None
+        if self._bad_data is not None:
+            message = one_line(self._bad_data)
+        for message_of_rank in self.run.ranks.all_gather_objects(message):
+            if message_of_rank is not None:
+                raise UserError(message_of_rank)
+        return self.run.stop.status
+
+    def lr(self, step: int) -> float:
+        """Return the recipe's learning rate of a step, from 0."""
+        world_size = self.run.ranks.world_size
+        return self.recipe.lr_at(step, self.steps_per_epoch, world_size, self.recipe.batch_size)
+
+    def add(self, step: int, losses: dict[str, Tensor], image_ids: Tensor) -> None:
+        """Count a step with its losses (0-dim, on the device) and image ids (on the host)."""
+        self.window.add(step, losses, image_ids)
+        self.steps_done = step + 1
+        self.report()  # of an earlier step: an accelerator has this one to do meanwhile
+        self.meter.step(self._waited)
+        self.run.log.bar.update()
+        if self.log_due(self.steps_done):
+            self._to_report = (self.steps_done, self.window.fetch())
+            self.window = LossWindow(self.terms, self.run.device)
+            if in_host_memory(self.run.device):
+                self.report()
+
+    def log_due(self, steps_done: int) -> bool:
+        """Return whether a log line follows this many steps."""
+        within_period = (steps_done - 1) % self.log_period + 1
+        return within_period % self.log_interval == 0
+
+    def checkpoint_due(self) -> bool:
+        """Return whether the state is to be saved now.
+
+        That is after every interval, at the end, and before an evaluation: a run that ends in its
+        evaluation begins there again.
+        """
+        interval = self.run.settings.save_interval or self.steps_per_epoch
+        at_interval = self.steps_done % interval == 0
+        return at_interval or self.steps_done == self.end or self.evaluation_due()
+
+    def evaluation_due(self) -> bool:
+        """Return whether an evaluation is wanted after this step and not done."""
+        if not self.run.settings.evaluate or self._evaluated_at == self.steps_done:
+            return False
+        epoch = self.steps_done / self.steps_per_epoch
+        return self.steps_done == self.end or epoch in self.recipe.evaluation
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Stop the clock for evaluation or checkpoint writing; log first what is on its way."""
+        self.report()
+        return self.meter.paused()
+
+    def report(self) -> None:
+        """Write the log line that waits, if any: losses are means over the window and all ranks."""
+        if self._to_report is None:
+            return
+        steps_done, window = self._to_report
+        self._to_report = None
+        self._require_finite(window.first_not_finite())
+        means_of_ranks = self.run.ranks.all_gather_objects(window.means())
+        losses = {}
+        for term in self.terms:
+            losses[term] = sum(means[term] for means in means_of_ranks) / len(means_of_ranks)
+        self.logged_at = steps_done
+        self._logged_losses.append(losses["loss"])
+        lr = self.lr(steps_done - 1)
+        memory = memory_mib(self.run.device)
+        self.run.log.train(steps_done, lr, losses, self.meter.window(), memory)
+
+    def require_finite(self) -> None:
+        """Raise UserError, on all ranks, where a loss since the last log line is not finite."""
+        self.report()
+        self._require_finite(self.window.fetch().first_not_finite())
+
+    def _require_finite(self, not_finite: NotFinite | None) -> None:
+        first = None
+        for rank, of_rank in enumerate(self.run.ranks.all_gather_objects(not_finite)):
+            if of_rank is not None and (first is None or of_rank.step < first[1].step):
+                first = (rank, of_rank)
+        if first is None:
+            return
+        rank, (step, term, image_ids) = first
+        checkpoints = checkpoints_newest_first(self.run.output_dir)
+        epoch = step // self.steps_per_epoch + 1
+        raise UserError(
+            f"{term} is not finite, first at iteration {step} (epoch {epoch}) on rank {rank}, "
+            f"learning rate {self.lr(step):g}, images {image_ids}; "
+            f"last good checkpoint: {checkpoints[0] if checkpoints else 'none'}; {self.remedy}"
+        )
+
+    def add_evaluation(self, evaluation: Evaluation | None) -> bool:
+        """Log an evaluation, which only the main rank has; return whether it is the best so far."""
+        self._evaluated_at = self.steps_done
+        ap = None
+        if evaluation is not None:
+            ap = evaluation.stats["AP"]
+            self.run.log.val(self.steps_done, self.lr(self.steps_done - 1), evaluation.mmdet())
+        self.last_ap = self.run.ranks.from_main(ap)
+        self.goal_reached = 0 < self.recipe.threshold <= self.last_ap
+        if self.goal_reached:
+            self.run.log.info(f"AP goal {self.recipe.threshold:g} reached: training ends here")
+        is_best = self.last_ap > self.best_ap
+        self.best_ap = max(self.best_ap, self.last_ap)
+        return is_best
+
+    def finish(self) -> None:
+        """Write the summary and draw the curves."""
+        self.report()
+        log = self.run.log
+        folder = self.run.output_dir
+        kind = "acc" if self.run.settings.evaluate else "perf"
+        log.info(self.meter.formula)
+        if not self._logged_losses and any(folder.glob(f"*p_{kind}.log")):
+            log.info("nothing was left to log: curves and summary stay as they were")
+            return
+        if not self.run.ranks.main:
+            return
+        closing_lines = write_summary(
+            folder,
+            network=self.recipe.name,
+            batch_size=self.recipe.batch_size,
+            num_ranks=self.run.ranks.world_size,
+            kind=kind,
+            seconds=time.time() - self.run.settings.started,
+            fps=self.meter.fps_average if self._logged_losses else None,
+            accuracy=self.last_ap if self.run.settings.evaluate else None,
+            losses=self._logged_losses,
+        )
+        log.info("\n".join(closing_lines))
+        draw_curves(sorted(folder.glob("*.log.json")), folder / "curves.png")

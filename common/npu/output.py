@@ -1,0 +1,56 @@
+"""The output folder of a run: claimed by one run at a time, never overwritten."""
+
+import errno
+import fcntl
+from datetime import datetime
+from pathlib import Path
+
+from common.errors import UserError
+
+LOCK_FILE = ".lock"
+_held_locks = []  # open files: a lock lasts as long as its file is open
+
+
+def claim_output_folder(folder: Path, resumed: bool) -> str | None:
+    """Take a folder for this process alone.
+
+    Unless the run is `resumed`, a folder that a former run has filled is renamed with its time
+    stamp; return a line that says so, or None. Raise UserError where another process works in the
+    folder or it cannot be made.
+    """
+    message = None
+    try:
+        if not resumed and _holds_a_run(folder):
+            _lock(folder)
+            moved = folder.rename(_name_with_time(folder))
+            message = f"the former run in {folder} is now {moved}"
+        folder.mkdir(parents=True, exist_ok=True)
+        _lock(folder)
+    except BlockingIOError:
+        raise UserError(f"--output_dir {folder}: a running process uses it; name another") from None
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be made: {error}") from None
+    return message
+
+
+def _holds_a_run(folder: Path) -> bool:
+    return folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir())
+
+
+def _name_with_time(folder: Path) -> Path:
+    changed = datetime.fromtimestamp(folder.stat().st_mtime)
+    return folder.with_name(f"{folder.name}_{changed:%Y%m%d_%H%M%S_%f}")
+
+
+def _lock(folder: Path) -> None:
+    """Lock a folder until this process ends, where its file system has locks.
+
+    Loader workers do not inherit the lock. Raise BlockingIOError where another process has it.
+    """
+    file = (folder / LOCK_FILE).open("a")
+    _held_locks.append(file)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise BlockingIOError from error

@@ -1,0 +1,290 @@
+"""A process of a training run: its start, what it stands on, and the state that it saves."""
+
+import dataclasses
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from common import flags
+from common.coco.evaluation import EvaluationOptions
+from common.errors import UserError
+from common.fps.runlog import RunLog
+from common.npu import checkpoint, distributed
+from common.npu.device import be_deterministic, environment, in_host_memory, setup_device
+from common.npu.distributed import Ranks
+from common.npu.entry import StopRequest
+from common.npu.loading import workers_per_rank
+from common.npu.output import claim_output_folder
+from common.npu.precision import Precision, default_level
+from common.npu.weights import weights_on_cpu
+
+
+class Process(NamedTuple):
+    """What every program runs on."""
+
+    ranks: Ranks
+    device: torch.device
+    reason: str  # why this device was taken
+
+
+def start_process(
+    device_name: str, device_id: int, timeout_seconds: float, card: int | None = None
+) -> Process:
+    """Take a device and join the other ranks.
+
+    `device_id` is the card of a single process. Of several each takes the one of its local rank,
+    unless `card` names another. Raise UserError where the device cannot be used.
+    """
+    ranks = Ranks.from_environment()
+    if card is None:
+        card = ranks.card(device_id)
+    device, reason = setup_device(device_name, card)
+    distributed.start(device, ranks, timeout_seconds)
+    return Process(ranks, device, reason)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What the flags of the group "run" ask for."""
+
+    started: float  # epoch seconds at which the launch script started
+    max_iters: int  # 0: no limit
+    log_interval: int  # steps
+    save_interval: int  # steps; 0: an epoch
+    keep: int  # checkpoints
+    save: bool  # write checkpoints at all
+    evaluate: bool  # whether accuracy counts, not only speed
+
+
+@dataclass
+class Run:
+    """A process of a training run."""
+
+    ranks: Ranks
+    device: torch.device
+    precision: Precision
+    stop: StopRequest
+    log: RunLog
+    output_dir: Path
+    log_name: int | str  # part of the text log's file name
+    tag: str  # put before the experiment's name
+    seed: int
+    workers: int
+    settings: RunSettings
+    evaluation: EvaluationOptions
+    resumed: dict | None  # the checkpoint that the run goes on from
+
+    @staticmethod
+    def start(args: Namespace, recipe, card: int | None = None) -> "Run":
+        """Take a device, join the other ranks, and read the state that the run goes on from.
+
+        `recipe` gives the precision and the name; `card` as in `start_process`. Nothing of a former
+        run is moved yet: `open_output` does that, once all that the run needs has been read.
+        """
+        ranks, device, reason = start_process(args.device, args.device_id, args.timeout, card)
+        stop = StopRequest()
+        torch.manual_seed(args.seed)
+        if args.deterministic:
+            be_deterministic(device)
+        level = getattr(args, "amp", None) or default_level(device, recipe.amp)
+        precision = Precision(device, level, recipe.loss_scale, args.amp_dtype, args.amp_backend)
+        workers = workers_per_rank(args.num_workers, ranks.local_world_size)
+        log = RunLog(ranks, workers)
+        log.info(reason)
+        log.info(f"precision: {precision}")
+        resumed = None
+        if ranks.main:
+            resumed = checkpoint.load_resume_state(args.resume, args.output_dir)
+        return Run(
+            ranks=ranks,
+            device=device,
+            precision=precision,
+            stop=stop,
+            log=log,
+            output_dir=args.output_dir,
+            log_name=args.device_id,
+            tag=args.tag,
+            seed=args.seed,
+            workers=workers,
+            settings=RunSettings(
+                started=args.started,
+                max_iters=args.max_iters,
+                log_interval=args.log_interval,
+                save_interval=args.save_interval,
+                keep=args.keep,
+                save=args.save,
+                evaluate=args.kind == "acc",
+            ),
+            evaluation=flags.evaluation_options(args),
+            resumed=ranks.from_main(resumed),
+        )
+
+    @property
+    def resumed_classes(self) -> tuple[str, ...] | None:
+        """The class names of the run that this one goes on from, None for a new run."""
+        if self.resumed is None:
+            return None
+        return tuple(self.resumed["classes"])
+
+    @property
+    def pin_memory(self) -> bool:
+        """Whether batches are to lie in pinned memory, from which copies are asynchronous."""
+        return not in_host_memory(self.device)
+
+    def log_network_change(self, checkpoint: dict, before, after) -> None:
+        """Log in which fields of a recipe a checkpoint's network differs from the requested one."""
+        changes = []
+        for field in dataclasses.fields(before):
+            requested = getattr(before, field.name)
+            trained = getattr(after, field.name)
+            if requested != trained:
+                changes.append(f"{field.name} {trained!r} instead of {requested!r}")
+        if changes:
+            self.log.info(f"{checkpoint['path']}: its network is trained: {', '.join(changes)}")
+
+    def open_output(self, recipe) -> RunLog:
+        """Claim the output folder and begin the log in it; return the log, for a `with`.
+
+        A former run in the folder is renamed: everything that this one needs has been read.
+        """
+        self.ranks.barrier()
+        message = None
+        if self.ranks.main:
+            resumed = self.resumed is not None
+            message = claim_output_folder(self.output_dir, resumed)
+        self.ranks.barrier()
+        self.log.open(self.output_dir, self.log_name)
+        self.log.header(
+            env_info=environment(),
+            config=recipe.listing(),
+            seed=self.seed,
+            exp_name=f"{self.tag}{recipe.name}",
+        )
+        if message is not None:
+            self.log.info(message)
+        return self.log
+
+    def parallel(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        """Return the network and the optimizer as the precision and the number of ranks ask."""
+        network, optimizer = self.precision.prepare(model, optimizer)
+        if self.ranks.world_size > 1:
+            network = distributed.parallel(network, self.precision.reduce_dtype)
+        return network, optimizer
+
+
+class RunState:
+    """Writes the state of a run, and puts a written one back: the only place that knows its form.
+
+    `progress` is a `common.fps.progress.Progress`. `network` holds what must be the same for the
+    weights of another run to fit, by the words that a message calls it.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        model: nn.Module,
+        optimizer: Optimizer,
+        progress,
+        recipe,
+        train_set,
+        val_set,
+        network: dict[str, object],
+        remedy: str = "start anew from its weights with --checkpoint_path",
+    ):
+        self.run = run
+        self.model = model
+        self.optimizer = optimizer
+        self.progress = progress
+        self.remedy = remedy
+        # What must be the same for a resumed run to go on where it was.
+        self.identity = {
+            **network,
+            "global batch": recipe.batch_size * run.ranks.world_size,
+            "training images": len(train_set),
+            "seed": run.seed,
+        }
+        self.description = {
+            "recipe": dataclasses.asdict(recipe),
+            "classes": list(train_set.class_names),
+            "category_ids": list(val_set.category_ids),
+            "run": self.identity,
+        }
+
+    def restore(self) -> None:
+        """Go on from `run.resumed`, in mid-epoch and with the same order and augmentation.
+
+        On another number of ranks the running statistics are the averaged ones. Raise UserError
+        where the resumed run was another one.
+        """
+        state = self.run.resumed
+        if state is None:
+            return
+        self._require_same_run(state)
+        self.model.load_state_dict(state["model"])
+        rank = self.run.ranks.rank
+        if len(state["windows"]) == self.run.ranks.world_size:
+            buffers = state.get("buffers") or [{}] * self.run.ranks.world_size
+            self.model.load_state_dict(buffers[rank], strict=False)
+            self.progress.window.load_state_dict(state["windows"][rank])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:
+            self.run.precision.scaler.load_state_dict(state["scaler"])
+        self.progress.steps_done = state["iteration"]
+        self.progress.best_ap = state["best"]
+        self.run.log.info(f"resumed from {state['path']} at iteration {state['iteration']}")
+
+    def _require_same_run(self, state: dict) -> None:
+        for name, value in self.identity.items():
+            before = state["run"].get(name)
+            if before != value:
+                raise UserError(
+                    f"--resume {state['path']}: its {name} was {before}, now {value}; "
+                    f"go on as it was, or {self.remedy}"
+                )
+
+    def save(self, name: str | None = None) -> None:
+        """Write the state to `iter_<n>.pt`, or under another name; all ranks must call it.
+
+        A state that is not finite is never written: that raises UserError. With `--no-save` only
+        this is checked.
+        """
+        run = self.run
+        with self.progress.paused():
+            self.progress.require_finite()
+            if not run.settings.save:
+                return
+            buffers = distributed.gather_buffers(self.model, run.ranks)
+            windows = run.ranks.all_gather_objects(self.progress.window.state_dict())
+            if run.ranks.main:
+                path = run.output_dir / (name or f"iter_{self.progress.steps_done}.pt")
+                checkpoint.save(path, self._content(buffers, windows))
+                checkpoint.delete_old(
+                    run.output_dir, last_step=self.progress.steps_done, keep=run.settings.keep
+                )
+                run.log.info(f"Saving checkpoint {path}")
+            run.ranks.barrier()
+
+    def save_best(self) -> None:
+        """Write the state to `best.pt`."""
+        self.save("best.pt")
+
+    def _content(self, buffers: list[dict], windows: list[dict]) -> dict:
+        weights = weights_on_cpu(self.model, distributed.mean_buffers(buffers))
+        for value in weights.values():
+            if not torch.isfinite(value).all():
+                raise UserError(f"weights are not finite; {self.progress.remedy}")
+        return {
+            "model": weights,  # running statistics averaged over ranks, for whoever evaluates
+            "buffers": buffers,  # and each rank's own, for an exact resume
+            "windows": windows,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.run.precision.scaler.state_dict(),
+            "iteration": self.progress.steps_done,
+            "best": self.progress.best_ap,
+            **self.description,
+        }

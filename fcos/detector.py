@@ -1,0 +1,97 @@
+"""A trained detector: images in, detections out.
+
+    from fcos.detector import Detector
+
+    detector = Detector.load("best.pt")
+    detections = detector("street.jpg")
+
+evaluate.py, demo.py and the export start from it, as a user's own program does.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from common.coco.images import to_array
+from common.npu import checkpoint
+from common.npu.device import memory_format, setup_device
+from common.npu.weights import LoadReport, name_of
+from fcos.config import RECIPES, Recipe
+from fcos.data import evaluation_canvas, evaluation_recipe, normalise
+from fcos.model import build_model
+from fcos.postprocess import Detections, detect
+from fcos.weights import (
+    class_names_of,
+    load_weights,
+    num_classes_of,
+    recipe_of_checkpoint,
+)
+
+
+class Detector:
+    """A network with trained weights, in evaluation mode on a device.
+
+    `recipe` holds the numbers of its post-processing, `class_names` the names of the labels,
+    `report` what became of each tensor of the checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        class_names: tuple[str, ...],
+        device: torch.device,
+        report: LoadReport,
+    ):
+        self.model = model
+        self.recipe = recipe
+        self.class_names = class_names
+        self.device = device
+        self.report = report
+
+    @staticmethod
+    def load(path: str | Path, device: str = "auto") -> "Detector":
+        """Load a checkpoint, ours or MMDetection's, onto a device ("auto", "npu", "cuda", "cpu").
+
+        Raise UserError for a file that is no whole detector and for a device that does not work.
+        """
+        chosen_device, _ = setup_device(device)
+        return Detector.from_checkpoint(checkpoint.load(path), RECIPES["gn"], chosen_device)
+
+    @staticmethod
+    def from_checkpoint(state: Mapping, recipe: Recipe, device: torch.device) -> "Detector":
+        """Build the detector of a loaded checkpoint; `recipe` gives what the file does not say."""
+        recipe = evaluation_recipe(recipe_of_checkpoint(recipe, state), device)
+        model = build_model(recipe, num_classes_of(state))
+        report = load_weights(model, state).require_complete(name_of(state))
+        model.to(device, memory_format=memory_format(device)).eval()
+        return Detector(model, recipe, class_names_of(state), device, report)
+
+    def __call__(self, images):
+        """Detect on an image, or on a list of them, which gives a list of Detections.
+
+        An image is a path, a PIL image or an array (H, W, 3) uint8 RGB.
+        """
+        if not isinstance(images, list):
+            return self.detect_image(to_array(images))
+        return [self.detect_image(to_array(image)) for image in images]
+
+    def detect_batch(self, images: list[np.ndarray]) -> list[Detections]:
+        """Return the detections of images (H, W, 3) uint8 RGB."""
+        return [self.detect_image(image) for image in images]
+
+    @torch.no_grad()
+    def detect_image(self, image: np.ndarray) -> Detections:
+        """Return the detections of an image (H, W, 3) uint8 RGB.
+
+        It goes through the network by itself, since each image has a shape of its own.
+        """
+        canvas, resized_size = evaluation_canvas(image, self.recipe)
+        batch = canvas.unsqueeze(0).to(self.device)
+        resized_sizes = torch.tensor([resized_size]).to(self.device)
+        outputs = self.model(normalise(batch, resized_sizes, self.recipe))
+        sizes = torch.tensor([image.shape[:2]])
+        return detect(outputs, sizes, self.recipe)[0]

@@ -1,0 +1,89 @@
+"""A trained detector: images in, detections out.
+
+    from m2det.detector import Detector
+
+    detector = Detector.load("best.pt")
+    detections = detector("street.jpg")
+
+evaluate.py, demo.py and the export start from it, as a user's own program does.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from common.coco.images import to_array
+from common.npu import checkpoint
+from common.npu.device import memory_format, setup_device
+from common.npu.weights import LoadReport, name_of
+from m2det.config import RECIPES, Recipe
+from m2det.data import normalise, resize
+from m2det.model import build_model
+from m2det.postprocess import Detections, detect
+from m2det.weights import (
+    class_names_of,
+    load_weights,
+    num_classes_of,
+    recipe_of_checkpoint,
+)
+
+
+class Detector:
+    """A network with trained weights, in evaluation mode on a device.
+
+    `recipe` holds the numbers of its post-processing, `class_names` the names of the labels,
+    `report` what became of each tensor of the checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        class_names: tuple[str, ...],
+        device: torch.device,
+        report: LoadReport,
+    ):
+        self.model = model
+        self.recipe = recipe
+        self.class_names = class_names
+        self.device = device
+        self.report = report
+
+    @staticmethod
+    def load(path: str | Path, device: str = "auto") -> "Detector":
+        """Load a checkpoint, ours or the original's, onto a device ("auto", "npu", "cuda", "cpu").
+
+        Raise UserError for a file that is no whole detector and for a device that does not work.
+        """
+        chosen_device, _ = setup_device(device)
+        return Detector.from_checkpoint(checkpoint.load(path), RECIPES["1p"], chosen_device)
+
+    @staticmethod
+    def from_checkpoint(state: Mapping, recipe: Recipe, device: torch.device) -> "Detector":
+        """Build the detector of a loaded checkpoint; `recipe` gives what the file does not say."""
+        recipe = recipe_of_checkpoint(recipe, state)
+        model = build_model(recipe, num_classes_of(state))
+        report = load_weights(model, state).require_complete(name_of(state))
+        model.to(device, memory_format=memory_format(device)).eval()
+        return Detector(model, recipe, class_names_of(state), device, report)
+
+    def __call__(self, images):
+        """Detect on an image, or on a list of them, which gives a list of Detections.
+
+        An image is a path, a PIL image or an array (H, W, 3) uint8 RGB.
+        """
+        if not isinstance(images, list):
+            return self.detect_batch([to_array(images)])[0]
+        return self.detect_batch([to_array(image) for image in images])
+
+    @torch.no_grad()
+    def detect_batch(self, images: list[np.ndarray]) -> list[Detections]:
+        """Return the detections of images (H, W, 3) uint8 RGB, run through the network at once."""
+        resized = [resize(image, self.recipe.image_size) for image in images]
+        sizes = torch.tensor([image.shape[:2] for image in images])
+        batch = torch.stack(resized).to(self.device)
+        outputs = self.model(normalise(batch, self.recipe))
+        return detect(outputs, sizes, self.recipe)

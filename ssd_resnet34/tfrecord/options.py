@@ -1,0 +1,67 @@
+"""The flags of the TFRecord recipe's programs, with the names that the port's users know."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from common import flags
+from common.errors import UserError
+from common.npu.distributed import Ranks
+from ssd_resnet34.tfrecord.config import RECIPES
+
+MODES = ("train_and_eval", "train", "eval")
+FILES_OF_MODE = {
+    "train_and_eval": ("training_file_pattern", "validation_file_pattern", "val_json_file"),
+    "train": ("training_file_pattern",),
+    "eval": ("validation_file_pattern", "val_json_file"),
+}
+
+
+def parse(argv: list[str] | None, description: str) -> Namespace:
+    """Parse the flags of `train.py` and `evaluate.py`, which are the same.
+
+    `card` is the device that this process was told to use, None for that of its local rank.
+    """
+    parser = flags.make_parser(description, "evaluation", "device", "process", recipes=RECIPES)
+    group = parser.add_argument_group("run")
+    flags.add(group, "--mode", MODES[0], "what to do", choices=MODES)
+    flags.add(group, "--training-file-pattern", "", "glob of the training shards, quoted")
+    flags.add(group, "--validation-file-pattern", "", "glob of the validation shards, quoted")
+    flags.add(group, "--val-json-file", "", "COCO's annotations of the validation set")
+    flags.add(
+        group,
+        "--resnet-checkpoint",
+        "",
+        "weights to start from: TensorFlow's prefix or folder, or a .pth",
+    )
+    flags.add(
+        group, "--model-dir --output-dir", Path("result_npu"), "folder of checkpoints, logs, eval/"
+    )
+    flags.add(
+        group, "--resume", "auto", "auto: the newest checkpoint of --model_dir; none; or a file"
+    )
+    flags.add(group, "-s --seed", 0, "seed of order and augmentation")
+    flags.add(group, "--max-iters", 0, "stop after this many steps; 0: after the epochs")
+    flags.add(group, "--log-interval", 100, "steps between log lines")
+    flags.add(group, "--save-interval", 5000, "steps between checkpoints")
+    flags.add(group, "--keep --keep-checkpoint-max", 32, "checkpoints to keep")
+    flags.add(group, "--save", True, "write checkpoints")
+    flags.add(
+        group, "--num-workers", -1, "loader processes per rank; -1: from its share of the cores"
+    )
+    flags.add(group, "--check-data", False, "only read every record and image, then stop")
+    flags.add(group, "--eval-samples", 5000, "accepted, without effect: every record is evaluated")
+    parser.set_defaults(device_id=None, tag="")
+    args = parser.parse_args(argv)
+    args.output_dir = args.model_dir
+    args.kind = "acc" if args.mode == "train_and_eval" else "perf"
+    args.card = args.device_id
+    if args.device_id is None:
+        args.device_id = Ranks.from_environment().rank
+    return args
+
+
+def require_files(args: Namespace) -> None:
+    """Raise UserError where the mode lacks a flag that names a file."""
+    for name in FILES_OF_MODE[args.mode]:
+        if not getattr(args, name):
+            raise UserError(f"--mode={args.mode} needs --{name}")
