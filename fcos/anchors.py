@@ -1,7 +1,7 @@
-"""Points and box coding: pure functions of the recipe. FCOS paper, section 3.1.
+"""Points and the coding of boxes: pure functions of the recipe. Source: FCOS paper, section 3.1.
 
-Boxes are xyxy in pixels of the network's input; distances go from a point to the left, top, right
-and bottom side of a box.
+All boxes are xyxy in pixels of the network input. The four distances of a box are those from a
+point to its left, top, right and bottom side.
 """
 
 import functools
@@ -10,45 +10,66 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from common.arithmetic import ceil_div
 from fcos.config import Recipe
 
-Sizes = tuple[tuple[int, int], ...]  # (rows, columns) of each level's map
+MapSizes = tuple[tuple[int, int], ...]  # (rows, columns) of the feature map of each level
+
+# A run uses few shapes of the network input, and the points of a shape are always the same.
+REMEMBERED_SHAPES = 16
 
 
 class Level(NamedTuple):
-    """The points of one level, a grid, in pixels."""
+    """The points of one level, which form a grid; all numbers are in pixels."""
 
     x: Tensor  # (columns,) float32
     y: Tensor  # (rows,) float32
     stride: int
-    low: float  # a box whose largest distance lies in low..high belongs to this level
-    high: float
+    # The level learns the boxes whose largest distance from the point is between these two.
+    min_distance: float
+    max_distance: float
 
 
-def map_sizes(recipe: Recipe, height: int, width: int) -> Sizes:
-    """The levels' map sizes for an input of `height` x `width` pixels."""
-    return tuple((-(-height // stride), -(-width // stride)) for stride in recipe.strides)
+def map_sizes(recipe: Recipe, height: int, width: int) -> MapSizes:
+    """Return the feature map sizes of all levels for an input of `height` x `width` pixels."""
+    sizes = []
+    for stride in recipe.strides:
+        rows = ceil_div(height, stride)
+        columns = ceil_div(width, stride)
+        sizes.append((rows, columns))
+    return tuple(sizes)
 
 
-@functools.lru_cache(maxsize=16)  # a run uses few shapes
+@functools.lru_cache(maxsize=REMEMBERED_SHAPES)
 def make_levels(
-    recipe: Recipe, sizes: Sizes, device: torch.device | None = None
+    recipe: Recipe, sizes: MapSizes, device: torch.device | None = None
 ) -> tuple[Level, ...]:
-    """The grids of all levels."""
-    bounds = zip(recipe.strides, recipe.ranges[:-1], recipe.ranges[1:], sizes, strict=True)
+    """Return the grid of points of each level, from P3 to P7."""
     levels = []
-    for stride, low, high, (rows, columns) in bounds:
-        x, y = (
-            torch.arange(n, dtype=torch.float32, device=device) * stride + stride // 2
-            for n in (columns, rows)
+    for i, (rows, columns) in enumerate(sizes):
+        stride = recipe.strides[i]
+        level = Level(
+            x=_coordinates(columns, stride, device),
+            y=_coordinates(rows, stride, device),
+            stride=stride,
+            min_distance=recipe.ranges[i],
+            max_distance=recipe.ranges[i + 1],
         )
-        levels.append(Level(x, y, stride, low, high))
+        levels.append(level)
     return tuple(levels)
 
 
-@functools.lru_cache(maxsize=16)
-def make_anchors(recipe: Recipe, sizes: Sizes, device: torch.device | None = None) -> Tensor:
-    """Points (P, 2) float32 `x, y`, in the order of the raw outputs: level, row, column."""
+def _coordinates(count: int, stride: int, device: torch.device | None) -> Tensor:
+    """Return the coordinates (count,) of points along one axis: the centres of their cells."""
+    return torch.arange(count, dtype=torch.float32, device=device) * stride + stride // 2
+
+
+@functools.lru_cache(maxsize=REMEMBERED_SHAPES)
+def make_anchors(recipe: Recipe, sizes: MapSizes, device: torch.device | None = None) -> Tensor:
+    """Return the points (P, 2) float32 as (x, y).
+
+    They are in the order of the raw outputs: level, row, column.
+    """
     points = []
     for level in make_levels(recipe, sizes, device):
         y, x = torch.meshgrid(level.y, level.x, indexing="ij")
@@ -56,19 +77,34 @@ def make_anchors(recipe: Recipe, sizes: Sizes, device: torch.device | None = Non
     return torch.cat(points)
 
 
-@functools.lru_cache(maxsize=16)
-def point_strides(recipe: Recipe, sizes: Sizes, device: torch.device) -> Tensor:
-    """The stride (P, 1) float32 of each point's level."""
-    counts = [rows * columns for rows, columns in sizes]
-    strides = [torch.full((n, 1), s) for n, s in zip(counts, recipe.strides, strict=True)]
-    return torch.cat(strides).float().to(device)
+@functools.lru_cache(maxsize=REMEMBERED_SHAPES)
+def point_strides(recipe: Recipe, sizes: MapSizes, device: torch.device) -> Tensor:
+    """Return the stride (P, 1) float32 of each point's level, in the order of `make_anchors`."""
+    strides = []
+    for stride, (rows, columns) in zip(recipe.strides, sizes, strict=True):
+        strides.append(torch.full((rows * columns, 1), float(stride), device=device))
+    return torch.cat(strides)
+
+
+def clear_caches() -> None:
+    """Forget all points. An export that traces the network leaves symbols among them."""
+    make_levels.cache_clear()
+    make_anchors.cache_clear()
+    point_strides.cache_clear()
 
 
 def encode(boxes_xyxy: Tensor, points: Tensor) -> Tensor:
-    """Distances (..., 4) left, top, right, bottom of boxes to their points (..., 2)."""
-    return torch.cat([points - boxes_xyxy[..., :2], boxes_xyxy[..., 2:] - points], dim=-1)
+    """Return the distances (..., 4) from points (..., 2) to the sides of boxes (..., 4).
+
+    Their order is left, top, right, bottom. Source: FCOS paper, equation 1.
+    """
+    left_top = points - boxes_xyxy[..., :2]
+    right_bottom = boxes_xyxy[..., 2:] - points
+    return torch.cat([left_top, right_bottom], dim=-1)
 
 
 def decode(distances: Tensor, points: Tensor) -> Tensor:
-    """Boxes (..., 4) xyxy from distances: the inverse of `encode`, not clipped."""
-    return torch.cat([points - distances[..., :2], points + distances[..., 2:]], dim=-1)
+    """Return the boxes (..., 4) xyxy of distances (..., 4): the inverse of `encode`, unclipped."""
+    left_top = points - distances[..., :2]
+    right_bottom = points + distances[..., 2:]
+    return torch.cat([left_top, right_bottom], dim=-1)

@@ -1,7 +1,7 @@
 """What the device does to a batch: normalisation and padding.
 
-Flip and scale are done by the worker as it resizes (data.py): a flip within each image's own
-width would be a gather over the canvas here, there it costs nothing.
+The workers of the loader resize and flip (data.py). An image is flipped within its width, not
+within that of its canvas: on the device that would be a gather, in a worker it is a plain flip.
 """
 
 from torch import Tensor
@@ -11,5 +11,9 @@ from fcos.data import Batch, normalise
 
 
 def augment(batch: Batch, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Network input (N, 3, H, W) float32 and boxes (N, M, 4) xyxy in its pixels of a batch."""
-    return normalise(batch.images, batch.sizes, recipe), batch.boxes
+    """Return the network input (N, 3, H, W) float32 of a batch, and its boxes.
+
+    The boxes are (N, M, 4) xyxy in pixels of the network input.
+    """
+    images = normalise(batch.images, batch.sizes, recipe)
+    return images, batch.boxes

@@ -1,6 +1,6 @@
-"""ResNet in caffe's form: a bottleneck's stride sits in its first 1x1 convolution.
+"""ResNet in caffe's form: the stride of a bottleneck is in its first 1x1 convolution.
 
-Residual learning paper, section 4; attribute names are the published keys.
+Source: residual learning paper, section 4. Attribute names are the keys of the published files.
 """
 
 import torch
@@ -9,22 +9,27 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 
-# Bottlenecks of the four stages; resnet14 is for quick tries, it has no published weights.
+# Bottlenecks in each of the four stages. There are no published weights of resnet14.
 STAGES = {"resnet50": (3, 4, 6, 3), "resnet14": (1, 1, 1, 1)}
 
 
 def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> Tensor:
-    """Batch norm of a convolution. With fixed statistics it is one convolution of other weights:
-    no pass over the feature map of its own, forward or backward."""
+    """Return the batch norm of a convolution.
+
+    With fixed statistics both together are one convolution with other weights, which saves a pass
+    over the feature map, forward and backward.
+    """
     if bn.training:
         return bn(conv(x))
     scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
-    bias = bn.bias - bn.running_mean * scale
     weight = conv.weight * scale.view(-1, 1, 1, 1)
+    bias = bn.bias - bn.running_mean * scale
     return F.conv2d(x, weight, bias, conv.stride, conv.padding)
 
 
 class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolution beside a shortcut; residual learning paper, figure 5."""
+
     expansion = 4
 
     def __init__(self, inputs: int, width: int, stride: int, project: bool):
@@ -38,22 +43,27 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(outputs)
         self.downsample = None
         if project:
-            conv = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(outputs))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False),
+                nn.BatchNorm2d(outputs),
+            )
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(conv_bn(x, self.conv1, self.bn1), inplace=True)
-        out = F.relu(conv_bn(out, self.conv2, self.bn2), inplace=True)
-        out = conv_bn(out, self.conv3, self.bn3)
-        out += x if self.downsample is None else conv_bn(x, *self.downsample)
-        return F.relu(out, inplace=True)
+        shortcut = x
+        if self.downsample is not None:
+            shortcut = conv_bn(x, self.downsample[0], self.downsample[1])
+        x = F.relu(conv_bn(x, self.conv1, self.bn1), inplace=True)
+        x = F.relu(conv_bn(x, self.conv2, self.bn2), inplace=True)
+        x = conv_bn(x, self.conv3, self.bn3)
+        x += shortcut
+        return F.relu(x, inplace=True)
 
 
 class ResNet(nn.Module):
-    """(N, 3, H, W) to C2..C5 at strides 4, 8, 16, 32.
+    """Images (N, 3, H, W) to the feature maps C2 to C5, at strides 4, 8, 16 and 32.
 
-    Starts from random weights, all of which train, with every residual branch at 0 (bn3). `freeze`
-    is for pretrained ones.
+    A new network has random weights, all of which are trained, and residual branches that start at
+    zero (bn3). For pretrained weights, `freeze` comes next.
     """
 
     def __init__(self, name: str):
@@ -63,15 +73,12 @@ class ResNet(nn.Module):
         self.frozen = False
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
-        self.channels, inputs = [], 64
-        for stage, depth in enumerate(STAGES[name]):
-            width, blocks = 64 * 2**stage, []
-            for position in range(depth):
-                first = position == 0
-                blocks.append(Bottleneck(inputs, width, 2 if first and stage else 1, first))
-                inputs = width * Bottleneck.expansion
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
-            self.channels.append(inputs)
+        depths = STAGES[name]
+        self.layer1 = make_stage(64, 64, depths[0], stride=1)
+        self.layer2 = make_stage(256, 128, depths[1], stride=2)
+        self.layer3 = make_stage(512, 256, depths[2], stride=2)
+        self.layer4 = make_stage(1024, 512, depths[3], stride=2)
+        self.channels = (256, 512, 1024, 2048)  # of C2 to C5
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -79,10 +86,13 @@ class ResNet(nn.Module):
                 nn.init.zeros_(module.bn3.weight)
 
     def freeze(self) -> None:
-        """For pretrained weights: stem and C2 stay as they are, and so does every batch norm."""
+        """Keep pretrained weights as they are in the stem, in C2 and in every batch norm.
+
+        The batch norms also keep their statistics, in training mode too.
+        """
         self.frozen = True
-        for part in (self.conv1, self.bn1, self.layer1):
-            part.requires_grad_(False)
+        for module in (self.conv1, self.bn1, self.layer1):
+            module.requires_grad_(False)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.requires_grad_(False)
@@ -99,8 +109,17 @@ class ResNet(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         x = F.relu(conv_bn(images, self.conv1, self.bn1), inplace=True)
         x = F.max_pool2d(x, 3, stride=2, padding=1)
-        outputs = []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
-            outputs.append(x)
-        return outputs
+        c2 = self.layer1(x)
+        c3 = self.layer2(c2)
+        c4 = self.layer3(c3)
+        c5 = self.layer4(c4)
+        return [c2, c3, c4, c5]
+
+
+def make_stage(inputs: int, width: int, depth: int, stride: int) -> nn.Sequential:
+    """Return `depth` bottlenecks; the first one has the stride and projects its shortcut."""
+    blocks = [Bottleneck(inputs, width, stride, project=True)]
+    outputs = Bottleneck.expansion * width
+    for _ in range(depth - 1):
+        blocks.append(Bottleneck(outputs, width, stride=1, project=False))
+    return nn.Sequential(*blocks)

@@ -1,7 +1,8 @@
 """The recipe: every number of FCOS R50-caffe-FPN, and the presets by name.
 
-Source, unless a field says otherwise: MMDetection 2.11's FCOS configurations, which the Ascend
-port shares. A flag of the same name (dash or underscore) overrides a field for one run.
+The numbers come from the FCOS configs of MMDetection 2.11, which the Ascend port shares, unless a
+comment names another source. A flag of the same name (with dashes or underscores) overrides a field
+for one run.
 """
 
 import re
@@ -10,16 +11,13 @@ from dataclasses import asdict, dataclass, field, replace
 
 from common.errors import UserError
 
+IMAGES_OF_LR = 16  # the global batch size for which `lr` is given: eight devices of two images
 
-def _option(default, help_text, *flags):
-    return field(default=default, metadata={"help": help_text, "flags": flags})
-
-
-# BGR means that belong to the two caffe ResNet-50 files, 0..255.
+# BGR means in 0..255 of the two published caffe ResNet-50 files; each file needs its own.
 DETECTRON_MEAN = (102.9801, 115.9465, 122.7717)
 DETECTRON2_MEAN = (103.53, 116.28, 123.675)
 
-# The fields that a network's weights belong to.
+# The fields that trained weights depend on. A checkpoint brings its values of them.
 NETWORK = (
     "name",
     "backbone",
@@ -32,6 +30,7 @@ NETWORK = (
     "mean",
 )
 
+# The fields that have a fixed set of values.
 CHOICES = {
     "head_norm": ("gn", "none"),
     "box_loss": ("iou", "giou"),
@@ -41,116 +40,161 @@ CHOICES = {
 }
 
 
+def option(default, help_text: str, *flags: str):
+    """Declare a field that has a command-line flag; `flags` are further names of that flag."""
+    return field(default=default, metadata={"help": help_text, "flags": flags})
+
+
 @dataclass(frozen=True)
 class Recipe:
-    name: str = _option("FCOS", "network name in logs and file names")
+    """All numbers of a run. Raise UserError for a value that its field does not allow."""
+
+    name: str = option("FCOS", "network name in logs and file names")
 
     # Network
-    backbone: str = _option("resnet50", "resnet50, or resnet14 for quick tries")
-    channels: int = _option(256, "channels of FPN and head, a multiple of 64")
-    tower_convs: int = _option(4, "convolutions of each of the head's two towers")
-    head_norm: str = _option("gn", "gn (32 groups) or none, in the head's towers")
-    conv_bias: bool = _option(False, "a bias beside GN; without GN there always is one")
-    strides: tuple[int, ...] = (8, 16, 32, 64, 128)  # pixels, of P3..P7
-    prior_probability: float = 0.01  # what conv_cls starts from
+    backbone: str = option("resnet50", "resnet50, or resnet14 for quick tries")
+    channels: int = option(256, "channels of FPN and head, a multiple of 64")
+    tower_convs: int = option(4, "convolutions in each of the head's two towers")
+    head_norm: str = option("gn", "norm in the head's towers: gn (32 groups) or none")
+    conv_bias: bool = option(
+        False, "convolutions before group norm have a bias; without norm they always have"
+    )
+    strides: tuple[int, ...] = (8, 16, 32, 64, 128)  # pixels between the points of P3 to P7
+    prior_probability: float = 0.01  # class probability of a new network, focal loss paper 4.1
 
     # Targets and loss
-    ranges: tuple[float, ...] = (-1, 64, 128, 256, 512, 1e8)  # pixels, bounds of the five levels
-    center_radius: float = _option(0.0, "positives within this many strides of a centre; 0: box")
-    norm_on_bbox: bool = _option(False, "distances in strides by ReLU, not in pixels by exp")
-    centerness_on_reg: bool = _option(False, "centerness reads the regression tower")
-    box_loss: str = _option("iou", "iou (-log) or giou")
-    focal_alpha: float = 0.25
+    # Pixels. Level i learns the boxes whose largest distance is in ranges[i] to ranges[i + 1].
+    ranges: tuple[float, ...] = (-1, 64, 128, 256, 512, 1e8)
+    center_radius: float = option(
+        0.0, "positive points are within this many strides of the box centre (0: anywhere in it)"
+    )
+    norm_on_bbox: bool = option(
+        False, "predict distances in strides by ReLU instead of in pixels by exp"
+    )
+    centerness_on_reg: bool = option(False, "predict centerness from the regression tower")
+    box_loss: str = option("iou", "box loss: iou (-log IoU) or giou (1 - GIoU)")
+    focal_alpha: float = 0.25  # weight of the class of a positive point, focal loss paper
 
     # Input
-    mean: tuple[float, float, float] = DETECTRON_MEAN  # BGR in 0..255, std 1
-    img_scale: tuple[str, ...] = _option(
-        ("800,1333",), "largest short and long side, pixels; of several, one is drawn per image"
+    mean: tuple[float, float, float] = DETECTRON_MEAN  # BGR in 0..255; the deviation is 1
+    img_scale: tuple[str, ...] = option(
+        ("800,1333",),
+        "largest short and long side in pixels; one of several is drawn for each image",
     )
-    shapes: str = _option("two", "training canvas: exact (multiples of 32), two, square")
-    eval_shapes: str = _option("auto", "evaluation canvas: exact, two, square; auto: by device")
+    shapes: str = option("two", "training canvas: exact (multiples of 32), two or square")
+    eval_shapes: str = option(
+        "auto", "evaluation canvas: exact, two, square, or auto (depends on the device)"
+    )
 
     # Augmentation
-    augment: bool = _option(True, "flip, and draw among several scales, while training")
+    augment: bool = option(True, "flip, and draw among several scales, while training")
     flip_probability: float = 0.5
 
     # Optimisation
-    batch_size: int = _option(2, "images per process", "-b")
-    epochs: int = _option(12, "passes over the training set", "-e")
-    lr: float = _option(0.01, "learning rate for 16 images a step, scaled to the real number")
-    lr_decay_epochs: tuple[int, ...] = _option((8, 11), "epochs (from 0) that start with a decay")
-    lr_decay_factor: float = _option(0.1, "factor of a decay")
-    warmup: int = _option(500, "warm-up iterations; 0: none")
-    warmup_kind: str = _option("constant", "constant, or linear up to the rate")
-    warmup_ratio: float = _option(1 / 3, "part of the rate that warm-up starts with")
-    momentum: float = _option(0.9, "momentum of SGD")
-    weight_decay: float = _option(1e-4, "decay of everything but biases of convolutions", "--wd")
-    bias_lr_factor: float = 2.0  # biases of convolutions; they have no decay
-    clip_norm: float = _option(35.0, "clip the gradient's global norm; 0: not")
-    amp: str = _option("O1", "precision on npu and cuda: O0, O1, O2")
-    loss_scale: str = _option("32", "'dynamic' or a number; used with fp16 only")
+    batch_size: int = option(2, "images per process", "-b")
+    epochs: int = option(12, "passes over the training set", "-e")
+    lr: float = option(0.01, "learning rate for a global batch of 16 images")
+    lr_decay_epochs: tuple[int, ...] = option(
+        (8, 11), "epochs (from 0) at whose start the learning rate decays"
+    )
+    lr_decay_factor: float = option(0.1, "factor on the learning rate at each decay")
+    warmup: int = option(500, "iterations of warm-up (0: no warm-up)")
+    warmup_kind: str = option("constant", "warm-up: constant, or linear up to the learning rate")
+    warmup_ratio: float = option(
+        1 / 3, "factor on the learning rate at the first iteration of the warm-up"
+    )
+    momentum: float = option(0.9, "momentum of SGD")
+    weight_decay: float = option(
+        1e-4, "weight decay of all parameters but the biases of convolutions", "--wd"
+    )
+    bias_lr_factor: float = 2.0  # factor on the learning rate of the biases of convolutions
+    clip_norm: float = option(35.0, "largest global norm of the gradient (0: no clipping)")
+    amp: str = option("O1", "precision on npu and cuda: O0, O1 or O2")
+    loss_scale: str = option("32", "'dynamic' or a number; used with fp16 only")
 
     # Evaluation
-    evaluation: tuple[int, ...] = _option(
-        tuple(range(1, 24)), "evaluate after these epochs; the last one always"
+    evaluation: tuple[int, ...] = option(
+        tuple(range(1, 24)), "epochs after which to evaluate; the last one always counts"
     )
-    threshold: float = _option(0.0, "stop when AP reaches this; 0: never", "-t")
-    eval_batch_size: int = _option(2, "images per process in evaluation")
-    candidates: int = _option(1000, "points kept per level before NMS ('nms_pre')")
-    score_threshold: float = _option(0.05, "class probability of a candidate is above this")
-    nms_iou: float = _option(0.5, "a box overlapping a better one by more is dropped")
-    max_detections: int = _option(100, "detections per image")
+    threshold: float = option(0.0, "stop as soon as AP reaches this (0: never)", "-t")
+    eval_batch_size: int = option(2, "images per process in evaluation")
+    candidates: int = option(1000, "points of a level that enter NMS at most ('nms_pre')")
+    score_threshold: float = option(0.05, "detections have a class probability above this")
+    nms_iou: float = option(0.5, "NMS drops a box with an IoU above this with a better box")
+    max_detections: int = option(100, "largest number of detections in an image")
 
     def __post_init__(self):
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UserError(f"--{name} {getattr(self, name)}: not one of {', '.join(choices)}")
-        if not all(re.fullmatch(r"[1-9]\d*,[1-9]\d*", scale) for scale in self.img_scale or [""]):
-            raise UserError(f"--img_scale {' '.join(self.img_scale)}: give sides as 800,1333")
+            value = getattr(self, name)
+            if value not in choices:
+                raise UserError(f"--{name} {value}: not one of {', '.join(choices)}")
+        if not self.img_scale:
+            raise UserError("--img_scale: give at least one scale, such as 800,1333")
+        for scale in self.img_scale:
+            if not re.fullmatch(r"[1-9]\d*,[1-9]\d*", scale):
+                raise UserError(f"--img_scale {scale}: give two sides in pixels, such as 800,1333")
 
     @property
     def scales(self) -> tuple[tuple[int, int], ...]:
-        """The (short, long) sides of `img_scale`, which has them in either order."""
-        return tuple(tuple(sorted(map(int, scale.split(",")))) for scale in self.img_scale)
+        """The scales of `img_scale` as (short side, long side); a text may have either order."""
+        scales = []
+        for text in self.img_scale:
+            short, long = sorted(int(side) for side in text.split(","))
+            scales.append((short, long))
+        return tuple(scales)
 
     @property
     def eval_scale(self) -> tuple[int, int]:
-        """The scale of evaluation: the largest."""
+        """The scale of evaluation, which is the largest one."""
         return max(self.scales)
 
     def listing(self) -> str:
-        """One line a field, for the log."""
-        return "\n".join(f"{key} = {value!r}" for key, value in asdict(self).items())
+        """Return one line for each field, for the log."""
+        lines = []
+        for name, value in asdict(self).items():
+            lines.append(f"{name} = {value!r}")
+        return "\n".join(lines)
 
     def base_lr(self, world_size: int, batch_size: int) -> float:
-        """The rate before warm-up and decay, for the global batch (`world_size * batch_size`)."""
-        return self.lr * (world_size * batch_size) / 16
+        """Return the learning rate before warm-up and decay.
+
+        It is proportional to the global batch, `world_size * batch_size` images.
+        """
+        return self.lr * (world_size * batch_size) / IMAGES_OF_LR
 
     def lr_at(
         self, iteration: int, iters_per_epoch: int, world_size: int, batch_size: int
     ) -> float:
-        """Learning rate of a 0-based iteration; biases of convolutions have twice as much."""
-        decays = bisect_right(sorted(self.lr_decay_epochs), iteration // iters_per_epoch)
+        """Return the learning rate of a 0-based iteration.
+
+        It is lower during the warm-up, and is multiplied by `lr_decay_factor` at the start of each
+        epoch of `lr_decay_epochs`. The optimizer multiplies it by `bias_lr_factor` for the biases
+        of convolutions.
+        """
+        epoch = iteration // iters_per_epoch
+        decays = bisect_right(sorted(self.lr_decay_epochs), epoch)
         lr = self.base_lr(world_size, batch_size) * self.lr_decay_factor**decays
         if iteration >= self.warmup:
             return lr
-        rising = iteration / self.warmup if self.warmup_kind == "linear" else 0.0
-        return lr * (self.warmup_ratio + (1 - self.warmup_ratio) * rising)
+        progress = 0.0
+        if self.warmup_kind == "linear":
+            progress = iteration / self.warmup
+        return lr * (self.warmup_ratio + (1 - self.warmup_ratio) * progress)
 
 
-_GN = Recipe()
-_TWO_X = replace(_GN, epochs=24, lr_decay_epochs=(16, 22))
-_CENTER = replace(_GN, center_radius=1.5)
+GN = Recipe()
+GN_2X = replace(GN, epochs=24, lr_decay_epochs=(16, 22))
+CENTER = replace(GN, center_radius=1.5)
 
 RECIPES: dict[str, Recipe] = {
-    "gn": _GN,
-    # What the port trains: convolutions with bias and no norm in the head.
-    "nogn": replace(_GN, head_norm="none"),
-    "gn_2x": _TWO_X,
-    "gn_mstrain_2x": replace(_TWO_X, img_scale=("640,1333", "800,1333")),
-    "center": _CENTER,
+    "gn": GN,
+    # The recipe of the port: the head has convolutions with bias and no norm.
+    "nogn": replace(GN, head_norm="none"),
+    "gn_2x": GN_2X,
+    "gn_mstrain_2x": replace(GN_2X, img_scale=("640,1333", "800,1333")),
+    "center": CENTER,
     "tricks": replace(
-        _CENTER,
+        CENTER,
         conv_bias=True,
         norm_on_bbox=True,
         centerness_on_reg=True,
@@ -160,11 +204,11 @@ RECIPES: dict[str, Recipe] = {
         clip_norm=0.0,
         nms_iou=0.6,
     ),
-    # Finetuning from a checkpoint: the same.
-    "finetune": _GN,
-    # Minutes on two CPU cores, for the built-in sample set, from random initialisation.
+    # The same numbers; train.py starts from a checkpoint under this name.
+    "finetune": GN,
+    # Learns the built-in sample set from random weights, in minutes on two CPU cores.
     "quickstart": replace(
-        _GN,
+        GN,
         name="FCOS-ResNet14",
         backbone="resnet14",
         channels=64,

@@ -1,14 +1,12 @@
-"""COCO records to uint8 images and padded boxes: what the loader's workers do.
+"""COCO records to uint8 images and padded boxes: what the workers of the loader do.
 
-A worker decodes an image, flips and resizes it onto its batch's canvas; it draws every
-number of a sample's augmentation from (seed, epoch, position in the epoch), so that neither the
-number of workers nor a resumed run changes a sample. Normalisation and padding follow on the
-device (augment.py).
+A worker decodes an image, resizes it and flips it, and lays the images of a batch on canvases of
+the same size. It draws every number of a sample's augmentation from (seed, epoch, position in the
+epoch), so that neither the number of workers nor a resumed run changes a sample. Normalisation and
+padding follow on the device (augment.py).
 """
 
 import functools
-import math
-import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -17,121 +15,157 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from common.arithmetic import ceil_div, round_up
 from common.coco.images import read_image
 from common.coco.index import CocoIndex
 from common.errors import UserError
 from common.npu.device import compiles_each_shape, memory_format
 from common.npu.distributed import Ranks
+from common.npu.loading import loader_options
 from fcos.config import Recipe
 
-STRIDE = 32  # canvases are multiples of it, pixels
-SMALLEST = 32  # images with a shorter side are not trained on, pixels
+CANVAS_MULTIPLE = 32  # pixels; the sides of a canvas are multiples of it
+SMALLEST_SIDE = 32  # pixels; images with a shorter side are not trained on
 
 
 class Batch(NamedTuple):
-    """N samples; `boxes` are padded to M rows, `valid` marks the real ones."""
+    """N samples. Boxes are padded to M rows, of which `valid` marks the real ones."""
 
-    images: Tensor  # (N, H, W, 3) uint8 RGB; what lies outside of `sizes` means nothing
-    sizes: Tensor  # (N, 2) int64 height, width of each image on its canvas
+    images: Tensor  # (N, H, W, 3) uint8 RGB, 0 outside of `sizes`
+    sizes: Tensor  # (N, 2) int64 height and width of each image on its canvas
     boxes: Tensor  # (N, M, 4) float32 xyxy, pixels of the canvas
     labels: Tensor  # (N, M) int64 0-based classes
     valid: Tensor  # (N, M) bool
     image_ids: Tensor  # (N,) int64
 
     def to(self, device: torch.device) -> "Batch":
-        """On the device, asynchronously where pinned; the ids stay on the host."""
-        moved = (part.to(device, non_blocking=True) for part in self[:-1])
-        return Batch(*moved, self.image_ids)
+        """Copy to the device, asynchronously from pinned memory; the ids stay on the host."""
+        return Batch(
+            images=self.images.to(device, non_blocking=True),
+            sizes=self.sizes.to(device, non_blocking=True),
+            boxes=self.boxes.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            valid=self.valid.to(device, non_blocking=True),
+            image_ids=self.image_ids,
+        )
 
 
 class Sample(NamedTuple):
-    """What `TrainingSet.collate` lays out: the image is still to be flipped and resized, so that
-    it is written only once at that size, right onto the canvas."""
+    """One augmented image with its ground truth."""
 
-    image: np.ndarray  # (H, W, 3) uint8 RGB, as decoded
-    size: tuple[int, int]  # height, width on the canvas
-    flip: bool
-    boxes: np.ndarray  # (n, 4) float32 xyxy, pixels of the canvas
-    labels: np.ndarray  # (n,)
+    image: Tensor  # (H, W, 3) uint8 RGB
+    boxes: np.ndarray  # (n, 4) float32 xyxy, pixels
+    labels: np.ndarray  # (n,) int64 0-based classes
     image_id: int
 
 
+class EvaluationSample(NamedTuple):
+    """One image on its canvas. The loader makes a batch of the same fields."""
+
+    canvas: Tensor  # (H, W, 3) uint8 RGB
+    size: Tensor  # (2,) int64 height and width of the image on the canvas
+    original_size: Tensor  # (2,) int64 height and width in the file
+    image_id: Tensor  # () int64
+
+
+class GroundTruth(NamedTuple):
+    """The boxes of I images; image i has the rows from offsets[i] up to offsets[i + 1]."""
+
+    boxes: np.ndarray  # (B, 4) float32 xyxy, pixels of the original images
+    labels: np.ndarray  # (B,) int64 0-based classes
+    offsets: np.ndarray  # (I + 1,) int64
+
+
 def training_records(index: CocoIndex) -> CocoIndex:
-    """The images with at least one annotation, crowd included, that are not tiny."""
-    return index.subset((np.diff(index.offsets) > 0) & (index.sizes.min(axis=1) >= SMALLEST))
+    """Return the images that are trained on.
+
+    They have at least one annotation, which may be a crowd, and no side below `SMALLEST_SIDE`.
+    """
+    annotations = np.diff(index.offsets)
+    shorter_sides = index.sizes.min(axis=1)
+    return index.subset((annotations > 0) & (shorter_sides >= SMALLEST_SIDE))
 
 
 def resized_size(height: int, width: int, scale: tuple[int, int]) -> tuple[int, int]:
-    """The size of an image that keeps its ratio and fits `scale` (short, long side)."""
-    short, long = scale
-    factor = min(long / max(height, width), short / min(height, width))
+    """Return the largest (height, width) of the same aspect ratio that fits the scale.
+
+    `scale` is the largest (short side, long side) in pixels.
+    """
+    max_short, max_long = scale
+    factor = min(max_long / max(height, width), max_short / min(height, width))
     return int(height * factor + 0.5), int(width * factor + 0.5)
 
 
 def resize(image: np.ndarray, size: tuple[int, int], flip: bool = False) -> Tensor:
-    """Image (H, W, 3) uint8 to (*size, 3), flipped if asked: bilinear without antialias, OpenCV's
-    to a level."""
-    # In this order the strides say "channels last", which torch resizes twice as fast.
-    chw = torch.from_numpy(image).unsqueeze(0).permute(0, 3, 1, 2)
-    if flip:
-        chw = chw.flip(3)
-    return F.interpolate(chw, size, mode="bilinear").squeeze(0).permute(1, 2, 0)
+    """Resize an image (H, W, 3) uint8 to `size` (height, width), and flip it if asked for.
 
-
-def resize_onto(canvas: Tensor, image: np.ndarray, size: tuple[int, int], flip=False) -> None:
-    """Lay `resize` of an image in the corner of a contiguous canvas (H, W, 3) uint8, 0 around it.
-
-    First the columns, widened to the canvas, then the rows, straight into it: nothing is copied
-    at full size.
+    The filter is bilinear without antialias, equal to OpenCV's but for one grey level.
     """
-    height, width = size
-    columns = resize(image, (len(image), width), flip)
-    columns = F.pad(columns, (0, 0, 0, canvas.shape[1] - width))
-    source, target = (x.unsqueeze(0).permute(0, 3, 1, 2) for x in (columns, canvas[:height]))
-    torch.ops.aten.upsample_bilinear2d.out(source, target.shape[2:], False, out=target)
-    canvas[height:] = 0
+    # The batch axis comes first, so that torch sees the layout "channels last", in which it resizes
+    # twice as fast.
+    planes = torch.from_numpy(image).unsqueeze(0).permute(0, 3, 1, 2)
+    if flip:
+        planes = planes.flip(3)
+    resized = F.interpolate(planes, size, mode="bilinear")
+    return resized.squeeze(0).permute(1, 2, 0)
 
 
 def canvas_size(
     sizes: list[tuple[int, int]], shapes: str, scales: tuple[tuple[int, int], ...]
 ) -> tuple[int, int]:
-    """(height, width) of the canvas for images of these (height, width), all of one orientation.
+    """Return the (height, width) of the canvas for images of these (height, width).
 
-    `exact`: the largest height and width, rounded up to 32. `two`: of the scales' full sizes,
-    lying or standing, the smallest that holds them all. `square`: the longest side both ways.
+    All images must have the same orientation. `shapes` says how a canvas is chosen:
+
+    - "exact": the largest height and the largest width, rounded up to multiples of 32;
+    - "two": the smallest that holds all images, among the full sizes of the `scales` (short side,
+      long side), in landscape or portrait format;
+    - "square": the longest side of all scales in both directions.
     """
-    height, width = (_round_up(max(side)) for side in zip(*sizes, strict=True))
+    height = round_up(max(size[0] for size in sizes), CANVAS_MULTIPLE)
+    width = round_up(max(size[1] for size in sizes), CANVAS_MULTIPLE)
     if shapes == "exact":
         return height, width
-    longest = _round_up(max(max(scale) for scale in scales))
+    longest = round_up(max(long for _, long in scales), CANVAS_MULTIPLE)
     if shapes == "square":
         return longest, longest
-    lying = any(w > h for h, w in sizes)  # a square may lie among them, by rounding
+    # Resized landscape images may be square, by rounding, but not all images of a batch.
+    is_landscape = any(size[1] > size[0] for size in sizes)
     for short, long in sorted(scales):
-        full = (_round_up(short), _round_up(long))
-        full = full if lying else full[::-1]
-        if height <= full[0] and width <= full[1]:
-            return full
+        full_height = round_up(short, CANVAS_MULTIPLE)
+        full_width = round_up(long, CANVAS_MULTIPLE)
+        if not is_landscape:
+            full_height, full_width = full_width, full_height
+        if height <= full_height and width <= full_width:
+            return full_height, full_width
     return longest, longest
 
 
-def _round_up(side: int) -> int:
-    return -(-side // STRIDE) * STRIDE
+def lay_on_canvas(image: Tensor, canvas: Tensor) -> None:
+    """Copy an image (h, w, 3) to the top left corner of an empty canvas (H, W, 3)."""
+    height, width = image.shape[:2]
+    canvas[:height, :width] = image
 
 
 @functools.cache
-def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return a tensor that is made once; a copy to the device in each step would wait for it."""
     return torch.tensor(values, device=device)
 
 
 def normalise(images: Tensor, sizes: Tensor, recipe: Recipe) -> Tensor:
-    """Images (N, H, W, 3) RGB in 0..255, of `sizes` (N, 2), to (N, 3, H, W) float32 BGR minus the
-    mean, 0 outside of the image, in the device's layout."""
+    """Return the network input (N, 3, H, W) float32 of canvases (N, H, W, 3) uint8 RGB.
+
+    It is BGR minus the mean, 0 outside of the images, whose (height, width) are `sizes` (N, 2), and
+    in the memory layout that suits the device.
+    """
     device = images.device
-    planes = images.float().flip(-1).sub_(_constant(recipe.mean, device)).permute(0, 3, 1, 2)
-    height, width = (side.view(-1, 1, 1, 1) for side in sizes.unbind(1))
+    bgr = images.float().flip(-1)
+    planes = bgr.sub_(constant(recipe.mean, device)).permute(0, 3, 1, 2)
+    height = sizes[:, 0].view(-1, 1, 1, 1)
+    width = sizes[:, 1].view(-1, 1, 1, 1)
     row = torch.arange(planes.shape[2], device=device).view(-1, 1)
     column = torch.arange(planes.shape[3], device=device)
     planes = torch.where((row < height) & (column < width), planes, 0.0)
@@ -139,219 +173,288 @@ def normalise(images: Tensor, sizes: Tensor, recipe: Recipe) -> Tensor:
 
 
 def evaluation_recipe(recipe: Recipe, device: torch.device) -> Recipe:
-    """The recipe with `eval_shapes` decided: exact, but where every shape is compiled."""
+    """Return the recipe with `eval_shapes` set to one of the canvases instead of "auto".
+
+    Two shapes are for devices that compile their kernels for each new shape, exact ones for others.
+    """
     if recipe.eval_shapes != "auto":
         return recipe
-    return replace(recipe, eval_shapes="two" if compiles_each_shape(device) else "exact")
+    shapes = "two" if compiles_each_shape(device) else "exact"
+    return replace(recipe, eval_shapes=shapes)
 
 
-def evaluation_canvas(size: tuple[int, int], recipe: Recipe) -> tuple[int, int]:
-    """(height, width) of the canvas of one resized image: it depends on nothing else."""
-    shapes = "exact" if recipe.eval_shapes == "auto" else recipe.eval_shapes
+def evaluation_canvas_size(size: tuple[int, int], recipe: Recipe) -> tuple[int, int]:
+    """Return the (height, width) of the canvas for an image resized to `size`.
+
+    It depends on no other image, so an image has the same input in every batch.
+    """
+    shapes = recipe.eval_shapes
+    if shapes == "auto":
+        shapes = "exact"
     return canvas_size([size], shapes, (recipe.eval_scale,))
 
 
-def prepare(image: np.ndarray, recipe: Recipe) -> tuple[Tensor, tuple[int, int]]:
-    """The evaluation canvas (H, W, 3) uint8 of an image, and its size (height, width) on it."""
-    size = resized_size(*image.shape[:2], recipe.eval_scale)
-    canvas = torch.empty((*evaluation_canvas(size, recipe), 3), dtype=torch.uint8)
-    resize_onto(canvas, image, size)
+def evaluation_canvas(image: np.ndarray, recipe: Recipe) -> tuple[Tensor, tuple[int, int]]:
+    """Resize an image (H, W, 3) uint8 RGB for evaluation.
+
+    Return its canvas (H, W, 3) uint8, and its (height, width) on it.
+    """
+    height, width = image.shape[:2]
+    size = resized_size(height, width, recipe.eval_scale)
+    canvas_height, canvas_width = evaluation_canvas_size(size, recipe)
+    canvas = torch.zeros(canvas_height, canvas_width, 3, dtype=torch.uint8)
+    lay_on_canvas(resize(image, size), canvas)
     return canvas, size
 
 
 def prepare_image(image: np.ndarray, recipe: Recipe) -> Tensor:
-    """The evaluation input (3, H, W) float32 of an image (H, W, 3) uint8 RGB."""
-    canvas, size = prepare(image, recipe)
+    """Return the evaluation input (3, H, W) float32 of an image (H, W, 3) uint8 RGB."""
+    canvas, size = evaluation_canvas(image, recipe)
     return normalise(canvas.unsqueeze(0), torch.tensor([size]), recipe).squeeze(0)
 
 
-def read_sized(records: CocoIndex, record: int) -> np.ndarray:
-    """The image of a record. Raises UserError where it has another size than the record says."""
+def read_record(records: CocoIndex, record: int) -> np.ndarray:
+    """Read the image (H, W, 3) uint8 RGB of a record.
+
+    Raise UserError where it has another size than its annotation says.
+    """
     path = records.path(record)
     image = read_image(path)
-    if image.shape[:2] != tuple(records.sizes[record]):
-        (height, width), found = records.sizes[record], image.shape
+    height, width = image.shape[:2]
+    annotated_height, annotated_width = records.sizes[record].tolist()
+    if (height, width) != (annotated_height, annotated_width):
         raise UserError(
-            f"{path}: is {found[1]} x {found[0]} pixels, {width} x {height} in the annotation "
-            "file; correct it, --check_data lists every such file"
+            f"{path}: is {width} x {height} pixels, {annotated_width} x {annotated_height} in the "
+            "annotation file; correct it, --check_data lists every such file"
         )
     return image
 
 
-def ground_truth(records: CocoIndex) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All images' boxes (B, 4) float32 xyxy in pixels of the originals, labels (B,), and offsets
-    (I + 1,): image i has the rows offsets[i]:offsets[i + 1].
+def training_ground_truth(records: CocoIndex) -> GroundTruth:
+    """Return the boxes that are trained on.
 
-    Crowds, annotations to ignore, and boxes of less than a pixel a side or of no area inside
-    the image are left out.
+    Crowds, annotations to ignore, and boxes with a side below one pixel or without area inside the
+    image are left out.
     """
-    rows = records.table
-    x, y, w, h = rows.box_xywh.T
-    height, width = np.repeat(records.sizes, np.diff(records.offsets), axis=0).T
-    shared_x = np.minimum(x + w, width) - np.maximum(x, 0)
-    shared_y = np.minimum(y + h, height) - np.maximum(y, 0)
-    real = (shared_x > 0) & (shared_y > 0) & (w >= 1) & (h >= 1)
-    real &= ~(rows.crowd | rows.ignore | (rows.area <= 0))
-    boxes = np.stack([x, y, x + w, y + h], axis=1).astype(np.float32)
-    offsets = np.append(0, np.cumsum(real))[records.offsets]
-    return boxes[real], rows.label[real], offsets
+    table = records.table
+    x, y, width, height = table.box_xywh.T
+    image_sizes = np.repeat(records.sizes, np.diff(records.offsets), axis=0)
+    image_height, image_width = image_sizes.T
+    inner_width = np.minimum(x + width, image_width) - np.maximum(x, 0)
+    inner_height = np.minimum(y + height, image_height) - np.maximum(y, 0)
+    is_inside = (inner_width > 0) & (inner_height > 0)
+    is_large_enough = (width >= 1) & (height >= 1)
+    is_excluded = table.crowd | table.ignore | (table.area <= 0)
+    used = is_inside & is_large_enough & ~is_excluded
+
+    boxes = np.stack([x, y, x + width, y + height], axis=1).astype(np.float32)
+    used_before = np.append(0, np.cumsum(used))  # number of used rows before each row
+    return GroundTruth(boxes[used], table.label[used], used_before[records.offsets])
+
+
+def scale_boxes(
+    boxes_xyxy: np.ndarray, old_size: tuple[int, int], new_size: tuple[int, int]
+) -> np.ndarray:
+    """Move boxes (n, 4) float32 from an image of `old_size` to its resized form, and clip them.
+
+    Sizes are (height, width) in pixels.
+    """
+    old_height, old_width = old_size
+    height, width = new_size
+    factor_x = width / old_width
+    factor_y = height / old_height
+    factors = np.float32([factor_x, factor_y, factor_x, factor_y])
+    return (boxes_xyxy * factors).clip(0, np.float32([width, height, width, height]))
+
+
+def flip_boxes(boxes_xyxy: np.ndarray, width: int) -> np.ndarray:
+    """Return the boxes (n, 4) in an image of this width after it is flipped."""
+    left, top, right, bottom = boxes_xyxy.T
+    return np.stack([width - right, top, width - left, bottom], axis=1)
 
 
 class TrainingSet(Dataset):
-    """`dataset[epoch, position, record]` is a Sample, `collate` makes a Batch of several."""
+    """`dataset[epoch, position, record]` is a Sample; `collate` makes a Batch of several."""
 
     def __init__(self, records: CocoIndex, recipe: Recipe, seed: int):
-        self.records, self.recipe, self.seed = records, recipe, seed
-        self.slots = records.max_boxes()
-        self.boxes, self.labels, self.offsets = ground_truth(records)
+        self.records = records
+        self.recipe = recipe
+        self.seed = seed
+        self.max_boxes = records.max_boxes()
+        self.all_boxes = training_ground_truth(records)
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def truth(self, record: int) -> tuple[np.ndarray, np.ndarray]:
-        """Boxes (n, 4) float32 xyxy in pixels of the original, labels (n,) of an image."""
-        rows = slice(self.offsets[record], self.offsets[record + 1])
-        return self.boxes[rows], self.labels[rows]
+    def ground_truth(self, record: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return boxes (n, 4) float32 xyxy in pixels of the original image, and labels (n,)."""
+        boxes, labels, offsets = self.all_boxes
+        rows = slice(offsets[record], offsets[record + 1])
+        return boxes[rows], labels[rows]
 
     def __getitem__(self, key: tuple[int, int, int]) -> Sample:
         epoch, position, record = key
         recipe = self.recipe
-        image = read_sized(self.records, record)
-        boxes, labels = self.truth(record)
-        scale, flip = recipe.eval_scale, False
+        image = read_record(self.records, record)
+        boxes, labels = self.ground_truth(record)
+        scale = recipe.eval_scale
+        flip = False
         if recipe.augment:
-            rng = np.random.default_rng((self.seed, epoch, position))
-            flip = rng.random() < recipe.flip_probability
-            scale = recipe.scales[rng.integers(len(recipe.scales))]
-        size = resized_size(*image.shape[:2], scale)
-        boxes = scale_boxes(boxes, image.shape[:2], size)
+            random = np.random.default_rng((self.seed, epoch, position))
+            flip = random.random() < recipe.flip_probability
+            scale = recipe.scales[random.integers(len(recipe.scales))]
+
+        old_height, old_width = image.shape[:2]
+        height, width = resized_size(old_height, old_width, scale)
+        image = resize(image, (height, width), flip)
+        boxes = scale_boxes(boxes, (old_height, old_width), (height, width))
         if flip:
-            boxes[:, [0, 2]] = size[1] - boxes[:, [2, 0]]
-        return Sample(image, size, flip, boxes, labels, self.records.image_ids[record])
+            boxes = flip_boxes(boxes, width)
+        return Sample(image, boxes, labels, int(self.records.image_ids[record]))
 
     def collate(self, samples: list[Sample]) -> Batch:
-        """Samples of one orientation on a common canvas."""
-        sizes = [sample.size for sample in samples]
-        canvas = canvas_size(sizes, self.recipe.shapes, self.recipe.scales)
-        count, slots = len(samples), self.slots
-        images = _uint8((count, *canvas, 3))
-        boxes = np.zeros((count, slots, 4), np.float32)
-        labels = np.zeros((count, slots), np.int64)
-        valid = np.zeros((count, slots), bool)
+        """Lay samples of the same orientation on canvases of the same size."""
+        sizes = []
+        for sample in samples:
+            height, width = sample.image.shape[:2]
+            sizes.append((height, width))
+        count = len(samples)
+        height, width = canvas_size(sizes, self.recipe.shapes, self.recipe.scales)
+        images = torch.zeros(count, height, width, 3, dtype=torch.uint8)
+        boxes = torch.zeros(count, self.max_boxes, 4)
+        labels = torch.zeros(count, self.max_boxes, dtype=torch.int64)
+        valid = torch.zeros(count, self.max_boxes, dtype=torch.bool)
         for i, sample in enumerate(samples):
-            resize_onto(images[i], sample.image, sample.size, sample.flip)
-            n = len(sample.labels)
-            boxes[i, :n], labels[i, :n], valid[i, :n] = sample.boxes, sample.labels, True
-        truth = map(torch.from_numpy, (boxes, labels, valid))
+            lay_on_canvas(sample.image, images[i])
+            num_boxes = len(sample.boxes)
+            boxes[i, :num_boxes] = torch.from_numpy(sample.boxes)
+            labels[i, :num_boxes] = torch.from_numpy(sample.labels)
+            valid[i, :num_boxes] = True
         image_ids = torch.tensor([sample.image_id for sample in samples])
-        return Batch(images, torch.tensor(sizes), *truth, image_ids)
-
-
-def _uint8(shape: tuple[int, ...]) -> Tensor:
-    """A tensor to be filled; in a worker at once in the memory that the main process reads."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's default_collate
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
-
-
-def scale_boxes(boxes_xyxy: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
-    """Boxes (n, 4) float32 of an image of size `old` (height, width) on one of size `new`."""
-    factor = np.array([new[1] / old[1], new[0] / old[0]] * 2, np.float32)
-    return (boxes_xyxy * factor).clip(0, np.array([new[1], new[0]] * 2, np.float32))
+        return Batch(images, torch.tensor(sizes), boxes, labels, valid, image_ids)
 
 
 def orientation(records: CocoIndex) -> np.ndarray:
-    """(I,) int64: 1 for images wider than high, else 0. A batch holds images of one kind."""
-    return (records.sizes[:, 1] > records.sizes[:, 0]).astype(np.int64)
+    """Return (I,) int64: 1 for images that are wider than high, else 0.
+
+    A batch holds images of one orientation, so that they fit a small canvas.
+    """
+    heights = records.sizes[:, 0]
+    widths = records.sizes[:, 1]
+    return (widths > heights).astype(np.int64)
 
 
 def epoch_order(
-    groups: np.ndarray, seed: int, epoch: int, batch_size: int, world_size: int
+    orientations: np.ndarray, seed: int, epoch: int, batch_size: int, world_size: int
 ) -> np.ndarray:
-    """The positions of an epoch, one batch after the other, rank 0's batches first.
+    """Return the records of an epoch, batch after batch, the batches of rank 0 first.
 
-    Seeded by seed + epoch: a permutation of each group, extended from its own beginning to full
-    batches on all ranks; then a permutation of all batches.
+    The records of each orientation are shuffled and extended from their own beginning to full
+    batches on all ranks; then the batches of both are shuffled. The seed is `seed + epoch`. Source:
+    MMDetection's DistributedGroupSampler.
     """
     generator = torch.Generator().manual_seed(seed + epoch)
-    multiple = batch_size * world_size
-    order = []
-    for group in (0, 1):
-        members = np.flatnonzero(groups == group)
-        if len(members):
-            members = members[torch.randperm(len(members), generator=generator).numpy()]
-            order.append(np.resize(members, -(-len(members) // multiple) * multiple))
-    batches = np.concatenate(order).reshape(-1, batch_size)
-    return batches[torch.randperm(len(batches), generator=generator).numpy()].reshape(-1)
+    groups = []
+    for value in (0, 1):
+        members = np.flatnonzero(orientations == value)
+        if len(members) == 0:
+            continue
+        shuffled = members[torch.randperm(len(members), generator=generator).numpy()]
+        full_length = round_up(len(members), batch_size * world_size)
+        groups.append(np.resize(shuffled, full_length))
+    batches = np.concatenate(groups).reshape(-1, batch_size)
+    shuffled_batches = batches[torch.randperm(len(batches), generator=generator).numpy()]
+    return shuffled_batches.reshape(-1)
 
 
-def iterations_per_epoch(records: CocoIndex, batch_size: int, world_size: int) -> int:
-    """Steps of an epoch: each orientation fills its last batches on all ranks."""
-    counts = np.bincount(orientation(records), minlength=2)
-    return int(sum(-(-counts // (batch_size * world_size))))
+def iterations_per_epoch(records: CocoIndex, recipe: Recipe, world_size: int) -> int:
+    """Return the steps of an epoch: each orientation fills its last batches on all ranks."""
+    global_batch = recipe.batch_size * world_size
+    landscape = int(orientation(records).sum())
+    portrait = len(records) - landscape
+    return ceil_div(landscape, global_batch) + ceil_div(portrait, global_batch)
 
 
 class TrainingOrder(Sampler):
-    """This rank's batches of (epoch, position, record), from any iteration to the run's last.
+    """The batches of (epoch, position, record) of this rank, from any iteration to the last one.
 
-    One pass over it is a whole run: workers never restart between epochs. Of each epoch's order
-    rank r takes the r-th contiguous part.
+    One pass over it is a run of many epochs, so that workers never start again between them. Rank r
+    takes the r-th contiguous part of the order of each epoch.
     """
 
     def __init__(
-        self, records: CocoIndex, batch_size: int, ranks: Ranks, seed: int, start: int, end: int
+        self, records: CocoIndex, recipe: Recipe, ranks: Ranks, seed: int, start: int, end: int
     ):
-        if not len(records):
+        if len(records) == 0:
             raise UserError(
                 "no image of the training set has an annotation and sides of 32 pixels; "
                 "check --data_path"
             )
-        self.groups = orientation(records)
-        self.batch_size, self.ranks, self.seed = batch_size, ranks, seed
-        self.start, self.end = start, end
-        self.per_epoch = iterations_per_epoch(records, batch_size, ranks.world_size)
+        self.orientations = orientation(records)
+        self.batch_size = recipe.batch_size
+        self.ranks = ranks
+        self.seed = seed
+        self.start = start
+        self.end = end
+        self.steps_per_epoch = iterations_per_epoch(records, recipe, ranks.world_size)
 
     def __len__(self) -> int:
         return self.end - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        epoch, order = -1, None
+        epoch = None
+        order = []
         for iteration in range(self.start, self.end):
-            if iteration // self.per_epoch != epoch:
-                epoch = iteration // self.per_epoch
-                order = epoch_order(
-                    self.groups, self.seed, epoch, self.batch_size, self.ranks.world_size
-                ).tolist()
-            batch = self.ranks.rank * self.per_epoch + iteration % self.per_epoch
-            positions = range(batch * self.batch_size, (batch + 1) * self.batch_size)
+            if iteration // self.steps_per_epoch != epoch:
+                epoch = iteration // self.steps_per_epoch
+                order = self.epoch_order(epoch)
+            step = iteration % self.steps_per_epoch
+            batch = self.ranks.rank * self.steps_per_epoch + step
+            first = batch * self.batch_size
+            positions = range(first, first + self.batch_size)
             yield [(epoch, position, order[position]) for position in positions]
+
+    def epoch_order(self, epoch: int) -> list[int]:
+        """Return the records of an epoch in the order of all ranks."""
+        order = epoch_order(
+            self.orientations, self.seed, epoch, self.batch_size, self.ranks.world_size
+        )
+        return order.tolist()
 
 
 class EvaluationSet(Dataset):
-    """Canvas (H, W, 3) uint8, size on it, original (height, width), and image id."""
+    """`dataset[record]` is an EvaluationSample."""
 
     def __init__(self, records: CocoIndex, recipe: Recipe):
-        self.records, self.recipe = records, recipe
+        self.records = records
+        self.recipe = recipe
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, record: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        canvas, size = prepare(read_sized(self.records, record), self.recipe)
-        original = torch.from_numpy(self.records.sizes[record].astype(np.int64))
-        image_id = torch.tensor(self.records.image_ids[record])
-        return canvas, torch.tensor(size), original, image_id
+    def __getitem__(self, record: int) -> EvaluationSample:
+        image = read_record(self.records, record)
+        canvas, size = evaluation_canvas(image, self.recipe)
+        return EvaluationSample(
+            canvas=canvas,
+            size=torch.tensor(size),
+            original_size=torch.tensor(image.shape[:2]),
+            image_id=torch.tensor(self.records.image_ids[record]),
+        )
 
 
 def evaluation_batches(records: CocoIndex, recipe: Recipe) -> list[list[int]]:
-    """Positions of all images, those of one canvas together, at most `eval_batch_size` at once."""
-    by_canvas: dict[tuple, list[int]] = {}
+    """Return all records in batches of at most `eval_batch_size` with the same canvas size."""
+    records_by_canvas: dict[tuple[int, int], list[int]] = {}
     for record, (height, width) in enumerate(records.sizes.tolist()):
-        canvas = evaluation_canvas(resized_size(height, width, recipe.eval_scale), recipe)
-        by_canvas.setdefault(canvas, []).append(record)
-    size = recipe.eval_batch_size
-    return [same[i : i + size] for same in by_canvas.values() for i in range(0, len(same), size)]
+        size = resized_size(height, width, recipe.eval_scale)
+        canvas = evaluation_canvas_size(size, recipe)
+        records_by_canvas.setdefault(canvas, []).append(record)
+    batches = []
+    for same_canvas in records_by_canvas.values():
+        for first in range(0, len(same_canvas), recipe.eval_batch_size):
+            batches.append(same_canvas[first : first + recipe.eval_batch_size])
+    return batches
 
 
 def build_loader(
@@ -366,25 +469,27 @@ def build_loader(
     end: int | None = None,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """The loader of this rank: training Batches of iterations `start` to `end` (default: of the
-    whole run), or every evaluation image of the rank once."""
+    """Return the loader of this rank.
+
+    For training it gives a Batch for each iteration from `start` up to `end` (default: the end of
+    the run). For evaluation it gives every image of this rank once, in batches of the fields of
+    EvaluationSample.
+    """
     ranks = ranks or Ranks()
-    options = {"num_workers": workers, "pin_memory": pin_memory, "worker_init_fn": quiet_worker}
-    if workers:
-        options["prefetch_factor"] = 4
+    options = loader_options(workers, pin_memory)
     if not training:
-        mine = records.subset(np.arange(ranks.rank, len(records), ranks.world_size))
-        batches = evaluation_batches(mine, recipe)
-        return DataLoader(EvaluationSet(mine, recipe), batch_sampler=batches, **options)
-    per_epoch = iterations_per_epoch(records, recipe.batch_size, ranks.world_size)
-    end = recipe.epochs * per_epoch if end is None else end
-    order = TrainingOrder(records, recipe.batch_size, ranks, seed, start, end)
+        records_of_rank = records.subset(np.arange(ranks.rank, len(records), ranks.world_size))
+        return DataLoader(
+            EvaluationSet(records_of_rank, recipe),
+            batch_sampler=evaluation_batches(records_of_rank, recipe),
+            **options,
+        )
+    if end is None:
+        end = recipe.epochs * iterations_per_epoch(records, recipe, ranks.world_size)
     dataset = TrainingSet(records, recipe, seed)
-    return DataLoader(dataset, batch_sampler=order, collate_fn=dataset.collate, **options)
-
-
-def quiet_worker(worker: int) -> None:
-    """Ctrl-C and a SIGTERM to the whole process group are the main process's to handle: while it
-    finishes its step and saves, a worker must not die; it does a minute later at the latest."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+    return DataLoader(
+        dataset,
+        batch_sampler=TrainingOrder(records, recipe, ranks, seed, start, end),
+        collate_fn=dataset.collate,
+        **options,
+    )

@@ -1,6 +1,7 @@
-"""FCOS's loss: focal loss on classes, IoU or GIoU on boxes, centerness (FCOS paper, 3.1 and 3.2).
+"""The loss of FCOS: focal loss on classes, IoU or GIoU loss on boxes, centerness.
 
-Labels at this door are 0-based classes; the network has no background channel.
+Source: FCOS paper, sections 3.1 and 3.2. The network has no background channel: a point that learns
+no box should give all classes the probability 0.
 """
 
 import torch
@@ -8,71 +9,21 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.npu.device import chunk_size
-from fcos.anchors import encode, make_anchors, make_levels, point_strides
+from fcos.anchors import MapSizes, encode, make_anchors, make_levels, point_strides
 from fcos.config import Recipe
 from fcos.model import Outputs
 from fcos.targets import assign
-
-POINTS_AT_ONCE = 4096  # on a CPU: what fits its cache
-
-
-class FocalLoss(torch.autograd.Function):
-    """Sum of the sigmoid focal loss (gamma 2) of logits (N, P, C) for `label` (N, P) where
-    `positive` (N, P), background elsewhere.
-
-    Every entry is first taken as background, then the one class of each positive point is
-    corrected: no one-hot target. The gradient is made in the forward pass, where its parts are at
-    hand. Focal loss paper, equation 5.
-    """
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, label: Tensor, positive: Tensor, alpha: float) -> Tensor:
-        grads = torch.empty_like(logits)
-        total = logits.new_zeros(())
-        rows, row_grads = logits.flatten(0, 1), grads.flatten(0, 1)
-        step = POINTS_AT_ONCE * chunk_size(rows)
-        for grad, x in zip(row_grads.split(step), rows.split(step), strict=True):
-            p, q, cost = _background_cost(x)
-            weight = (p * p).mul_(1 - alpha)
-            total = total + (weight * cost).sum()
-            # d/dx p^2 cost = p^2 (2 q cost + p)
-            torch.addcmul(p, q.mul_(2), cost, out=grad).mul_(weight)
-
-        index = label.unsqueeze(-1)
-        x = logits.gather(2, index).squeeze(-1)  # (N, P)
-        p, q, cost_background = _background_cost(x)
-        cost = cost_background - x  # -log p
-        change = alpha * q * q * cost - (1 - alpha) * p * p * cost_background
-        total = total + torch.where(positive, change, 0.0).sum()
-        change = -alpha * q * q * (2 * p * cost + q)
-        change = change - (1 - alpha) * p * p * (2 * q * cost_background + p)
-        grads.scatter_add_(2, index, torch.where(positive, change, 0.0).unsqueeze(-1))
-        ctx.save_for_backward(grads)
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, weight: Tensor):
-        (grads,) = ctx.saved_tensors
-        return grads * weight, None, None, None
-
-
-def _background_cost(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Probability p of logits, q = 1 - p, and -log q, which is `F.softplus` at a third of its
-    time; never below the logit, so that it stays right where q vanishes."""
-    p, q = x.sigmoid(), (-x).sigmoid_()
-    cost = q.clamp(min=1e-37).log_().neg_()
-    return p, q, torch.maximum(cost, x, out=cost)
 
 
 class DetectionLoss(nn.Module):
     """Loss of raw outputs against padded ground truth, in fp32, with fixed shapes.
 
-    `boxes` (N, M, 4) xyxy in pixels of the input; `labels` (N, M) 0-based; `valid` (N, M) bool.
-    Returns scalars `loss_cls`, `loss_bbox`, `loss_centerness` and their sum `loss`. Classes and
-    centerness are divided by the number of positive points, boxes by the sum of their centerness,
-    both the mean over ranks: every rank takes part in that, whatever its ground truth.
+    `boxes` (N, M, 4) are xyxy in pixels of the network input, `labels` (N, M) 0-based classes and
+    `valid` (N, M) bool. The result has the scalars `loss_cls`, `loss_bbox`, `loss_centerness` and
+    their sum `loss`.
+
+    The losses of classes and centerness are divided by the number of positive points, that of boxes
+    by the sum of their target centerness. Both divisors are means over all ranks.
     """
 
     def __init__(self, recipe: Recipe, num_classes: int):
@@ -84,19 +35,28 @@ class DetectionLoss(nn.Module):
         self, outputs: Outputs, boxes: Tensor, labels: Tensor, valid: Tensor
     ) -> dict[str, Tensor]:
         logits, distances, centerness = outputs.flat()
-        sizes = outputs.sizes()
-        positive, label, target = self.targets(sizes, boxes, labels, valid)
-        # Distances of background points mean nothing, and may be infinite: a box of size 2 instead.
-        target = torch.where(positive.unsqueeze(-1), target, 1.0)
+        sizes = outputs.map_sizes()
+        positive, label, target_distances = self.targets(sizes, boxes, labels, valid)
+        # At other points distances mean nothing, and may be infinite. With the distance 1 in their
+        # place, no term of the loss and no gradient is nan there.
+        target_distances = torch.where(positive.unsqueeze(-1), target_distances, 1.0)
         distances = torch.where(positive.unsqueeze(-1), distances, 1.0)
-        target_centerness = torch.where(positive, center_of(target), 0.0)
-        positives, weights = _mean_over_ranks(positive.sum(), target_centerness.sum())
-        positives, weights = positives.clamp(min=1), weights.clamp(min=1e-6)
+        target_centerness = torch.where(positive, centerness_of(target_distances), 0.0)
+
+        positives = positive.sum().float()
+        total_centerness = target_centerness.sum()
+        divisors = mean_over_ranks(torch.stack([positives, total_centerness]))
+        positives = divisors[0].clamp(min=1)
+        total_centerness = divisors[1].clamp(min=1e-6)
 
         label = torch.where(positive, label, 0)
-        loss_cls = FocalLoss.apply(logits, label, positive, self.recipe.focal_alpha) / positives
+        focal = focal_loss(logits, label, positive, self.recipe.focal_alpha)
+        loss_cls = focal.sum() / positives
+
         box_loss = giou_loss if self.recipe.box_loss == "giou" else iou_loss
-        loss_bbox = (box_loss(distances, target) * target_centerness).sum() / weights
+        weighted = box_loss(distances, target_distances) * target_centerness
+        loss_bbox = weighted.sum() / total_centerness
+
         entropy = F.binary_cross_entropy_with_logits(
             centerness.squeeze(-1), target_centerness, reduction="none"
         )
@@ -110,59 +70,82 @@ class DetectionLoss(nn.Module):
 
     @torch.no_grad()
     def targets(
-        self, sizes: tuple, boxes: Tensor, labels: Tensor, valid: Tensor
+        self, sizes: MapSizes, boxes: Tensor, labels: Tensor, valid: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`positive` (N, P) bool, class (N, P) int64, `num_classes` for background, and target
-        distances (N, P, 4) in the unit of the outputs, which mean something where positive."""
-        recipe, device = self.recipe, boxes.device
+        """Return what each point should predict.
+
+        The results are `positive` (N, P) bool, the class (N, P) int64, which is `num_classes` for
+        background, and the distances (N, P, 4) in the unit of the outputs, which are meaningless
+        where `positive` is false.
+        """
+        recipe = self.recipe
+        device = boxes.device
         levels = make_levels(recipe, sizes, device)
-        at_once = chunk_size(boxes)
-        parts = zip(boxes.split(at_once), labels.split(at_once), valid.split(at_once), strict=True)
-        matches = [assign(levels, *part, recipe.center_radius) for part in parts]
-        positive, matched, label = (torch.cat(match) for match in zip(*matches, strict=True))
+        positive, matched, label = assign(levels, boxes, labels, valid, recipe.center_radius)
+        label = torch.where(positive, label, self.num_classes)
         matched_boxes = boxes.gather(1, matched.unsqueeze(-1).expand(-1, -1, 4))
-        target = encode(matched_boxes, make_anchors(recipe, sizes, device))
+        distances = encode(matched_boxes, make_anchors(recipe, sizes, device))
         if recipe.norm_on_bbox:
-            target = target / point_strides(recipe, sizes, device)
-        return positive, torch.where(positive, label, self.num_classes), target
+            distances = distances / point_strides(recipe, sizes, device)
+        return positive, label, distances
 
 
-def center_of(distances: Tensor) -> Tensor:
-    """Centerness (...) of distances (..., 4), above 0; FCOS paper equation 3."""
+def focal_loss(logits: Tensor, label: Tensor, positive: Tensor, alpha: float) -> Tensor:
+    """Return the focal loss (N, P, C) of logits (N, P, C), with gamma 2.
+
+    The target is 1 for the class `label` (N, P) of a point where `positive` (N, P), and 0 for all
+    other classes. Source: focal loss paper, equation 5.
+    """
+    is_target = torch.zeros_like(logits, dtype=torch.bool)
+    is_target = is_target.scatter(2, label.unsqueeze(-1), positive.unsqueeze(-1))
+    sign = torch.where(is_target, -1.0, 1.0)
+    weight = torch.where(is_target, alpha, 1 - alpha)
+    # The logit of the wrong answer: the higher it is, the worse is the prediction.
+    wrong_logits = sign * logits
+    wrong = wrong_logits.sigmoid()  # 1 - p_t in the paper
+    entropy = F.softplus(wrong_logits)  # -log p_t
+    return weight * wrong.square() * entropy
+
+
+def centerness_of(distances: Tensor) -> Tensor:
+    """Return the centerness (...) of distances (..., 4) above 0; FCOS paper, equation 3."""
     left, top, right, bottom = distances.unbind(-1)
     across = torch.minimum(left, right) / torch.maximum(left, right)
-    return (across * (torch.minimum(top, bottom) / torch.maximum(top, bottom))).sqrt()
+    down = torch.minimum(top, bottom) / torch.maximum(top, bottom)
+    return (across * down).sqrt()
 
 
-def _mean_over_ranks(*values: Tensor) -> Tensor:
-    """The means over ranks, in one collective that every rank enters."""
-    means = torch.stack([value.float() for value in values])
-    if dist.is_initialized():
-        means = means / dist.get_world_size()
-        dist.all_reduce(means)
-    return means
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Return the means of `values` over all ranks, all of which must call this."""
+    if not dist.is_initialized():
+        return values
+    values = values / dist.get_world_size()
+    dist.all_reduce(values)
+    return values
 
 
 def iou_loss(distances: Tensor, target: Tensor) -> Tensor:
-    """-log IoU (...) of two boxes around the same point; IoU is at least 1e-6."""
-    overlap, union, _ = _overlap(distances, target)
-    return -(overlap / union.clamp(min=1e-6)).clamp(min=1e-6).log()
+    """Return -log IoU (...) of two boxes around the same point, both (..., 4) distances."""
+    overlap = area(torch.minimum(distances, target))
+    union = area(distances) + area(target) - overlap
+    iou = overlap / union.clamp(min=1e-6)
+    return -iou.clamp(min=1e-6).log()
 
 
 def giou_loss(distances: Tensor, target: Tensor) -> Tensor:
-    """1 - GIoU (...) of two boxes around the same point; GIoU paper, algorithm 1."""
-    overlap, union, hull = _overlap(distances, target)
-    union, hull = union.clamp(min=1e-7), hull.clamp(min=1e-7)
-    return 1 - overlap / union + (hull - union) / hull
+    """Return 1 - GIoU (...) of two boxes around the same point, both (..., 4) distances.
 
-
-def _overlap(distances: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Areas of overlap, union and common hull of boxes given by distances from the same point."""
-
-    def area(ltrb: Tensor) -> Tensor:
-        left, top, right, bottom = ltrb.unbind(-1)
-        return (left + right) * (top + bottom)
-
+    Source: GIoU paper, algorithm 1.
+    """
     overlap = area(torch.minimum(distances, target))
     union = area(distances) + area(target) - overlap
-    return overlap, union, area(torch.maximum(distances, target))
+    union = union.clamp(min=1e-7)
+    enclosing = area(torch.maximum(distances, target)).clamp(min=1e-7)
+    iou = overlap / union
+    return 1 - iou + (enclosing - union) / enclosing
+
+
+def area(distances: Tensor) -> Tensor:
+    """Return the area (...) of the boxes that have these distances (..., 4) from a point."""
+    left, top, right, bottom = distances.unbind(-1)
+    return (left + right) * (top + bottom)

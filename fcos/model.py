@@ -1,7 +1,7 @@
 """FCOS: backbone, feature pyramid, and one head for all levels.
 
-Attribute names are the published checkpoint's keys (`backbone`, `neck`, `bbox_head`), so that a
-state dict of ours is one of theirs.
+Attribute names are the keys of the published checkpoints (`backbone`, `neck`, `bbox_head`), so the
+state dict of this network has the published layout.
 """
 
 import math
@@ -11,32 +11,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcos.anchors import Sizes
+from fcos.anchors import MapSizes
 from fcos.backbone import ResNet
 from fcos.config import Recipe
 
-# exp of more is no distance in any image. Without a limit, a background point that overflows
-# would send 0 * inf = nan back.
+GROUPS = 32  # of the group norm in the head, group norm paper
+# No distance in an image is near exp(20). Without a limit, a background point whose distance
+# overflows would get the gradient 0 * inf = nan.
 LARGEST_EXPONENT = 20.0
 
 
 class Outputs(NamedTuple):
-    """Raw outputs: the maps (N, C, rows, columns) of levels P3 to P7."""
+    """Raw outputs: for each level from P3 to P7 a feature map (N, C, rows, columns)."""
 
-    logits: tuple[Tensor, ...]  # C = classes
-    distances: tuple[Tensor, ...]  # C = 4: left, top, right, bottom; fp32, pixels (or strides)
+    logits: tuple[Tensor, ...]  # C = number of classes
+    # C = 4: left, top, right, bottom. fp32, in pixels, or in strides with `norm_on_bbox`.
+    distances: tuple[Tensor, ...]
     centerness: tuple[Tensor, ...]  # C = 1, logits
 
-    def sizes(self) -> Sizes:
-        """(rows, columns) of each level."""
-        return tuple((x.shape[2], x.shape[3]) for x in self.logits)
+    def map_sizes(self) -> MapSizes:
+        """Return the size of each level's feature map."""
+        sizes = []
+        for logits in self.logits:
+            rows, columns = logits.shape[2:]
+            sizes.append((rows, columns))
+        return tuple(sizes)
 
-    def flat(self) -> list[Tensor]:
-        """The three as fp32 tensors (N, P, C), the points in the order of `make_anchors`."""
-        return [
-            torch.cat([x.permute(0, 2, 3, 1).flatten(1, 2) for x in maps], dim=1).float()
-            for maps in self
-        ]
+    def flat(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits, distances and centerness of all points, each (N, P, C) in fp32.
+
+        The points are in the order of `make_anchors`.
+        """
+        return flatten(self.logits), flatten(self.distances), flatten(self.centerness)
+
+
+def flatten(maps: tuple[Tensor, ...]) -> Tensor:
+    """Join feature maps (N, C, rows, columns) to (N, P, C) in fp32."""
+    rows = [level.permute(0, 2, 3, 1).flatten(1, 2) for level in maps]
+    return torch.cat(rows, dim=1).float()
 
 
 class ConvBlock(nn.Module):
@@ -45,41 +57,52 @@ class ConvBlock(nn.Module):
     def __init__(self, conv: nn.Conv2d, norm: bool = False, relu: bool = False):
         super().__init__()
         self.conv = conv
-        self.gn = nn.GroupNorm(32, conv.out_channels) if norm else None
+        self.gn = nn.GroupNorm(GROUPS, conv.out_channels) if norm else None
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
         if self.gn is not None:
             x = self.gn(x)
-        return F.relu(x, inplace=True) if self.relu else x
+        if self.relu:
+            x = F.relu(x, inplace=True)
+        return x
 
 
 class FPN(nn.Module):
-    """C3, C4, C5 to P3..P7; feature pyramid paper, P6 from the output P5, ReLU before P7 only."""
+    """Feature maps C3, C4, C5 to P3 to P7, all with the same number of channels.
 
-    def __init__(self, inputs: list[int], channels: int):
+    Source: feature pyramid paper; P6 and P7 as in the FCOS paper, section 3.1. P6 is made from P5,
+    and there is a ReLU before P7 only.
+    """
+
+    def __init__(self, inputs: tuple[int, ...], channels: int):
         super().__init__()
-        self.lateral_convs = nn.ModuleList(
-            ConvBlock(nn.Conv2d(count, channels, 1)) for count in inputs
-        )
-        self.fpn_convs = nn.ModuleList(
-            ConvBlock(nn.Conv2d(channels, channels, 3, stride, padding=1))
-            for stride in (1, 1, 1, 2, 2)
-        )
-        for block in (*self.lateral_convs, *self.fpn_convs):
-            nn.init.xavier_uniform_(block.conv.weight)
-            nn.init.zeros_(block.conv.bias)
+        self.lateral_convs = nn.ModuleList()
+        for count in inputs:
+            self.lateral_convs.append(ConvBlock(nn.Conv2d(count, channels, 1)))
+        self.fpn_convs = nn.ModuleList()
+        for stride in (1, 1, 1, 2, 2):
+            conv = nn.Conv2d(channels, channels, 3, stride, padding=1)
+            self.fpn_convs.append(ConvBlock(conv))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        merged = [lateral(x) for lateral, x in zip(self.lateral_convs, features, strict=True)]
-        for i in (2, 1):
-            size = merged[i - 1].shape[2:]
-            merged[i - 1] = merged[i - 1] + F.interpolate(merged[i], size=size, mode="nearest")
-        levels = [conv(x) for conv, x in zip(self.fpn_convs[:3], merged, strict=True)]
-        levels.append(self.fpn_convs[3](levels[-1]))
-        levels.append(self.fpn_convs[4](F.relu(levels[-1])))
-        return levels
+        c3, c4, c5 = features
+        merged5 = self.lateral_convs[2](c5)
+        merged4 = self.lateral_convs[1](c4)
+        merged4 = merged4 + F.interpolate(merged5, size=merged4.shape[2:], mode="nearest")
+        merged3 = self.lateral_convs[0](c3)
+        merged3 = merged3 + F.interpolate(merged4, size=merged3.shape[2:], mode="nearest")
+        p3 = self.fpn_convs[0](merged3)
+        p4 = self.fpn_convs[1](merged4)
+        p5 = self.fpn_convs[2](merged5)
+        p6 = self.fpn_convs[3](p5)
+        p7 = self.fpn_convs[4](F.relu(p6))
+        return [p3, p4, p5, p6, p7]
 
 
 class Scale(nn.Module):
@@ -97,19 +120,12 @@ class Head(nn.Module):
         super().__init__()
         self.norm_on_bbox = recipe.norm_on_bbox
         self.centerness_on_reg = recipe.centerness_on_reg
-        channels, norm = recipe.channels, recipe.head_norm == "gn"
-
-        def conv(outputs: int, bias: bool = True) -> nn.Conv2d:
-            return nn.Conv2d(channels, outputs, 3, padding=1, bias=bias)
-
-        def tower() -> nn.ModuleList:
-            bias = recipe.conv_bias or not norm
-            return nn.ModuleList(
-                ConvBlock(conv(channels, bias), norm, relu=True) for _ in range(recipe.tower_convs)
-            )
-
-        self.cls_convs, self.reg_convs = tower(), tower()
-        self.conv_cls, self.conv_reg, self.conv_centerness = conv(num_classes), conv(4), conv(1)
+        channels = recipe.channels
+        self.cls_convs = make_tower(recipe)
+        self.reg_convs = make_tower(recipe)
+        self.conv_cls = nn.Conv2d(channels, num_classes, 3, padding=1)
+        self.conv_reg = nn.Conv2d(channels, 4, 3, padding=1)
+        self.conv_centerness = nn.Conv2d(channels, 1, 3, padding=1)
         self.scales = nn.ModuleList(Scale() for _ in recipe.strides)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -120,28 +136,54 @@ class Head(nn.Module):
         nn.init.constant_(self.conv_cls.bias, -math.log((1 - prior) / prior))
 
     def forward(self, levels: list[Tensor]) -> Outputs:
-        outputs = [self.level(x, s.scale) for x, s in zip(levels, self.scales, strict=True)]
-        return Outputs(*zip(*outputs, strict=True))
+        logits = []
+        distances = []
+        centerness = []
+        for features, scale in zip(levels, self.scales, strict=True):
+            of_level = self.level(features, scale.scale)
+            logits.append(of_level[0])
+            distances.append(of_level[1])
+            centerness.append(of_level[2])
+        return Outputs(tuple(logits), tuple(distances), tuple(centerness))
 
-    def level(self, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, distances and centerness of one level."""
-        classes = boxes = x
+    def level(self, features: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits, distances and centerness of one level."""
+        cls_features = features
         for block in self.cls_convs:
-            classes = block(classes)
+            cls_features = block(cls_features)
+        reg_features = features
         for block in self.reg_convs:
-            boxes = block(boxes)
-        distances = scale * self.conv_reg(boxes).float()
+            reg_features = block(reg_features)
+
+        logits = self.conv_cls(cls_features)
+        distances = scale * self.conv_reg(reg_features).float()
         if self.norm_on_bbox:
             distances = F.relu(distances)
         else:
             distances = distances.clamp(max=LARGEST_EXPONENT).exp()
-        centerness = self.conv_centerness(boxes if self.centerness_on_reg else classes)
-        return self.conv_cls(classes), distances, centerness
+        if self.centerness_on_reg:
+            centerness = self.conv_centerness(reg_features)
+        else:
+            centerness = self.conv_centerness(cls_features)
+        return logits, distances, centerness
+
+
+def make_tower(recipe: Recipe) -> nn.ModuleList:
+    """Return the convolutions of one of the head's towers."""
+    norm = recipe.head_norm == "gn"
+    bias = recipe.conv_bias or not norm
+    tower = nn.ModuleList()
+    for _ in range(recipe.tower_convs):
+        conv = nn.Conv2d(recipe.channels, recipe.channels, 3, padding=1, bias=bias)
+        tower.append(ConvBlock(conv, norm, relu=True))
+    return tower
 
 
 class FCOS(nn.Module):
-    """`model(images)`: (N, 3, H, W) normalised BGR to `Outputs`, the same in training and
-    evaluation. Logits have the autocast's dtype."""
+    """Normalised BGR images (N, 3, H, W) to `Outputs`, the same in training and evaluation.
+
+    Logits and centerness have the dtype of the autocast, distances are fp32.
+    """
 
     def __init__(self, recipe: Recipe, num_classes: int):
         super().__init__()
@@ -150,31 +192,36 @@ class FCOS(nn.Module):
         self.bbox_head = Head(recipe, num_classes)
 
     def forward(self, images: Tensor) -> Outputs:
-        return self.bbox_head(self.neck(self.backbone(images)[1:]))
+        features = self.backbone(images)
+        levels = self.neck(features[1:])
+        return self.bbox_head(levels)
 
 
 def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The network for `num_classes` foreground classes, with random weights, nothing frozen."""
+    """Return the network for `num_classes` foreground classes, with random weights, not frozen."""
     return FCOS(recipe, num_classes)
 
 
 def param_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
-    """The optimizer's two groups; `lr_factor` is what the rate is multiplied by in each.
+    """Return the two groups of trained parameters for the optimizer.
 
-    Biases of convolutions have a higher rate and no decay.
+    The biases of convolutions have no weight decay and a higher learning rate: train.py multiplies
+    the rate by the group's `lr_factor`.
     """
-    biases = {
-        id(module.bias)
-        for module in model.modules()
-        if isinstance(module, nn.Conv2d) and module.bias is not None
-    }
-    trained = [p for p in model.parameters() if p.requires_grad]
-    others = [p for p in trained if id(p) not in biases]
+    bias_ids = set()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.bias is not None:
+            bias_ids.add(id(module.bias))
+    biases = []
+    others = []
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in bias_ids:
+            biases.append(parameter)
+        else:
+            others.append(parameter)
     return [
         {"params": others, "lr_factor": 1.0},
-        {
-            "params": [p for p in trained if id(p) in biases],
-            "lr_factor": recipe.bias_lr_factor,
-            "weight_decay": 0.0,
-        },
+        {"params": biases, "lr_factor": recipe.bias_lr_factor, "weight_decay": 0.0},
     ]

@@ -1,4 +1,4 @@
-"""Raw outputs to detections: the best points of each level, decoding, NMS per class."""
+"""Raw outputs to detections: the best points of each level, decoding, NMS by class."""
 
 from typing import NamedTuple
 
@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from common.coco.nms import class_nms
-from fcos.anchors import decode, make_anchors, point_strides
+from fcos.anchors import MapSizes, decode, make_anchors, point_strides
 from fcos.config import Recipe
 from fcos.data import resized_size
 from fcos.model import Outputs
 
 
 class Detections(NamedTuple):
-    """Detections of one image on the host, best first."""
+    """The detections of one image, on the host, best first."""
 
     boxes: Tensor  # (n, 4) float32 xyxy, pixels of the original image
     scores: Tensor  # (n,) float32
@@ -22,67 +22,97 @@ class Detections(NamedTuple):
 
 
 @torch.no_grad()
+def detect(outputs: Outputs, sizes: Tensor, recipe: Recipe) -> list[Detections]:
+    """Return the detections of N images from raw outputs.
+
+    `sizes` (N, 2) are the (height, width) of the original images in pixels. Boxes are clipped to
+    the image. Those with a class probability above `score_threshold` enter greedy NMS in fp32. The
+    score, by which they are ranked, is that probability times the centerness.
+    """
+    original_sizes = sizes.tolist()
+    resized_sizes = []
+    for height, width in original_sizes:
+        resized_sizes.append(resized_size(height, width, recipe.eval_scale))
+    factors = torch.tensor(resized_sizes) / torch.tensor(original_sizes)
+    return detect_resized(outputs, torch.tensor(resized_sizes), factors, recipe)
+
+
+@torch.no_grad()
+def detect_resized(
+    outputs: Outputs, resized_sizes: Tensor, factors: Tensor, recipe: Recipe
+) -> list[Detections]:
+    """Return the detections of N images whose size in the network input is known.
+
+    `resized_sizes` (N, 2) are their (height, width) there in pixels, and `factors` (N, 2) float32
+    these sizes over the original ones.
+    """
+    boxes, logits, centerness = decode_outputs(outputs, recipe)
+    probabilities = logits.sigmoid()
+    centerness = centerness.sigmoid()
+    scores = probabilities.amax(dim=2) * centerness.squeeze(2)  # (N, P)
+    best = best_points(scores, outputs.map_sizes(), recipe.candidates)
+    best = best.unsqueeze(-1)  # (N, K, 1)
+    num_classes = probabilities.shape[2]
+    boxes = boxes.gather(1, best.expand(-1, -1, 4)).cpu().numpy()
+    centerness = centerness.gather(1, best).cpu().numpy()
+    probabilities = probabilities.gather(1, best.expand(-1, -1, num_classes)).cpu().numpy()
+
+    detections = []
+    for i in range(len(boxes)):
+        height, width = resized_sizes[i].tolist()
+        factor_y, factor_x = factors[i].tolist()
+        clipped = np.clip(boxes[i], 0, np.float32([width, height, width, height]))
+        original = clipped / np.float32([factor_x, factor_y, factor_x, factor_y])
+        detections.append(select(original, probabilities[i], centerness[i], recipe))
+    return detections
+
+
+@torch.no_grad()
 def decode_outputs(outputs: Outputs, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes (N, P, 4) xyxy in pixels of the input, not clipped, class logits (N, P, classes) and
-    centerness logits (N, P, 1), all fp32."""
+    """Return the boxes, class logits and centerness logits of all points, all fp32.
+
+    The boxes (N, P, 4) are xyxy in pixels of the network input, not clipped. The logits are (N, P,
+    classes) and (N, P, 1).
+    """
     logits, distances, centerness = outputs.flat()
-    sizes, device = outputs.sizes(), distances.device
+    sizes = outputs.map_sizes()
+    device = distances.device
     if recipe.norm_on_bbox:
         distances = distances * point_strides(recipe, sizes, device)
-    return decode(distances, make_anchors(recipe, sizes, device)), logits, centerness
+    boxes = decode(distances, make_anchors(recipe, sizes, device))
+    return boxes, logits, centerness
 
 
-@torch.no_grad()
-def detect(outputs: Outputs, sizes: Tensor, recipe: Recipe) -> list[Detections]:
-    """Detections of N images; `sizes` (N, 2) are the original (height, width) in pixels.
+def best_points(scores: Tensor, sizes: MapSizes, candidates: int) -> Tensor:
+    """Return the indices (N, K) of the points with the highest scores (N, P).
 
-    Boxes are clipped to the image; those of a class probability above `score_threshold` enter
-    greedy NMS, in fp32, by their probability times centerness, and the `max_detections` best of
-    what survives are returned.
+    Of each level there are `candidates`, or all if the level has fewer points.
     """
-    original = sizes.tolist()
-    resized = [resized_size(height, width, recipe.eval_scale) for height, width in original]
-    factors = torch.tensor(resized) / torch.tensor(original)
-    return detect_in(outputs, torch.tensor(resized), factors, recipe)
-
-
-@torch.no_grad()
-def detect_in(
-    outputs: Outputs, resized: Tensor, factors: Tensor, recipe: Recipe
-) -> list[Detections]:
-    """The same for images that are `resized` (N, 2) pixels high and wide in the input, `factors`
-    (N, 2) float32 times their original size."""
-    packed = _best(*decode_outputs(outputs, recipe), outputs.sizes(), recipe).cpu().numpy()
-    found = []
-    for image, size, factor in zip(packed, resized.numpy(), factors.numpy(), strict=True):
-        boxes, centerness, scores = image[:, :4], image[:, 4], image[:, 5:]
-        height, width = size.astype(np.float32)
-        boxes = np.clip(boxes, 0, (width, height, width, height)) / factor[[1, 0, 1, 0]]
-        # Flat: numpy's nonzero of two axes takes several times as long.
-        passed = np.flatnonzero(scores > recipe.score_threshold)
-        points, labels = np.divmod(passed, scores.shape[1])
-        scores, boxes = scores[points, labels] * centerness[points], boxes[points]
-        keep = class_nms(boxes, scores, labels, recipe.nms_iou, recipe.max_detections)
-        parts = (boxes[keep], scores[keep], labels[keep])
-        found.append(Detections(*map(torch.from_numpy, parts)))
-    return found
-
-
-def _best(
-    boxes: Tensor, logits: Tensor, centerness: Tensor, sizes: tuple, recipe: Recipe
-) -> Tensor:
-    """Of each level the `candidates` points of highest score, (N, K, 4 + 1 + classes): boxes,
-    centerness and class probabilities, by fixed-shape steps on the device."""
-    centerness = centerness.sigmoid()
-    # The sigmoid rises: that of the largest logit is the largest, and few points need the others.
-    score = logits.amax(dim=2, keepdim=True).sigmoid() * centerness
-    counts = [rows * columns for rows, columns in sizes]
-    chosen, start = [], 0
-    for count, level in zip(counts, score.squeeze(-1).split(counts, dim=1), strict=True):
-        best = level.topk(min(count, recipe.candidates), dim=1).indices
-        chosen.append(best + start)
+    best = []
+    start = 0
+    for rows, columns in sizes:
+        count = rows * columns
+        of_level = scores[:, start : start + count]
+        indices = of_level.topk(min(count, candidates), dim=1).indices
+        best.append(indices + start)
         start += count
-    index = torch.cat(chosen, dim=1).unsqueeze(-1)
-    probability = logits.gather(1, index.expand(-1, -1, logits.shape[2])).sigmoid()
-    parts = (boxes.gather(1, index.expand(-1, -1, 4)), centerness.gather(1, index), probability)
-    return torch.cat(parts, dim=2)
+    return torch.cat(best, dim=1)
+
+
+def select(
+    boxes: np.ndarray, probabilities: np.ndarray, centerness: np.ndarray, recipe: Recipe
+) -> Detections:
+    """Return the detections among the K candidates of an image.
+
+    `boxes` (K, 4) are xyxy in pixels of the original image, `probabilities` (K, classes) and
+    `centerness` (K, 1).
+    """
+    point, label = np.nonzero(probabilities > recipe.score_threshold)
+    boxes = boxes[point]
+    scores = probabilities[point, label] * centerness[point, 0]
+    keep = class_nms(boxes, scores, label, recipe.nms_iou, recipe.max_detections)
+    return Detections(
+        boxes=torch.from_numpy(boxes[keep]),
+        scores=torch.from_numpy(scores[keep]),
+        labels=torch.from_numpy(label[keep]),
+    )

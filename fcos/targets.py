@@ -1,6 +1,10 @@
-"""Assignment of padded ground truth to points, batched, with fixed shapes (FCOS paper, 3.1)."""
+"""Assignment of padded ground truth to points, batched, with fixed shapes.
+
+Source: FCOS paper, section 3.1, with the details of MMDetection's FCOSHead.
+"""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,59 +12,82 @@ from torch import Tensor
 from fcos.anchors import Level
 
 
+class AxisTest(NamedTuple):
+    """What the position along one axis says about K points and M boxes, each (N, M, K) bool."""
+
+    # The point is inside the box, and no further than the level's largest distance from its sides.
+    fits: Tensor
+    # One of the two sides is at least the level's smallest distance away.
+    reaches: Tensor
+
+
 def assign(
     levels: Sequence[Level],
-    boxes_xyxy: Tensor,
+    gt_boxes: Tensor,
     labels: Tensor,
     valid: Tensor,
     center_radius: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Which ground truth each point learns.
+    """Return which ground truth each point learns.
 
-    `boxes_xyxy` (N, M, 4) pixels, `labels` (N, M) 0-based classes, `valid` (N, M) bool. Returns
-    `positive` (N, P) bool, `matched` (N, P) int64, the index of each point's ground truth, and
-    `label` (N, P); the last two mean something where positive.
+    The inputs are `gt_boxes` (N, M, 4) xyxy in pixels of the network input, `labels` (N, M) of
+    0-based classes and `valid` (N, M) bool. The results are `positive` (N, P) bool, `matched`
+    (N, P) int64, the column of each point's ground truth, and `label` (N, P), its class; `matched`
+    and `label` are meaningless where `positive` is false.
 
-    A point learns the smallest box that it lies strictly inside and whose largest distance is in
-    the range of its level, both ends included; of equal areas the first. With a `center_radius`
-    it must also lie strictly inside the square of that many strides around the box's centre.
+    A point learns the smallest box (the first of equals) that it lies strictly inside and whose
+    largest distance is in the range of its level, both ends included. With a `center_radius` above
+    0 it must also lie strictly inside the square of that many strides around the box centre.
     """
     # An empty box has no inside, so padding never matches.
-    boxes_xyxy = torch.where(valid.unsqueeze(-1), boxes_xyxy, 0.0)
-    size = boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]
-    by_area = size.prod(dim=-1).argsort(dim=1, stable=True)  # (N, M)
-    ordered = boxes_xyxy.gather(1, by_area.unsqueeze(-1).expand_as(boxes_xyxy))
-    left, top, right, bottom = ordered.unsqueeze(-1).unbind(2)  # (N, M, 1) each
-    slots = valid.shape[1]
-    priority = torch.arange(slots, 0, -1, device=valid.device, dtype=torch.int32).view(1, -1, 1, 1)
+    gt_boxes = torch.where(valid.unsqueeze(-1), gt_boxes, 0.0)
+    box_sizes = gt_boxes[..., 2:] - gt_boxes[..., :2]
+    areas = box_sizes.prod(dim=-1)
+    smallest_first = areas.argsort(dim=1, stable=True)  # (N, M)
+    sorted_boxes = gt_boxes.gather(1, smallest_first.unsqueeze(-1).expand_as(gt_boxes))
+    left, top, right, bottom = sorted_boxes.unsqueeze(-1).unbind(2)  # (N, M, 1) each
 
-    best = []
+    # The smallest box has the highest priority. A point without a box gets priority 0.
+    max_boxes = valid.shape[1]
+    priority = torch.arange(max_boxes, 0, -1, device=valid.device, dtype=torch.int32)
+    priority = priority.view(1, -1, 1, 1)
+
+    best_priorities = []
     for level in levels:
         reach = center_radius * level.stride
-        # All conditions are of columns or of rows, but for one: the larger of both may be what
-        # reaches the lower bound of the range.
-        inside_x, fits_x, far_x = _along(level.x, left, right, reach, level)
-        inside_y, fits_y, far_y = _along(level.y, top, bottom, reach, level)
-        candidate = (inside_x & fits_x).unsqueeze(2) & (inside_y & fits_y).unsqueeze(3)
-        candidate &= far_x.unsqueeze(2) | far_y.unsqueeze(3)  # (N, M, rows, columns)
-        best.append(torch.where(candidate, priority, 0).amax(dim=1).flatten(1))
-    best = torch.cat(best, dim=1)  # (N, P) priority of the smallest box, 0 without any
+        # Nearly all conditions concern only the column or only the row of a point. So they are
+        # tested along the axes, which is far less work than for every point of the grid.
+        column = _test_axis(level.x, left, right, reach, level)
+        row = _test_axis(level.y, top, bottom, reach, level)
+        fits = column.fits.unsqueeze(2) & row.fits.unsqueeze(3)  # (N, M, rows, columns)
+        reaches = column.reaches.unsqueeze(2) | row.reaches.unsqueeze(3)
+        best_priority = torch.where(fits & reaches, priority, 0).amax(dim=1)
+        best_priorities.append(best_priority.flatten(1))
+    best_priority = torch.cat(best_priorities, dim=1)  # (N, P)
 
-    positive = best > 0
-    matched = by_area.gather(1, torch.where(positive, slots - best, 0).long())
-    return positive, matched, labels.gather(1, matched)
+    positive = best_priority > 0
+    sorted_column = torch.where(positive, max_boxes - best_priority, 0).long()
+    matched = smallest_first.gather(1, sorted_column)
+    label = labels.gather(1, matched)
+    return positive, matched, label
 
 
-def _along(
-    place: Tensor, low: Tensor, high: Tensor, reach: float, level: Level
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of points at `place` (K,) and box sides `low`, `high` (N, M, 1) along one axis: is the point
-    inside, within the upper bound of the level's range, at or above the lower one; (N, M, K)."""
-    before, after = place - low, high - place
-    largest = torch.maximum(before, after)
+def _test_axis(
+    coordinates: Tensor, start: Tensor, end: Tensor, reach: float, level: Level
+) -> AxisTest:
+    """Test point coordinates (K,) against box sides `start` and `end` (N, M, 1) along one axis.
+
+    `reach` is half the side of the square around the box centre in pixels, 0 for no such square.
+    """
+    to_start = coordinates - start
+    to_end = end - coordinates
+    largest_distance = torch.maximum(to_start, to_end)
     if reach:
-        center = (low + high) / 2
-        before = place - torch.maximum(center - reach, low)
-        after = torch.minimum(center + reach, high) - place
-    inside = torch.minimum(before, after) > 0
-    return inside, largest <= level.high, largest >= level.low
+        center = (start + end) / 2
+        to_start = coordinates - torch.maximum(center - reach, start)
+        to_end = torch.minimum(center + reach, end) - coordinates
+    is_inside = torch.minimum(to_start, to_end) > 0
+    return AxisTest(
+        fits=is_inside & (largest_distance <= level.max_distance),
+        reaches=largest_distance >= level.min_distance,
+    )

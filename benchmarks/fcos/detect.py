@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Post-processing of fcos at 800 x 1344 on one core, against the original's way.
 
-Random outputs as those of the golden files (tests/golden/fcos/README.md), in the size of a real
-input: `typical`, and `many` with more than 10,000 candidates. Both peers are first checked to give
-the same detections.
+The outputs are random like those of the golden files (tests/golden/fcos/README.md), but of the size
+of a real input: `typical`, and `many` with more than 10,000 candidates. Both peers are first
+checked to give the same detections.
 """
 
 import argparse
@@ -17,15 +17,24 @@ import common  # noqa: F401 before torch
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.fcos.loss import random_outputs
 from benchmarks.fcos.reference import reference_detect
 from benchmarks.timing import print_table, race, ratio
 from fcos.config import RECIPES
-from fcos.postprocess import detect_in
+from fcos.postprocess import detect_resized
 
-MEANS = {"typical": -6.0, "many": -3.5}  # of the class logits
-SIZE, FACTOR = (800, 1333), 2.0  # of the image in the input; its size is that over the factor
+MEAN_LOGITS = {"typical": -6.0, "many": -3.5}
+SIZE = (800, 1333)  # height and width of the image in the network input
+FACTOR = 2.0  # that size over the one of the original image
+
+HEADER = (
+    "outputs",
+    "ours: CPU ms an image",
+    "original, re-implemented: CPU ms an image",
+    "ours / original",
+)
 
 
 def main() -> None:
@@ -34,30 +43,35 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
 
-    recipe, rows = RECIPES["gn"], []
-    sizes, factors = torch.tensor([SIZE]), torch.full((1, 2), FACTOR)
-    for case, mean in MEANS.items():
-        outputs = random_outputs(recipe, 1, mean, torch.Generator().manual_seed(0))
+    recipe = RECIPES["gn"]
+    sizes = torch.tensor([SIZE])
+    factors = torch.full((1, 2), FACTOR)
+    box_factors = torch.full((4,), FACTOR)
+    rows = []
+    for case, mean_logit in MEAN_LOGITS.items():
+        generator = torch.Generator().manual_seed(0)
+        outputs = random_outputs(recipe, 1, mean_logit, generator)
 
-        def ours(outputs=outputs):
-            return detect_in(outputs, sizes, factors, recipe)[0]
+        def ours(outputs=outputs) -> tuple[Tensor, Tensor, Tensor]:
+            return detect_resized(outputs, sizes, factors, recipe)[0]
 
-        def original(outputs=outputs):
-            return reference_detect(outputs, SIZE, torch.full((4,), FACTOR), recipe)
+        def original(outputs=outputs) -> tuple[Tensor, Tensor, Tensor]:
+            return reference_detect(outputs, SIZE, box_factors, recipe)
 
-        for mine, theirs in zip(ours(), original(), strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-3)
+        for ours_value, original_value in zip(ours(), original(), strict=True):
+            torch.testing.assert_close(ours_value, original_value, rtol=0, atol=1e-3)
         times = race({"ours": ours, "original": original}, args.rounds)
-        own, peer = (times[name].cpu for name in ("ours", "original"))
-        medians = (f"{1e3 * np.median(cpu):.1f}" for cpu in (own, peer))
-        rows.append((case, *medians, f"{ratio(own, peer):.2f}"))
-    header = (
-        "outputs",
-        "ours: CPU ms an image",
-        "original, re-implemented: CPU ms an image",
-        "ours / original",
-    )
-    print_table("Post-processing, one image", header, rows)
+        ours_seconds = times["ours"].cpu
+        original_seconds = times["original"].cpu
+        rows.append(
+            (
+                case,
+                f"{1e3 * np.median(ours_seconds):.1f}",
+                f"{1e3 * np.median(original_seconds):.1f}",
+                f"{ratio(ours_seconds, original_seconds):.2f}",
+            )
+        )
+    print_table("Post-processing, one image", HEADER, rows)
 
 
 if __name__ == "__main__":

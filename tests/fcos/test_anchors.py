@@ -26,6 +26,6 @@ def test_strides_and_ranges_belong_to_the_points(recipe):
     assert torch.equal(points % strides, strides.floor_divide(2).expand(-1, 2))
     levels = make_levels(recipe, sizes, CPU)
     assert [level.stride for level in levels] == [8, 16, 32, 64, 128]
-    assert [(level.low, level.high) for level in levels] == [
+    assert [(level.min_distance, level.max_distance) for level in levels] == [
         (-1, 64), (64, 128), (128, 256), (256, 512), (512, 1e8)
     ]  # fmt: skip

@@ -27,7 +27,6 @@ from fcos.data import (
     orientation,
     prepare_image,
     resize,
-    resize_onto,
     resized_size,
     training_records,
 )
@@ -128,13 +127,14 @@ def test_ranks_share_an_epoch_and_a_resumed_order_is_the_rest(
     groups, batch_size, world_size, start
 ):
     records = Records(groups)
-    per_epoch = iterations_per_epoch(records, batch_size, world_size)
+    recipe = replace(RECIPE, batch_size=batch_size)
+    per_epoch = iterations_per_epoch(records, recipe, world_size)
     first, runs = min(start, 2 * per_epoch), []
     for rank in range(world_size):
         ranks = Ranks(rank=rank, world_size=world_size)
-        whole = list(TrainingOrder(records, batch_size, ranks, 5, 0, 2 * per_epoch))
+        whole = list(TrainingOrder(records, recipe, ranks, 5, 0, 2 * per_epoch))
         assert {len(batch) for batch in whole} == {batch_size}
-        rest = list(TrainingOrder(records, batch_size, ranks, 5, first, 2 * per_epoch))
+        rest = list(TrainingOrder(records, recipe, ranks, 5, first, 2 * per_epoch))
         assert rest == whole[first:]
         runs.append(whole)
     for epoch in (0, 1):
@@ -168,16 +168,18 @@ def test_batches_do_not_depend_on_workers_or_where_a_run_starts(tiny_train):
 @pytest.mark.parametrize("shapes", ["two", "exact", "square"])
 def test_a_batch_has_fixed_types_and_one_orientation(tiny_train, shapes):
     records = training_records(tiny_train)
-    recipe, slots, seen = replace(RECIPE, shapes=shapes), records.max_boxes(), set()
-    for batch in build_loader(recipe, records, True, end=iterations_per_epoch(records, 2, 1)):
+    recipe = replace(RECIPE, shapes=shapes)
+    max_boxes = records.max_boxes()
+    seen = set()
+    for batch in build_loader(recipe, records, True, end=iterations_per_epoch(records, recipe, 1)):
         height, width = batch.images.shape[1:3]
         seen.add((height, width))
         assert {k: (tuple(v.shape), v.dtype) for k, v in batch._asdict().items()} == {
             "images": ((2, height, width, 3), torch.uint8),
             "sizes": ((2, 2), torch.int64),
-            "boxes": ((2, slots, 4), torch.float32),
-            "labels": ((2, slots), torch.int64),
-            "valid": ((2, slots), torch.bool),
+            "boxes": ((2, max_boxes, 4), torch.float32),
+            "labels": ((2, max_boxes), torch.int64),
+            "valid": ((2, max_boxes), torch.bool),
             "image_ids": ((2,), torch.int64),
         }
         lying = batch.sizes[:, 1] > batch.sizes[:, 0]
@@ -187,7 +189,7 @@ def test_a_batch_has_fixed_types_and_one_orientation(tiny_train, shapes):
             assert w <= width
             assert not image[h:].any()
             assert not image[:, w:].any()
-    assert slots % 16 == 0
+    assert max_boxes % 16 == 0
     expected = {"two": {(64, 128), (128, 64)}, "square": {(128, 128)}}
     assert seen == expected[shapes] if shapes in expected else len(seen) > 2
 
@@ -195,7 +197,7 @@ def test_a_batch_has_fixed_types_and_one_orientation(tiny_train, shapes):
 def test_several_scales_are_drawn_evenly_and_have_canvases_of_their_own(tiny_train):
     records = training_records(tiny_train)
     recipe = replace(RECIPE, img_scale=("32,107", "64,107"), batch_size=1)
-    loader = build_loader(recipe, records, True, end=3 * iterations_per_epoch(records, 1, 1))
+    loader = build_loader(recipe, records, True, end=3 * iterations_per_epoch(records, recipe, 1))
     batches = list(loader)
     canvases = {tuple(batch.images.shape[1:3]) for batch in batches}
     assert canvases == {(32, 128), (64, 128), (128, 32), (128, 64)}
@@ -209,18 +211,18 @@ def test_flips_are_drawn_evenly_and_move_image_and_boxes(tiny_train):
         TrainingSet(records, replace(RECIPE, flip_probability=p), 0) for p in (1.0, 0.0)
     )
     for record in (0, 1):
-        flipped, plain = (dataset[0, 0, record] for dataset in (always, never))
-        images = [dataset.collate([dataset[0, 0, record]]).images[0] for dataset in (always, never)]
-        height, width = plain.size
-        assert flipped.size == plain.size
-        mirrored, image = (image[:height, :width].int() for image in images)
-        assert (mirrored.flip(1) - image).abs().max() <= 1
+        flipped = always[0, 0, record]
+        plain = never[0, 0, record]
+        assert flipped.image.shape == plain.image.shape
+        assert (flipped.image.flip(1).int() - plain.image.int()).abs().max() <= 1
+        width = plain.image.shape[1]
         boxes = flipped.boxes
         np.testing.assert_allclose(width - boxes[:, [2, 0]], plain.boxes[:, [0, 2]], atol=1e-4)
         np.testing.assert_array_equal(boxes[:, [1, 3]], plain.boxes[:, [1, 3]])
         assert flipped.labels.tolist() == plain.labels.tolist()
     dataset = TrainingSet(records, RECIPE, 0)
-    flips = [dataset[0, position, 0].flip for position in range(60)]
+    plain = never[0, 0, 0].image
+    flips = [not torch.equal(dataset[0, position, 0].image, plain) for position in range(60)]
     assert 0.3 < np.mean(flips) < 0.7
 
 
@@ -228,11 +230,10 @@ def test_without_augmentation_every_epoch_is_the_same_at_the_largest_scale(tiny_
     recipe = replace(RECIPE, augment=False, img_scale=("32,54", "64,107"))
     dataset = TrainingSet(tiny_train, recipe, 0)
     one, other = dataset[0, 0, 1], dataset[3, 17, 1]
-    assert np.array_equal(one.image, other.image)
-    assert not one.flip
-    assert not other.flip
-    assert one.size == other.size
-    assert max(one.size) == 107 or min(one.size) == 64
+    assert torch.equal(one.image, other.image)
+    original = read_image(tiny_train.path(1))
+    assert torch.equal(one.image, resize(original, one.image.shape[:2], flip=False))
+    assert max(one.image.shape[:2]) == 107 or min(one.image.shape[:2]) == 64
 
 
 def edited(index, record, **columns):
@@ -244,10 +245,10 @@ def edited(index, record, **columns):
     return replace(index, table=table)
 
 
-def test_truth_leaves_out_what_the_original_does(tiny_train):
+def test_ground_truth_leaves_out_what_the_original_does(tiny_train):
     record = int(np.diff(tiny_train.offsets).argmax())
     count = len(tiny_train.annotations(record))
-    plain = TrainingSet(tiny_train, RECIPE, 0).truth(record)
+    plain = TrainingSet(tiny_train, RECIPE, 0).ground_truth(record)
     crowds = int(tiny_train.annotations(record).crowd.sum())
     assert len(plain[0]) == count - crowds
     height, width = tiny_train.sizes[record]
@@ -262,12 +263,12 @@ def test_truth_leaves_out_what_the_original_does(tiny_train):
             [width, 5, 9, 9], [-4, 5, 9, 9], [width - 3, height - 3, 10, 10],
         ],
     )  # fmt: skip
-    boxes, _ = TrainingSet(changed, RECIPE, 0).truth(record)
+    boxes, _ = TrainingSet(changed, RECIPE, 0).ground_truth(record)
     assert_close(boxes[0], np.float32([-4, 5, 5, 14]))
     assert_close(boxes[1], np.float32([width - 3, height - 3, width + 7, height + 7]))
     sample = TrainingSet(changed, replace(RECIPE, augment=False), 0)[0, 0, record]
     assert sample.boxes[0, 0] == 0
-    assert sample.boxes[1, 2:].tolist() == [sample.size[1], sample.size[0]]
+    assert sample.boxes[1, 2:].tolist() == [sample.image.shape[1], sample.image.shape[0]]
     assert len(sample.labels) == len(boxes)
 
 
@@ -292,15 +293,18 @@ def test_an_image_of_another_size_than_annotated_is_named(tiny_train):
         TrainingSet(replace(tiny_train, sizes=sizes), RECIPE, 0)[0, 0, 0]
 
 
-@pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("size", [(40, 60), (13, 20), (50, 75), (64, 96)])
-def test_resize_onto_a_canvas_is_resize_with_zeros_around(size, flip):
-    image = np.random.default_rng(0).integers(0, 256, (26, 40, 3), dtype=np.uint8)
-    canvas = torch.full((64, 96, 3), 7, dtype=torch.uint8)
-    resize_onto(canvas, image, size, flip)
-    expected = torch.zeros_like(canvas)
-    expected[: size[0], : size[1]] = resize(image, size, flip)
-    assert torch.equal(canvas, expected)
+def test_collate_lays_images_on_canvases_with_zeros_around(tiny_train):
+    records = training_records(tiny_train)
+    dataset = TrainingSet(records, RECIPE, seed=0)
+    landscape = np.flatnonzero(orientation(records))[:3].tolist()
+    samples = [dataset[0, position, record] for position, record in enumerate(landscape)]
+    batch = dataset.collate(samples)
+    for i, sample in enumerate(samples):
+        height, width = sample.image.shape[:2]
+        assert batch.sizes[i].tolist() == [height, width]
+        expected = torch.zeros_like(batch.images[i])
+        expected[:height, :width] = sample.image
+        assert torch.equal(batch.images[i], expected)
 
 
 def test_resize_is_exact_on_planes():

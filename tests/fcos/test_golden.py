@@ -17,9 +17,9 @@ from common.npu.precision import Precision, build_sgd
 from fcos.anchors import make_anchors, map_sizes
 from fcos.config import RECIPES
 from fcos.data import TrainingSet, normalise, prepare_image, resized_size, scale_boxes
-from fcos.loss import DetectionLoss, center_of
+from fcos.loss import DetectionLoss, centerness_of
 from fcos.model import Outputs, build_model, param_groups
-from fcos.postprocess import detect, detect_in
+from fcos.postprocess import detect, detect_resized
 from tests.golden.fill import probe
 
 SMALL = (256, 320)
@@ -94,7 +94,7 @@ def test_targets(golden, real_truth, scale, name):
     assert_array_equal(positive.nonzero(), expected[f"{scale}.{name}.pos"])
     found = target[positive]
     assert_allclose(found, expected[f"{scale}.{name}.bbox_targets"], rtol=0, atol=1e-4)
-    assert_allclose(center_of(found), expected[f"{scale}.{name}.centerness"], rtol=0, atol=1e-6)
+    assert_allclose(centerness_of(found), expected[f"{scale}.{name}.centerness"], rtol=0, atol=1e-6)
 
 
 def test_ground_truth(golden, recipe, tiny_train, real_truth):
@@ -106,7 +106,7 @@ def test_ground_truth(golden, recipe, tiny_train, real_truth):
             old = tuple(tiny_train.sizes[record].tolist())
             new = resized_size(*old, limits)
             assert_array_equal(new, expected[f"{scale}.img_shape.{i}"][:2])
-            boxes, labels = dataset.truth(record)
+            boxes, labels = dataset.ground_truth(record)
             boxes = scale_boxes(boxes, old, new)
             assert_array_equal(labels, expected[f"{scale}.gt_labels.{i}"])
             assert_allclose(boxes, expected[f"{scale}.gt_bboxes.{i}"], rtol=0, atol=1e-4)
@@ -298,7 +298,7 @@ def test_detections(golden, case, unit):
     factors = torch.ones(2, 2)
     if unit == "rescaled":
         factors = resized / torch.tensor([[480, 640], [427, 640]])
-    for i, found in enumerate(detect_in(outputs, resized, factors, recipe)):
+    for i, found in enumerate(detect_resized(outputs, resized, factors, recipe)):
         kept = f"{case}.{unit}.{i}"
         assert_array_equal(found.labels, expected[f"{kept}.labels"])
         assert_allclose(found.scores, expected[f"{kept}.scores"], rtol=0, atol=1e-6)

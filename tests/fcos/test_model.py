@@ -45,12 +45,12 @@ def test_shapes_and_types_of_the_outputs(name):
     images = torch.zeros(2, 3, 64, 96)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         outputs = small(name)(images)
-    assert outputs.sizes() == map_sizes(recipe, 64, 96)
+    assert outputs.map_sizes() == map_sizes(recipe, 64, 96)
     for maps, channels in zip(outputs, (3, 4, 1), strict=True):
         assert [x.shape[:2] for x in maps] == [(2, channels)] * 5
     assert {x.dtype for x in outputs.distances} == {torch.float32}
     assert {x.dtype for x in outputs.logits} == {torch.bfloat16}
-    points = sum(rows * columns for rows, columns in outputs.sizes())
+    points = sum(rows * columns for rows, columns in outputs.map_sizes())
     assert [tuple(x.shape) for x in outputs.flat()] == [(2, points, c) for c in (3, 4, 1)]
     assert {x.dtype for x in outputs.flat()} == {torch.float32}
 

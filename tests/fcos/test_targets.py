@@ -28,7 +28,8 @@ def one_by_one(levels, boxes, labels, radius):
                             and y > max(cy - reach, y1) and y < min(cy + reach, y2)
                         )  # fmt: skip
                     area = (x2 - x1) * (y2 - y1)
-                    if inside and level.low <= max(sides) <= level.high and area < smallest:
+                    in_range = level.min_distance <= max(sides) <= level.max_distance
+                    if inside and in_range and area < smallest:
                         best, smallest = k, area
                 found.append(best)
     return torch.tensor(found)
