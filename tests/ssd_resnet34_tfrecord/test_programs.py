@@ -15,7 +15,7 @@ import pytest
 from common.errors import UserError
 from ssd_resnet34 import ssd_main
 from ssd_resnet34.tfrecord.coco_to_tfrecord import convert
-from ssd_resnet34.tfrecord.evaluate import NAMES
+from ssd_resnet34.tfrecord.evaluate import PORT_NAMES
 from tests import scripts
 
 pytestmark = pytest.mark.slow
@@ -110,7 +110,7 @@ def test_eight_ranks_of_the_rank_table(shards, tmp_path):
         assert bool(list(folder.glob("result_npu/*.pt"))) == (rank == 0)
     assert len(set(own)) > 1  # of each rank's own batch
     figures, detections = results(tmp_path)
-    assert list(figures) == list(NAMES.values())
+    assert list(figures) == list(PORT_NAMES.values())
     assert list(figures)[:2] + list(figures)[6:9] == [
         "COCO/AP", "COCO/AP50", "COCO/ARmax1", "COCO/ARmax10", "COCO/ARmax100",
     ]  # fmt: skip
