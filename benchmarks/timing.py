@@ -1,4 +1,4 @@
-"""Timing of peers side by side: one process, taking turns, so that the machine's noise hits all.
+"""Timing of peers side by side: in one process, in turns, so that the machine's noise hits all.
 
 A ratio of two peers is the median of their ratios round by round.
 """
@@ -18,71 +18,109 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one peer, an entry a round."""
+    """The seconds of one peer, an entry for each round."""
 
-    cpu: np.ndarray  # of the whole process: all its threads
+    cpu: np.ndarray  # of the process: the sum over all its threads
     wall: np.ndarray
 
 
 def race(peers: dict[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, Timing]:
-    """Run all peers `warmup` times unmeasured, then `rounds` times, in turn."""
-    cpu, wall = ({name: [] for name in peers} for _ in range(2))
-    for turn in range(warmup + rounds):
-        for name, run in peers.items():
-            cpu_start, wall_start = time.process_time(), time.perf_counter()
+    """Run all peers in turn: `warmup` times without measuring, then `rounds` times."""
+    for _ in range(warmup):
+        for run in peers.values():
             run()
-            if turn >= warmup:
-                cpu[name].append(time.process_time() - cpu_start)
-                wall[name].append(time.perf_counter() - wall_start)
-    return {name: Timing(np.array(cpu[name]), np.array(wall[name])) for name in peers}
+
+    cpu_seconds = {name: [] for name in peers}
+    wall_seconds = {name: [] for name in peers}
+    for _ in range(rounds):
+        for name, run in peers.items():
+            cpu_start = time.process_time()
+            wall_start = time.perf_counter()
+            run()
+            cpu_seconds[name].append(time.process_time() - cpu_start)
+            wall_seconds[name].append(time.perf_counter() - wall_start)
+
+    timings = {}
+    for name in peers:
+        timings[name] = Timing(np.array(cpu_seconds[name]), np.array(wall_seconds[name]))
+    return timings
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> float:
-    """The median of the rounds' ratios."""
+    """Return the median of the rounds' ratios."""
     return float(np.median(numerator / denominator))
 
 
-def print_speeds(title: str, times: dict[str, Timing], images: int, base: str, one: str) -> None:
-    """A table of peers that read so many images a round; the header calls the `base` peer `one`."""
+def print_speeds(
+    title: str, times: dict[str, Timing], images: int, base: str, base_label: str
+) -> None:
+    """Print a table of peers that read `images` images a round, relative to the peer `base`."""
     rows = []
     for name, timing in times.items():
-        seconds = np.median(timing.cpu) / images
-        speeds = (f"{1 / seconds:.0f}", f"{images / timing.cpu.min():.0f}")
-        against = ratio(timing.cpu, times[base].cpu)
-        rows.append((name, f"{1e3 * seconds:.2f}", *speeds, f"{against:.2f}"))
-    header = ("", "CPU ms an image", "images/s a core", "in the best round", f"time, {one} = 1")
+        seconds_per_image = np.median(timing.cpu) / images
+        rows.append(
+            (
+                name,
+                f"{1e3 * seconds_per_image:.2f}",
+                f"{1 / seconds_per_image:.0f}",
+                f"{images / timing.cpu.min():.0f}",
+                f"{ratio(timing.cpu, times[base].cpu):.2f}",
+            )
+        )
+    header = (
+        "",
+        "CPU ms an image",
+        "images/s a core",
+        "in the best round",
+        f"time, {base_label} = 1",
+    )
     print_table(title, header, rows)
 
 
 def print_table(title: str, header: tuple[str, ...], rows: list[tuple]) -> None:
-    """A Markdown table under a line that says where and when it was measured."""
-    print(f"## {title}\n\n{_circumstances()}\n")
-    for cells in (header, ("---",) * len(header), *rows):
-        print("| " + " | ".join(map(str, cells)) + " |")
+    """Print a Markdown table under a line that says where and when it was measured."""
+    print(f"## {title}\n\n{circumstances()}\n")
+    print_row(header)
+    print_row(("---",) * len(header))
+    for row in rows:
+        print_row(row)
     print()
 
 
-def _circumstances() -> str:
-    commit = subprocess.run(
+def print_row(cells: tuple) -> None:
+    texts = [str(cell) for cell in cells]
+    print(f"| {' | '.join(texts)} |")
+
+
+def circumstances() -> str:
+    """Return date, commit, machine and load, as far as they are known."""
+    facts = (
+        f"{date.today()}",
+        f"commit {commit()}",
+        f"{processor()} ({os.cpu_count()} cores)",
+        f"torch {torch.__version__}",
+        f"{torch.get_num_threads()} thread(s)",
+        f"load average {os.getloadavg()[0]:.1f}",
+    )
+    return ", ".join(facts)
+
+
+def commit() -> str:
+    git = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
         check=False,
-    ).stdout.strip()
-    parts = (
-        f"{date.today()}",
-        f"commit {commit or 'unknown'}",
-        f"{_processor()} ({os.cpu_count()} cores)",
-        f"torch {torch.__version__}",
-        f"{torch.get_num_threads()} thread(s)",
-        f"load average {os.getloadavg()[0]:.1f}",
     )
-    return ", ".join(parts)
+    return git.stdout.strip() or "unknown"
 
 
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo")
-    names = lines.read_text().split("\n") if lines.exists() else []
-    names = [line.split(":")[1].strip() for line in names if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+def processor() -> str:
+    """Return the processor's name: from /proc on Linux, where Python does not know it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()

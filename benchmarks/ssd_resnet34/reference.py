@@ -1,12 +1,15 @@
 """What the original does, re-implemented from its description: the peer of the measurements.
 
-Not the original's code, and no part of the product. The same algorithm and the same division of
-work: everything on PIL images in the loader's worker, dense targets encoded there image by image,
-`F.cross_entropy` over all priors with ranks from two sorts, NMS in plain Python class by class.
+It is not the original's code, and no part of the product. It has the same algorithm and the same
+division of work: the loader's worker does everything on PIL images and encodes dense targets image
+by image; the loss is `F.cross_entropy` over all anchors, with ranks from two sorts; NMS is plain
+Python, class by class.
 """
 
 import random
+from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -17,53 +20,70 @@ from common.coco.index import CocoIndex
 from ssd_resnet34.anchors import make_anchors, to_cxcywh, to_xyxy
 from ssd_resnet34.config import Recipe
 
+CLAIMED = 2.0  # in place of an IoU: above all of them
 
-def iou(boxes_ltrb: Tensor, others_ltrb: Tensor) -> Tensor:
-    """IoU (n, m) of boxes (n, 4) and (m, 4), by way of (n, m, 4) copies of both."""
-    shape = (len(boxes_ltrb), len(others_ltrb), 4)
-    first = boxes_ltrb.unsqueeze(1).expand(shape).contiguous()
-    second = others_ltrb.unsqueeze(0).expand(shape).contiguous()
-    low = torch.max(first[..., :2], second[..., :2])
-    high = torch.min(first[..., 2:], second[..., 2:])
-    sides = (high - low).clamp(min=0)
+
+def pairwise_iou(boxes_xyxy: Tensor, others_xyxy: Tensor) -> Tensor:
+    """Return the IoU (n, m) of boxes (n, 4) and (m, 4), by way of (n, m, 4) copies of both."""
+    shape = (len(boxes_xyxy), len(others_xyxy), 4)
+    boxes = boxes_xyxy.unsqueeze(1).expand(shape).contiguous()
+    others = others_xyxy.unsqueeze(0).expand(shape).contiguous()
+    top_left = torch.max(boxes[..., :2], others[..., :2])
+    bottom_right = torch.min(boxes[..., 2:], others[..., 2:])
+    sides = (bottom_right - top_left).clamp(min=0)
     overlap = sides[..., 0] * sides[..., 1]
-    areas = [(x[..., 2] - x[..., 0]) * (x[..., 3] - x[..., 1]) for x in (first, second)]
-    return overlap / (areas[0] + areas[1] - overlap)
+    return overlap / (areas(boxes) + areas(others) - overlap)
+
+
+def areas(boxes_xyxy: Tensor) -> Tensor:
+    width = boxes_xyxy[..., 2] - boxes_xyxy[..., 0]
+    height = boxes_xyxy[..., 3] - boxes_xyxy[..., 1]
+    return width * height
 
 
 class Encoder:
-    """Ground truth of one image to dense targets, one for each of P priors."""
+    """Turns the ground truth of one image into dense targets, one for each of P anchors."""
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
-        self.priors = make_anchors(recipe)
-        self.priors_ltrb = to_xyxy(self.priors)
+        self.anchors = make_anchors(recipe)
+        self.anchors_xyxy = to_xyxy(self.anchors)
 
-    def __call__(self, boxes_ltrb: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Boxes (n, 4), labels (n,) from 1, to matched boxes (P, 4) cxcywh and labels (P,)."""
-        overlap = iou(boxes_ltrb, self.priors_ltrb)
-        best, matched = overlap.max(dim=0)
-        for box, prior in enumerate(overlap.argmax(dim=1)):
-            best[prior], matched[prior] = 2.0, box
-        positive = best > self.recipe.match_iou
-        dense_labels = torch.zeros(len(self.priors), dtype=torch.long)
+    def __call__(self, boxes_xyxy: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return matched boxes (P, 4) cxcywh and labels (P,) of boxes (n, 4) and labels (n,).
+
+        Labels count from 1; 0 is background.
+        """
+        iou = pairwise_iou(boxes_xyxy, self.anchors_xyxy)
+        best_iou, matched = iou.max(dim=0)
+        for box, anchor in enumerate(iou.argmax(dim=1)):
+            best_iou[anchor] = CLAIMED
+            matched[anchor] = box
+        positive = best_iou > self.recipe.match_iou
+        dense_labels = torch.zeros(len(self.anchors), dtype=torch.int64)
         dense_labels[positive] = labels[matched[positive]]
-        dense = self.priors_ltrb.clone()
-        dense[positive] = boxes_ltrb[matched[positive]]
-        return to_cxcywh(dense), dense_labels
+        dense_boxes = self.anchors_xyxy.clone()
+        dense_boxes[positive] = boxes_xyxy[matched[positive]]
+        return to_cxcywh(dense_boxes), dense_labels
 
 
 class ReferenceSet:
     """`dataset[record]`: image (3, 300, 300) float32, dense boxes (P, 4) and labels (P,)."""
 
-    def __init__(self, records: CocoIndex, truth, recipe: Recipe):
-        """`truth(record)` gives normalised ltrb boxes and 0-based labels."""
-        self.records, self.truth, self.recipe = records, truth, recipe
+    def __init__(
+        self,
+        records: CocoIndex,
+        ground_truth: Callable[[int], tuple[np.ndarray, np.ndarray]],
+        recipe: Recipe,
+    ):
+        """`ground_truth(record)` returns boxes (n, 4) normalised xyxy and 0-based labels (n,)."""
+        self.records = records
+        self.ground_truth = ground_truth
+        self.recipe = recipe
         self.encoder = Encoder(recipe)
-        side = recipe.image_size
-        self.finish = v2.Compose(
+        self.transform = v2.Compose(
             [
-                v2.Resize((side, side)),
+                v2.Resize((recipe.image_size, recipe.image_size)),
                 v2.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue),
                 v2.PILToTensor(),
                 v2.ToDtype(torch.float32, scale=True),
@@ -76,98 +96,137 @@ class ReferenceSet:
 
     def __getitem__(self, record: int) -> tuple[Tensor, Tensor, Tensor]:
         image = Image.open(self.records.path(record)).convert("RGB")
-        boxes, labels = map(torch.from_numpy, self.truth(record))
-        image, boxes, labels = self.crop(image, boxes, labels + 1)
+        gt_boxes, gt_labels = self.ground_truth(record)
+        boxes = torch.from_numpy(gt_boxes)
+        labels = torch.from_numpy(gt_labels) + 1
+        image, boxes, labels = self.crop(image, boxes, labels)
         if random.random() < self.recipe.flip_probability:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            boxes[:, 0], boxes[:, 2] = 1 - boxes[:, 2], 1 - boxes[:, 0]
-        return self.finish(image), *self.encoder(boxes, labels)
+            left, top, right, bottom = boxes.unbind(1)
+            boxes = torch.stack([1 - right, top, 1 - left, bottom], dim=1)
+        dense_boxes, dense_labels = self.encoder(boxes, labels)
+        return self.transform(image), dense_boxes, dense_labels
 
-    def crop(self, image: Image.Image, boxes_ltrb: Tensor, labels: Tensor):
+    def crop(
+        self, image: Image.Image, boxes_xyxy: Tensor, labels: Tensor
+    ) -> tuple[Image.Image, Tensor, Tensor]:
+        """Cut image, boxes (n, 4) and labels (n,) to a random window, or leave them as they are."""
+        min_ratio, max_ratio = self.recipe.crop_ratio
         while True:
-            limit = random.choice(self.recipe.crop_ious)
-            if limit is None:
-                return image, boxes_ltrb, labels
-            w, h = (random.uniform(*self.recipe.crop_scale) for _ in range(2))
-            if not self.recipe.crop_ratio[0] <= w / h <= self.recipe.crop_ratio[1]:
+            min_iou = random.choice(self.recipe.crop_ious)
+            if min_iou is None:
+                return image, boxes_xyxy, labels
+            width = random.uniform(*self.recipe.crop_scale)
+            height = random.uniform(*self.recipe.crop_scale)
+            if not min_ratio <= width / height <= max_ratio:
                 continue
-            left, top = random.uniform(0, 1 - w), random.uniform(0, 1 - h)
-            window = torch.tensor([left, top, left + w, top + h])
-            if not (iou(boxes_ltrb, window.unsqueeze(0)) > limit).all():
+            left = random.uniform(0, 1 - width)
+            top = random.uniform(0, 1 - height)
+            window = torch.tensor([left, top, left + width, top + height])
+            if not (pairwise_iou(boxes_xyxy, window.unsqueeze(0)) > min_iou).all():
                 continue
-            center = (boxes_ltrb[:, :2] + boxes_ltrb[:, 2:]) / 2
+            center = (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2
             inside = ((center > window[:2]) & (center < window[2:])).all(dim=1)
-            if not inside.any():
-                continue
-            corner = window[:2].repeat(2)
-            boxes = torch.max(torch.min(boxes_ltrb[inside], window[2:].repeat(2)), corner)
-            boxes = (boxes - corner) / torch.tensor([w, h, w, h])
-            scale = (image.width, image.height) * 2
-            pixels = [int(side * size) for side, size in zip(window.tolist(), scale, strict=True)]
-            return image.crop(pixels), boxes, labels[inside]
+            if inside.any():
+                break
+
+        top_left = window[:2].repeat(2)
+        bottom_right = window[2:].repeat(2)
+        boxes = torch.max(torch.min(boxes_xyxy[inside], bottom_right), top_left)
+        boxes = (boxes - top_left) / torch.tensor([width, height, width, height])
+        scale = torch.tensor([image.width, image.height, image.width, image.height])
+        pixels = (window * scale).int().tolist()
+        return image.crop(pixels), boxes, labels[inside]
 
 
 class ReferenceLoss:
-    """Loss of raw outputs against dense targets."""
+    """The loss of raw outputs against dense targets."""
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
-        self.priors = make_anchors(recipe).T.unsqueeze(0)  # (1, 4, P) cxcywh
+        anchors = make_anchors(recipe).T.unsqueeze(0)  # (1, 4, P) cxcywh
+        self.anchor_centers = anchors[:, :2]
+        self.anchor_sizes = anchors[:, 2:]
 
     def __call__(
         self, outputs: tuple[Tensor, Tensor], boxes_cxcywh: Tensor, labels: Tensor
     ) -> Tensor:
-        """Offsets (N, 4, P) and logits (N, C, P); boxes (N, P, 4), labels (N, P), 0 background."""
-        offsets, logits = outputs
-        recipe, truth = self.recipe, boxes_cxcywh.transpose(1, 2).contiguous()
-        shift = (truth[:, :2] - self.priors[:, :2]) / self.priors[:, 2:] / recipe.center_variance
-        scale = (truth[:, 2:] / self.priors[:, 2:]).log() / recipe.size_variance
-        target = torch.cat([shift, scale], dim=1)
+        """Return the loss of deltas (N, 4, P) and logits (N, C, P).
 
+        Boxes are (N, P, 4), labels (N, P); label 0 is background.
+        """
+        deltas, logits = outputs
         positive = labels > 0
-        positives = positive.sum(dim=1)
-        box_loss = F.smooth_l1_loss(offsets, target, reduction="none").sum(dim=1)
-        box_loss = (positive.float() * box_loss).sum(dim=1)
+        num_positives = positive.sum(dim=1)
+        smooth_l1 = F.smooth_l1_loss(deltas, self.encode(boxes_cxcywh), reduction="none")
+        box_loss = (positive.float() * smooth_l1.sum(dim=1)).sum(dim=1)
 
-        entropy = F.cross_entropy(logits, labels, reduction="none")
-        ranked = entropy.detach().clone()
-        ranked[positive] = 0
-        rank = ranked.sort(dim=1, descending=True).indices.sort(dim=1).indices
-        hardest = (recipe.negative_ratio * positives).clamp(max=labels.shape[1])
-        negative = rank < hardest.unsqueeze(1)
-        class_loss = (entropy * (positive.float() + negative.float())).sum(dim=1)
+        cross_entropy = F.cross_entropy(logits, labels, reduction="none")
+        negative_loss = cross_entropy.detach().clone()
+        negative_loss[positive] = 0
+        rank = negative_loss.sort(dim=1, descending=True).indices.sort(dim=1).indices
+        num_negatives = (self.recipe.negative_ratio * num_positives).clamp(max=labels.shape[1])
+        negative = rank < num_negatives.unsqueeze(1)
+        class_loss = (cross_entropy * (positive.float() + negative.float())).sum(dim=1)
 
-        weight = (positives > 0).float() / positives.float().clamp(min=1e-6)
+        weight = (num_positives > 0).float() / num_positives.float().clamp(min=1e-6)
         return ((box_loss + class_loss) * weight).mean()
+
+    def encode(self, boxes_cxcywh: Tensor) -> Tensor:
+        """Return the deltas (N, 4, P) of boxes (N, P, 4)."""
+        boxes = boxes_cxcywh.transpose(1, 2).contiguous()
+        shift = (boxes[:, :2] - self.anchor_centers) / self.anchor_sizes
+        log_scale = (boxes[:, 2:] / self.anchor_sizes).log()
+        return torch.cat(
+            [shift / self.recipe.center_variance, log_scale / self.recipe.size_variance], dim=1
+        )
 
 
 def reference_detect(outputs: tuple[Tensor, Tensor], recipe: Recipe) -> list[tuple]:
-    """Per image boxes (n, 4) normalised ltrb, scores and 0-based labels, best first."""
-    priors = make_anchors(recipe)
-    offsets, logits = (output.transpose(1, 2) for output in outputs)
-    center = recipe.center_variance * offsets[..., :2] * priors[:, 2:] + priors[:, :2]
-    size = (recipe.size_variance * offsets[..., 2:]).exp() * priors[:, 2:]
+    """Return boxes (n, 4) normalised xyxy, scores and 0-based labels of each image, best first."""
+    deltas, logits = outputs
+    deltas = deltas.transpose(1, 2)
+    scores = logits.transpose(1, 2).softmax(dim=-1)
+    anchors = make_anchors(recipe)
+    center = recipe.center_variance * deltas[..., :2] * anchors[:, 2:] + anchors[:, :2]
+    size = (recipe.size_variance * deltas[..., 2:]).exp() * anchors[:, 2:]
     boxes = to_xyxy(torch.cat([center, size], dim=-1))
-    pairs = zip(boxes, logits.softmax(dim=-1), strict=True)
-    return [_detect_image(*pair, recipe) for pair in pairs]
+    detections = []
+    for image_boxes, image_scores in zip(boxes, scores, strict=True):
+        detections.append(detect_in_image(image_boxes, image_scores, recipe))
+    return detections
 
 
-def _detect_image(boxes_ltrb: Tensor, scores: Tensor, recipe: Recipe) -> tuple:
-    found_boxes, found_scores, found_labels = [], [], []
-    for label in range(1, scores.shape[1]):
-        passed = scores[:, label] > recipe.score_threshold
-        candidates, score = boxes_ltrb[passed], scores[passed, label]
-        order = score.argsort()[-recipe.max_per_class :]
-        kept = []
-        while len(order):
-            best = order[-1].item()
-            kept.append(best)
-            order = order[:-1]
-            overlap = iou(candidates[order], candidates[best : best + 1]).squeeze(1)
-            order = order[overlap < recipe.nms_iou]
-        found_boxes.append(candidates[kept])
-        found_scores.append(score[kept])
-        found_labels += [label - 1] * len(kept)
-    boxes, scores, labels = torch.cat(found_boxes), torch.cat(found_scores), found_labels
-    best = scores.argsort(descending=True)[: recipe.max_detections]
-    return boxes[best], scores[best], torch.tensor(labels, dtype=torch.long)[best]
+def detect_in_image(
+    boxes_xyxy: Tensor, scores: Tensor, recipe: Recipe
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return boxes, scores and labels of boxes (P, 4) and scores (P, C), channel 0 background."""
+    kept_boxes = []
+    kept_scores = []
+    kept_labels = []
+    for channel in range(1, scores.shape[1]):
+        passes = scores[:, channel] > recipe.score_threshold
+        class_boxes = boxes_xyxy[passes]
+        class_scores = scores[passes, channel]
+        kept = greedy_nms(class_boxes, class_scores, recipe)
+        kept_boxes.append(class_boxes[kept])
+        kept_scores.append(class_scores[kept])
+        kept_labels.append(torch.full((len(kept),), channel - 1))
+    boxes = torch.cat(kept_boxes)
+    all_scores = torch.cat(kept_scores)
+    labels = torch.cat(kept_labels)
+    best = all_scores.argsort(descending=True)[: recipe.max_detections]
+    return boxes[best], all_scores[best], labels[best]
+
+
+def greedy_nms(boxes_xyxy: Tensor, scores: Tensor, recipe: Recipe) -> list[int]:
+    """Return the indices of the boxes (n, 4) of one class that survive."""
+    kept = []
+    order = scores.argsort()[-recipe.max_per_class :]
+    while len(order):
+        best = order[-1].item()
+        kept.append(best)
+        order = order[:-1]
+        iou = pairwise_iou(boxes_xyxy[order], boxes_xyxy[best : best + 1]).squeeze(1)
+        order = order[iou < recipe.nms_iou]
+    return kept
