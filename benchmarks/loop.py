@@ -1,6 +1,7 @@
 """The loop of a train.py, driven a step at a time, for measurements and tests."""
 
 import queue
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -76,8 +77,9 @@ class TrainingLoop:
             mock.patch.object(run_module, "StopRequest", NEVER_STOPPED),
             mock.patch.object(self._train, "RunState", self._keep_state),
         ]
-        if hasattr(self._train, "options"):  # where the second recipe parses its flags
-            patches.append(mock.patch.object(self._train.options, "RECIPES", preset))
+        options = sys.modules.get(f"{self._train.__package__}.options")
+        if options is not None:  # where the second recipe parses its flags
+            patches.append(mock.patch.object(options, "RECIPES", preset))
         if self._precision is not None:
             give_precision = mock.Mock(return_value=self._precision)
             patches.append(mock.patch.object(run_module, "Precision", give_precision))
@@ -103,10 +105,11 @@ class TrainingLoop:
             if order is None:
                 return
             batch, context = order
-            progress.window = LossWindow(progress.terms, progress.run.device)
+            window = LossWindow(progress.terms, progress.run.device)
+            progress.window = window
             with context:
                 yield progress.steps_done, batch
-            self._results.put(progress.window.fetch().means())
+            self._results.put(window.fetch().means())
 
     def _result(self) -> dict[str, float]:
         result = self._results.get()

@@ -18,7 +18,6 @@ from common.errors import UserError
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 TOLERANCE = 1e-4  # of an output's largest value; fp32 rounding makes about 1e-6
-CHECKED_IMAGES = 3
 MAX_BATCH = 4096  # an end, though none is meant: torch 2.6 refuses a free axis without
 
 
@@ -30,19 +29,21 @@ def require_packages() -> None:
 
 
 def inputs_to_check(
-    paths: list[str] | None, prepare_image: Callable[[np.ndarray], Tensor]
+    paths: list[str] | None, prepare_image: Callable[[np.ndarray], Tensor], at_least: int = 3
 ) -> Tensor:
-    """Return network inputs (N, 3, H, W) of image files, at least 3, by default of sample images.
+    """Return network inputs (N, 3, H, W) of image files, by default of sample images.
+
+    Where there are fewer than `at_least`, the first is repeated.
 
     `prepare_image` makes an input (3, H, W) of an image (H, W, 3) uint8 RGB.
     """
     with tempfile.TemporaryDirectory() as scratch:
         if not paths:
             sample = Path(scratch, "sample")
-            write_sample(sample, train=1, val=CHECKED_IMAGES)
+            write_sample(sample, train=1, val=at_least)
             paths = sorted(str(path) for path in (sample / "val2017").iterdir())
         inputs = [prepare_image(read_image(path)) for path in paths]
-    while len(inputs) < CHECKED_IMAGES:
+    while len(inputs) < at_least:
         inputs.append(inputs[0])
     return torch.stack(inputs)
 

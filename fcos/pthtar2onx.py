@@ -17,6 +17,7 @@ import common  # noqa: F401 before torch
 
 # isort: split
 
+import functools
 import json
 
 import numpy as np
@@ -100,7 +101,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.dynamic:
         checked_sizes.append(image_size[::-1])
     for size in checked_sizes:
-        images = inputs_to_check(args.images, lambda image, size=size: fit(image, size, recipe))
+        prepare_image = functools.partial(fit, size=size, recipe=recipe)
+        images = inputs_to_check(args.images, prepare_image, at_least=2)
         for batch in (images[:1], images):
             difference = compare(graph, network, batch)
             print(f"onnxruntime against torch, {tuple(batch.shape)}: {difference}")

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Input pipeline of m2det on real images: images a second on one core.
 
-Ours against its own parts and against the original's way (see m2det/reference.py). The
-original changes colours and normalises in the worker, ours on the device: the row that adds our
-device's part to the worker's shows what both together cost a CPU. The recipe draws one of five
-interpolations for each image; rows show what a sample costs by each alone.
+Ours is compared with its own steps and with the original's way (see m2det/reference.py). The
+original changes colours and normalises in the worker, ours on the device. So there is a row that
+adds our device's work to the worker's, which shows what both together cost a CPU. The recipe draws
+one of five interpolations for each image; further rows show what a sample costs by each alone.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,9 +29,7 @@ from benchmarks.timing import print_speeds, race
 from common.coco.images import read_image
 from m2det.augment import augment
 from m2det.config import RECIPES
-from m2det.data import TrainingSet, find_files, read_records
-
-AIM = 400
+from m2det.data import Batch, TrainingSet, find_files, read_records
 
 
 def main() -> None:
@@ -44,45 +43,49 @@ def main() -> None:
 
     recipe = RECIPES[args.recipe]
     records = read_records(find_files(args.data, "train"))
-    ours, images = TrainingSet(records, recipe, seed=0), range(len(records))
-    reference = ReferenceSet(records, ours.truth, recipe)
-    epoch = iter(range(10**9))  # a round draws anew
+    num_images = len(records)
+    ours = TrainingSet(records, recipe, seed=0)
+    reference = ReferenceSet(records, ours.ground_truth, recipe)
+    epochs = itertools.count()  # each round draws other numbers
 
-    def samples(dataset: TrainingSet = ours) -> list:
-        number = next(epoch)
-        return [dataset[number, k, k] for k in images]
+    def make_samples(dataset: TrainingSet = ours) -> list[Batch]:
+        epoch = next(epochs)
+        return [dataset[epoch, record, record] for record in range(num_images)]
 
-    def by_one_method(method: str) -> Callable[[], list]:
-        dataset = TrainingSet(records, replace(recipe, interpolations=(method,)), seed=0)
-        return lambda: samples(dataset)
+    def by_one_method(interpolation: str) -> Callable[[], list[Batch]]:
+        one_method = replace(recipe, interpolations=(interpolation,))
+        dataset = TrainingSet(records, one_method, seed=0)
+        return lambda: make_samples(dataset)
 
-    def batches() -> None:
-        number, size = next(epoch), recipe.batch_size
-        for start in range(0, len(records), size):
-            default_collate([ours[number, k, k] for k in images[start : start + size]])
+    def make_batches() -> None:
+        epoch = next(epochs)
+        for first in range(0, num_images, recipe.batch_size):
+            end = min(first + recipe.batch_size, num_images)
+            default_collate([ours[epoch, record, record] for record in range(first, end)])
 
-    def with_device() -> None:
-        augment(default_collate(samples()), recipe)
+    def make_inputs() -> None:
+        augment(default_collate(make_samples()), recipe)
 
     def decode() -> None:
-        for k in images:
-            read_image(records.path(k))
+        for record in range(num_images):
+            read_image(records.path(record))
 
-    def original() -> None:
-        for k in images:
-            reference[k]
+    def original_samples() -> None:
+        for record in range(num_images):
+            reference[record]
 
     peers = {
-        "ours: a sample": samples,
-        f"ours: a sample, collated into batches of {recipe.batch_size}": batches,
-        "part of ours: read and decode": decode,
-        **{f"ours: a sample, always {m}": by_one_method(m) for m in recipe.interpolations},
-        "ours and the device's part (colour, normalise)": with_device,
-        "original, re-implemented: all of it in the worker": original,
+        "ours: a sample": make_samples,
+        f"ours: a sample, collated into batches of {recipe.batch_size}": make_batches,
+        "ours: read and decode": decode,
     }
+    for interpolation in recipe.interpolations:
+        peers[f"ours: a sample, always {interpolation}"] = by_one_method(interpolation)
+    peers["ours and the device's work (colour jitter, normalise)"] = make_inputs
+    peers["original, re-implemented: all of it in the worker"] = original_samples
     times = race(peers, args.rounds)
-    title = f"Input pipeline, {len(images)} images, aim {AIM} images/s a core"
-    print_speeds(title, times, len(images), "ours: a sample", "ours: a sample")
+    title = f"Input pipeline, {num_images} images"
+    print_speeds(title, times, num_images, "ours: a sample", "ours: a sample")
 
 
 if __name__ == "__main__":

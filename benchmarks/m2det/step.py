@@ -20,47 +20,59 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.data import default_collate
 
 from benchmarks.m2det.reference import ReferenceM2Det
-from benchmarks.steps import arguments, clock, our_step, placed, precisions, synchronize
+from benchmarks.steps import LR, arguments, clock, placed, precisions, synchronize
 from benchmarks.timing import print_table, race, ratio
 from common.npu.device import memory_mib, setup_device
 from common.npu.precision import Precision, build_sgd
-from m2det import train
 from m2det.augment import augment
 from m2det.config import RECIPES, Recipe
 from m2det.data import Batch, TrainingSet, find_files, read_records
+from m2det.loss import DetectionLoss
 from m2det.model import M2Det
 
-NETWORKS = {"ours: leach once": M2Det, "leach 8 times": ReferenceM2Det}
+CLASSES = 80
+OURS = "ours: leach once"
+ORIGINAL = "leach 8 times"
+NETWORKS = {OURS: M2Det, ORIGINAL: ReferenceM2Det}
 
 
 def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
-    device, why = setup_device(args.device)
-    print(why)
+    device, reason = setup_device(args.device)
+    print(reason)
 
     recipe = RECIPES[args.recipe]
-    records = read_records(find_files(args.data, "train"))
-    samples = TrainingSet(records, recipe, seed=0)
-    batch = default_collate([samples[0, k, k % len(samples)] for k in range(args.batch_size)])
+    batch = first_batch(args.data, recipe, args.batch_size)
+    models = {}
+    for name, network in NETWORKS.items():
+        torch.manual_seed(0)
+        models[name] = placed(network(recipe, CLASSES), device)
+    require_equal(models, recipe)
+
     rows = []
-    models = {who: network(kind, recipe, device) for who, kind in NETWORKS.items()}
-    check(models, recipe)
-    for name, precision in precisions(device).items():
-        kept = {who: saved(model, recipe, batch, precision) for who, model in models.items()}
-        for what, make in (("step", step), ("base feature to leach and back", leach)):
-            peers = {who: make(model, recipe, batch, precision) for who, model in models.items()}
-            times = {who: clock(t, device) for who, t in race(peers, args.rounds).items()}
-            for who, seconds in times.items():
+    for precision_name, precision in precisions(device).items():
+        steps = {}
+        leaches = {}
+        for name, model in models.items():
+            steps[name] = training_step(model, recipe, batch, precision)
+            leaches[name] = leach_step(model, recipe, args.batch_size, precision)
+        for what, peers in (("step", steps), ("base feature to leach and back", leaches)):
+            times = race(peers, args.rounds)
+            original_seconds = clock(times[ORIGINAL], device)
+            for name, model in models.items():
+                seconds = clock(times[name], device)
+                memory = ""
+                if what == "step":
+                    memory = f"{kept_bytes(model, recipe, batch, precision) >> 20}"
                 milliseconds = 1e3 * np.median(seconds) / args.batch_size
-                against = ratio(times["leach 8 times"], seconds)
-                memory = f"{kept[who] >> 20}" if what == "step" else ""
-                rows.append((what, who, name, f"{milliseconds:.0f}", f"{against:.2f}", memory))
+                speed = ratio(original_seconds, seconds)
+                cells = (what, name, precision_name, f"{milliseconds:.0f}", f"{speed:.2f}", memory)
+                rows.append(cells)
     unit = "CPU ms" if device.type == "cpu" else "ms"
     header = (
         "",
@@ -81,27 +93,37 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def network(kind: type[M2Det], recipe: Recipe, device: torch.device) -> M2Det:
-    torch.manual_seed(0)
-    return placed(kind(recipe, 80), device)
+def first_batch(data_path: str, recipe: Recipe, batch_size: int) -> Batch:
+    """Return a batch of the first images of the training set."""
+    records = read_records(find_files(data_path, "train"))
+    dataset = TrainingSet(records, recipe, seed=0)
+    samples = []
+    for position in range(batch_size):
+        samples.append(dataset[0, position, position % len(dataset)])
+    return default_collate(samples)
 
 
-def check(models: dict[str, M2Det], recipe: Recipe) -> None:
-    """One pass over a random base feature: same leached map and running statistics."""
-    statistics = []
+def uses_of_leach(model: M2Det) -> int:
+    """Return how often the network computes the leach module in a step."""
+    return model.num_levels if isinstance(model, ReferenceM2Det) else 1
+
+
+def require_equal(models: dict[str, M2Det], recipe: Recipe) -> None:
+    """Raise AssertionError unless the same base feature leads to the same map and statistics."""
+    results = []
     for model in models.values():
-        module = model.leach[0]
+        leach = model.leach[0]
         torch.manual_seed(1)
         base = torch.randn(2, 3 * recipe.planes, 8, 8).to(next(model.parameters()).device)
-        uses = 1 if type(model) is M2Det else model.levels
-        made = [module(base) for _ in range(uses)][-1]
-        statistics.append((made, module.bn.running_mean, module.bn.running_var))
-    for mine, theirs in zip(*statistics, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+        for _ in range(uses_of_leach(model)):
+            leached = leach(base)
+        results.append((leached, leach.bn.running_mean, leach.bn.running_var))
+    for ours_value, original_value in zip(*results, strict=True):
+        torch.testing.assert_close(ours_value, original_value, rtol=1e-4, atol=1e-5)
 
 
-def saved(model: M2Det, recipe: Recipe, batch: Batch, precision: Precision) -> int:
-    """Bytes that a forward pass keeps for the backward pass, weights left out."""
+def kept_bytes(model: M2Det, recipe: Recipe, batch: Batch, precision: Precision) -> int:
+    """Return the bytes that a forward pass keeps for the backward pass, weights left out."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     kept = {}
 
@@ -118,25 +140,52 @@ def saved(model: M2Det, recipe: Recipe, batch: Batch, precision: Precision) -> i
     return sum(kept.values())
 
 
-def step(model: M2Det, recipe: Recipe, batch: Batch, precision: Precision) -> Callable[[], None]:
-    options = {"momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
+def training_step(
+    model: M2Det, recipe: Recipe, batch: Batch, precision: Precision
+) -> Callable[[], None]:
+    """Return a training step as train.py makes it, which reads the loss at its end."""
+    device = precision.device
     model.zero_grad(set_to_none=True)
-    optimizer = build_sgd(list(model.parameters()), precision.device, lr=0.0, **options)
-    return our_step(train, recipe, model, optimizer, batch, precision)
-
-
-def leach(model: M2Det, recipe: Recipe, batch: Batch, precision: Precision) -> Callable[[], None]:
-    """The leach module alone, as often as the network runs it, forward and backward."""
-    side, device = recipe.prior_maps[0], precision.device
-    base = torch.randn(len(batch.images), 3 * recipe.planes, side, side, device=device)
-    base = base.contiguous(memory_format=torch.channels_last).requires_grad_()
-    uses: list[nn.Module] = list(model.leach)[: 1 if type(model) is M2Det else None]
+    optimizer = build_sgd(
+        list(model.parameters()),
+        device,
+        lr=LR,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+    )
+    criterion = DetectionLoss(recipe, CLASSES).to(device)
 
     def run() -> None:
+        moved = batch.to(device)
+        images, boxes = augment(moved, recipe)
+        optimizer.zero_grad(set_to_none=True)
         with precision.autocast():
-            total = sum(module(base).sum() for module in uses)
-        torch.autograd.grad(total, [base, *uses[0].parameters()])
-        synchronize(device)
+            outputs = model(images)
+        losses = criterion(outputs, boxes, moved.labels, moved.valid)
+        precision.backward(losses["loss"], optimizer)
+        precision.step(optimizer, recipe.clip_norm, recipe.clip_each)
+        assert np.isfinite(losses["loss"].item()), losses
+
+    return run
+
+
+def leach_step(
+    model: M2Det, recipe: Recipe, batch_size: int, precision: Precision
+) -> Callable[[], None]:
+    """Return the leach module alone, as often as the network runs it, forward and backward."""
+    side = recipe.anchor_maps[0]
+    base = torch.randn(batch_size, 3 * recipe.planes, side, side, device=precision.device)
+    base = base.contiguous(memory_format=torch.channels_last).requires_grad_()
+    leach = model.leach[0]
+    uses = uses_of_leach(model)
+
+    def run() -> None:
+        total = 0
+        with precision.autocast():
+            for _ in range(uses):
+                total = total + leach(base).sum()
+        torch.autograd.grad(total, [base, *leach.parameters()])
+        synchronize(precision.device)
 
     return run
 

@@ -43,7 +43,7 @@ from ssd_resnet34.tfrecord.config import RECIPES, Recipe
 from ssd_resnet34.tfrecord.data import build_loader
 from ssd_resnet34.tfrecord.detector import Detector
 from ssd_resnet34.tfrecord.index import RecordIndex, read_index
-from ssd_resnet34.tfrecord.options import parse, require_files
+from ssd_resnet34.tfrecord.options import parse, require_files, require_ranks
 from ssd_resnet34.tfrecord.port_lines import announce
 from ssd_resnet34.tfrecord.postprocess import detect
 
@@ -54,6 +54,7 @@ PORT_NAMES = {name: f"COCO/{name.replace('AR1', 'ARmax1')}" for name in STATS}
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv, __doc__.split("\n")[0])
     require_files(args)
+    require_ranks()
     ranks, device, reason = start_process(args.device, args.device_id, args.timeout, args.card)
     state = None
     if ranks.main:

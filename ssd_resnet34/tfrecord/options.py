@@ -1,5 +1,6 @@
 """The flags of the TFRecord recipe's programs, with the names that the port's users know."""
 
+import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -65,3 +66,9 @@ def require_files(args: Namespace) -> None:
     for name in FILES_OF_MODE[args.mode]:
         if not getattr(args, name):
             raise UserError(f"--mode={args.mode} needs --{name}")
+
+
+def require_ranks() -> None:
+    """Raise UserError where the port's launcher has told the size of the job, but not the rank."""
+    if "RANK" not in os.environ and os.environ.get("RANK_SIZE", "1") != "1":
+        raise UserError("RANK_SIZE is set without RANK; start several ranks with run_npu_8p.sh")

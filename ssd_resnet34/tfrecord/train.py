@@ -17,8 +17,6 @@ import common  # noqa: F401 before torch
 
 # isort: split
 
-import os
-
 from torch import nn
 
 from common import flags
@@ -36,7 +34,7 @@ from ssd_resnet34.tfrecord.evaluate import detect_all, evaluate_and_save, valida
 from ssd_resnet34.tfrecord.index import RecordIndex, read_index
 from ssd_resnet34.tfrecord.loss import DetectionLoss, decay_term
 from ssd_resnet34.tfrecord.model import build_model
-from ssd_resnet34.tfrecord.options import parse, require_files
+from ssd_resnet34.tfrecord.options import parse, require_files, require_ranks
 from ssd_resnet34.tfrecord.port_lines import PortLines
 from ssd_resnet34.tfrecord.weights import load_weights
 
@@ -148,12 +146,6 @@ def main(argv: list[str] | None = None) -> int | None:
         progress.finish()
         port_lines.print_logged()
     return None
-
-
-def require_ranks() -> None:
-    """Raise UserError where the port's launcher has told the size of the job, but not the rank."""
-    if "RANK" not in os.environ and os.environ.get("RANK_SIZE", "1") != "1":
-        raise UserError("RANK_SIZE is set without RANK; start several ranks with run_npu_8p.sh")
 
 
 def evaluate(

@@ -69,7 +69,10 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
         raise UserError(f"{name}: lacks backbone weights: {list_names(missing, shown_names)}")
     if misshapen:
         raise UserError(f"{name}: weights of another shape: {list_names(misshapen, shown_names)}")
-    return load_matching(model, tensors)
+    report = load_matching(model, tensors)
+    # TensorFlow does not count batches, and nothing reads the counters.
+    kept = tuple(key for key in report.missing if not key.endswith(COUNTER))
+    return replace(report, missing=kept)
 
 
 def list_names(keys: list[str], shown_names: Mapping[str, str]) -> str:

@@ -42,7 +42,7 @@ def onnx_outputs(file, images):
 
 def inputs(shape, recipe):
     images = [read_image(str(photo)) for photo in PHOTOS]
-    return torch.cat([pthtar2onx.fitted(image, shape, recipe) for image in images])
+    return torch.stack([pthtar2onx.fit(image, shape, recipe) for image in images])
 
 
 def test_raw_outputs_at_a_fixed_size(tmp_path, capsys):
@@ -52,7 +52,7 @@ def test_raw_outputs_at_a_fixed_size(tmp_path, capsys):
     # The port's command has its configuration first.
     pthtar2onx.main(["fcos_r50.py", *where, "--verify", "--input-img", *map(str, PHOTOS)])
     assert "(2, 3, 128, 160): logits differ by" in capsys.readouterr().out
-    images = inputs([128, 160], recipe)
+    images = inputs((128, 160), recipe)
     found = onnx_outputs(file, images)
     assert list(found) == ["logits", "distances", "centerness"]
     with torch.no_grad():
@@ -87,9 +87,9 @@ def test_decoded_outputs_at_a_fixed_and_at_any_size(tmp_path, name, dynamic):
 
 def test_an_image_is_fitted_with_its_aspect_kept(recipe):
     image = np.full((30, 40, 3), 255, np.uint8)
-    found = pthtar2onx.fitted(image, [64, 96], recipe)
-    assert found.shape == (1, 3, 64, 96)
-    inside = found[0].ne(0).all(dim=0)
+    found = pthtar2onx.fit(image, (64, 96), recipe)
+    assert found.shape == (3, 64, 96)
+    inside = found.ne(0).all(dim=0)
     assert inside[:64, :85].all()
     assert not inside[:, 85:].any()
 

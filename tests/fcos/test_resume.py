@@ -4,6 +4,7 @@ import signal
 
 import pytest
 
+from common.errors import UserError
 from fcos import train
 from tests.fcos import runs
 
@@ -73,6 +74,6 @@ def test_sigterm_to_2_ranks_leaves_a_checkpoint_of_that_step(data, uninterrupted
 def test_resuming_something_else_is_refused(data, uninterrupted, flag, words):
     before = {path.name: path.read_bytes() for path in uninterrupted.glob("*.pt")}
     resume = f"--resume={uninterrupted / 'iter_9.pt'}"
-    with pytest.raises(train.UserError, match=rf"^--resume .*iter_9\.pt: its {words}; .+$"):
+    with pytest.raises(UserError, match=rf"^--resume .*iter_9\.pt: its {words}; .+$"):
         train.main([*flags(data, uninterrupted, 0), resume, flag])
     assert before == {path.name: path.read_bytes() for path in uninterrupted.glob("*.pt")}

@@ -9,7 +9,7 @@ import random
 import cv2
 import numpy as np
 
-from m2det.data import Geometry
+from m2det.geometry import Canvas, Geometry, Window
 
 FILL = (104, 117, 123)
 MODES = (None, 0.1, 0.3, 0.5, 0.7, 0.9, float("-inf"))
@@ -23,13 +23,13 @@ INTERPOLATIONS = {
 
 
 def crop(boxes, size):
-    """The window (left, top, right, bottom)."""
+    """The Window."""
     width, height = size
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2
     while True:
         limit = random.choice(MODES)
         if limit is None:
-            return 0, 0, width, height
+            return Window(0, 0, width, height)
         for _ in range(50):
             scale = random.uniform(0.3, 1)
             ratio = math.sqrt(random.uniform(max(0.5, scale * scale), min(2, 1 / scale / scale)))
@@ -42,10 +42,10 @@ def crop(boxes, size):
             if (overlap / (areas + w * h - overlap)).min() < limit:
                 continue
             if ((window[:2] < centers) & (centers < window[2:])).all(axis=1).any():
-                return tuple(window.tolist())
+                return Window(*window.tolist())
 
 
-def draw_colour():
+def draw_colour_jitter():
     """What is added, factor, hue shift, factor of saturation."""
     added = random.uniform(-32, 32) if random.randrange(2) else 0
     factor = random.uniform(0.5, 1.5) if random.randrange(2) else 1
@@ -64,10 +64,10 @@ def recolour(image, added, factor, hue, saturation):
 
 
 def expand(size, probability=0.6):
-    """The canvas (width, height) and the picture's (left, top)."""
+    """The Canvas of a picture of `size` (width, height)."""
     width, height = size
     if random.random() > probability:
-        return size, (0, 0)
+        return Canvas(width, height, 0, 0)
     while True:
         scale = random.uniform(1, 4)
         ratio = math.sqrt(random.uniform(max(0.5, 1 / scale / scale), min(2, scale * scale)))
@@ -75,13 +75,13 @@ def expand(size, probability=0.6):
         if ws < 1 or hs < 1:
             continue
         w, h = int(ws * width), int(hs * height)
-        return (w, h), (random.randint(0, w - width), random.randint(0, h - height))
+        return Canvas(w, h, random.randint(0, w - width), random.randint(0, h - height))
 
 
-def on_canvas(image, canvas, place):
-    made = np.full((canvas[1], canvas[0], 3), FILL, np.uint8)
-    (left, top), (height, width) = place, image.shape[:2]
-    made[top : top + height, left : left + width] = image
+def on_canvas(image, canvas):
+    made = np.full((canvas.height, canvas.width, 3), FILL, np.uint8)
+    height, width = image.shape[:2]
+    made[canvas.top : canvas.top + height, canvas.left : canvas.left + width] = image
     return made
 
 
@@ -95,15 +95,15 @@ def interpolation():
 
 
 def transform(image, boxes, size):
-    """Input (size, size, 3), Geometry, colour (None: unchanged)."""
+    """Input (size, size, 3), Geometry, colour jitter."""
     height, width = image.shape[:2]
     window = crop(boxes, (width, height))
-    cut = image[window[1] : window[3], window[0] : window[2]]
-    colour = draw_colour()
-    canvas, place = expand((cut.shape[1], cut.shape[0]))
-    mirror = bool(random.randrange(2))
-    geometry = Geometry(window, canvas, place, mirror, interpolation())
-    made = on_canvas(recolour(cut, *colour), canvas, place)
-    if mirror:
+    cut = image[window.top : window.bottom, window.left : window.right]
+    colour_jitter = draw_colour_jitter()
+    canvas = expand((window.width, window.height))
+    flip = bool(random.randrange(2))
+    geometry = Geometry(window, canvas, flip, interpolation())
+    made = on_canvas(recolour(cut, *colour_jitter), canvas)
+    if flip:
         made = made[:, ::-1]
-    return resized(made, size, geometry.interpolation), geometry, colour
+    return resized(made, size, geometry.interpolation), geometry, colour_jitter

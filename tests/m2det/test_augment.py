@@ -10,7 +10,8 @@ from common.coco.images import read_image
 from m2det import augment as module
 from m2det.augment import augment
 from m2det.config import RECIPES
-from m2det.data import Batch, draw_colour
+from m2det.data import Batch, draw_colour_jitter
+from m2det.geometry import Canvas
 from m2det.resample import render, resize
 from tests.m2det import reference
 
@@ -31,16 +32,16 @@ def pictures(tiny_train):
     return torch.from_numpy(np.stack([*photographs, noise, grey, pure, *flat]).astype(np.uint8))
 
 
-def batch(images, colour=NEUTRAL, picture=(0.0, 0.0, 60.0, 60.0)):
-    """A batch whose images all get the same, or each its row of `colour`, `picture`."""
+def batch(images, colour_jitter=NEUTRAL, visible_box=(0.0, 0.0, 60.0, 60.0)):
+    """A batch whose images all get the same, or each its row of `colour_jitter`, `visible_box`."""
     count = len(images)
     return Batch(
         images.permute(0, 2, 3, 1),
         torch.rand(count, 2, 4),
         torch.zeros(count, 2, dtype=torch.int64),
         torch.ones(count, 2, dtype=torch.bool),
-        torch.as_tensor(picture).expand(count, 4),
-        torch.as_tensor(colour, dtype=torch.float32).expand(count, 4),
+        torch.as_tensor(visible_box).expand(count, 4),
+        torch.as_tensor(colour_jitter, dtype=torch.float32).expand(count, 4),
         torch.arange(count),
     )
 
@@ -73,8 +74,8 @@ def test_colours_are_opencvs(pictures, colour):
 
 
 def test_the_canvas_keeps_its_colour(pictures):
-    picture = (10.0, 20.0, 40.4, 50.6)
-    found = levels(augment(batch(pictures, (20.0, 1.0, 0, 1.0), picture), RECIPE))
+    visible_box = (10.0, 20.0, 40.4, 50.6)
+    found = levels(augment(batch(pictures, (20.0, 1.0, 0, 1.0), visible_box), RECIPE))
     whole = levels(augment(batch(pictures, (20.0, 1.0, 0, 1.0)), RECIPE))
     inside = torch.zeros(60, 60, dtype=torch.bool)
     inside[20:51, 10:40] = True
@@ -84,9 +85,9 @@ def test_the_canvas_keeps_its_colour(pictures):
 
 def test_a_batch_is_its_images_and_no_input_changes(pictures, monkeypatch):
     rng = np.random.default_rng(0)
-    colour = torch.tensor(np.array([draw_colour(RECIPE, rng) for _ in pictures]))
-    picture = 60 * torch.rand(len(pictures), 4).sort(dim=1).values
-    together = batch(pictures, colour, picture)
+    colour_jitter = torch.tensor(np.array([draw_colour_jitter(RECIPE, rng) for _ in pictures]))
+    visible_box = 60 * torch.rand(len(pictures), 4).sort(dim=1).values
+    together = batch(pictures, colour_jitter, visible_box)
     before = [part.clone() for part in together]
     images, boxes = augment(together, RECIPE)
     assert images.dtype == torch.float32
@@ -108,7 +109,7 @@ def test_without_augmentation_only_normalisation_remains(pictures):
 
 def test_distribution_of_colours():
     rng = np.random.default_rng(0)
-    drawn = np.array([draw_colour(RECIPE, rng) for _ in range(8000)])
+    drawn = np.array([draw_colour_jitter(RECIPE, rng) for _ in range(8000)])
     changed = drawn != NEUTRAL
     changed[:, 2] |= rng.random(8000) < 0.5 / 37  # a shift of 0 is one of 37
     assert np.abs(changed.mean(axis=0) - 0.5).max() < 0.025
@@ -121,10 +122,10 @@ def test_distribution_of_colours():
     assert set(drawn[:, 2]) == set(range(-18, 19))
 
 
-@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("method", RECIPE.interpolations)
-def test_rendering_is_opencvs_to_a_level(tiny_train, method, mirror):
-    """Crop, canvas, mirror and resize, larger and smaller, in OpenCV one after another."""
+def test_rendering_is_opencvs_to_a_level(tiny_train, method, flip):
+    """Crop, canvas, flip and resize, larger and smaller, in OpenCV one after another."""
     rng = np.random.default_rng(0)
     image = read_image(tiny_train.path(0))
     for width, height, grown, size in (
@@ -132,13 +133,14 @@ def test_rendering_is_opencvs_to_a_level(tiny_train, method, mirror):
         (128, 128, 1.0, 128), (64, 64, 2.0, 64),
     ):  # fmt: skip
         cut = np.ascontiguousarray(image[10 : 10 + height, 20 : 20 + width])
-        canvas = int(grown * width), int(grown * 0.9 * height) if grown > 1 else height
-        place = [int(rng.integers(c - s + 1)) for c, s in zip(canvas, (width, height), strict=True)]
-        found = (
-            render(cut, tuple(place), canvas, size, method, mirror, FILL).permute(2, 0, 1).numpy()
-        )
-        whole = reference.on_canvas(cut[..., ::-1], canvas, place)
-        whole = whole[:, ::-1] if mirror else whole
+        canvas_width = int(grown * width)
+        canvas_height = int(grown * 0.9 * height) if grown > 1 else height
+        left = int(rng.integers(canvas_width - width + 1))
+        top = int(rng.integers(canvas_height - height + 1))
+        canvas = Canvas(canvas_width, canvas_height, left, top)
+        found = render(cut, canvas, size, method, flip, FILL).permute(2, 0, 1).numpy()
+        whole = reference.on_canvas(cut[..., ::-1], canvas)
+        whole = whole[:, ::-1] if flip else whole
         exact = cv2.resize(
             np.ascontiguousarray(whole),
             (size, size),

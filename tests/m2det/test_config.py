@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 
+from common.arithmetic import ceil_div
 from m2det.anchors import make_anchors
 from m2det.config import RECIPES
 
@@ -29,24 +30,27 @@ def test_published_recipes():
 
 
 @pytest.mark.parametrize(
-    ("name", "priors"),
+    ("name", "anchors"),
     [("320_vgg", 12810), ("512_vgg", 32760), ("704_vgg", 62022), ("800_vgg", 80208)],
 )
-def test_priors(name, priors):
-    assert make_anchors(RECIPES[name]).shape == (priors, 4)
+def test_anchors(name, anchors):
+    assert make_anchors(RECIPES[name]).shape == (anchors, 4)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_presets_are_recipes_of_this_network(name):
     recipe = RECIPES[name]
-    levels = len(recipe.prior_maps)
-    assert len(recipe.prior_sizes) == levels + 1
-    assert len(recipe.prior_steps) == levels
+    levels = len(recipe.anchor_maps)
+    assert len(recipe.anchor_sizes) == levels + 1
+    assert len(recipe.anchor_steps) == levels
     assert len(recipe.lr_factors) == len(recipe.lr_last_epochs)
     # Strided convolutions of 3 with padding 1, then one without.
     cells = recipe.image_size
-    maps = [cells := -(-cells // 2) for _ in range(7)][2:]
-    assert recipe.prior_maps == (*maps, maps[-1] - 2)
+    maps = []
+    for _ in range(7):
+        cells = ceil_div(cells, 2)
+        maps.append(cells)
+    assert recipe.anchor_maps == (*maps[2:], maps[-1] - 2)
 
 
 def test_warm_up_then_the_last_epoch_of_each_rate():

@@ -14,18 +14,16 @@ from common.npu.distributed import Ranks
 from m2det import data
 from m2det.config import RECIPES
 from m2det.data import (
-    Geometry,
     TrainingOrder,
     TrainingSet,
     build_loader,
-    crop_window,
     epoch_order,
     find_files,
     iterations_per_epoch,
-    move_boxes,
     prepare_image,
     read_records,
 )
+from m2det.geometry import Canvas, Geometry, crop_window, move_boxes
 
 RECIPE = replace(RECIPES["320_vgg"], image_size=64, batch_size=2)
 SETS = {
@@ -77,7 +75,7 @@ def test_both_layouts_are_the_same_data(coco2014, tiny_train, tiny_val):
         assert len(order) == len(expected)
         own, theirs = (TrainingSet(records, RECIPE, 0) for records in (found, expected))
         for i, image_id in enumerate(expected.image_ids.tolist()):
-            for a, b in zip(own.truth(order[image_id]), theirs.truth(i), strict=True):
+            for a, b in zip(own.ground_truth(order[image_id]), theirs.ground_truth(i), strict=True):
                 np.testing.assert_array_equal(a, b)
             with open(found.path(order[image_id]), "rb") as a, open(expected.path(i), "rb") as b:
                 assert a.read() == b.read()
@@ -139,7 +137,9 @@ def test_parts_with_other_categories_are_refused(coco2014, tmp_path):
 
 def order_of(length, batch_size, rank, world_size, start, end):
     ranks = Ranks(rank=rank, world_size=world_size)
-    return list(TrainingOrder(length, batch_size, ranks, 5, start, end))
+    recipe = replace(RECIPE, batch_size=batch_size)
+    # Of the records an order needs nothing but their number.
+    return list(TrainingOrder(range(length), recipe, ranks, 5, start, end))
 
 
 @settings(max_examples=50, deadline=None)
@@ -157,7 +157,9 @@ def test_an_epoch_is_a_seeded_permutation_whose_rest_is_dropped(length, multiple
 @settings(max_examples=50, deadline=None)
 @given(**SETS)
 def test_ranks_share_each_epoch(length, batch_size, world_size):
-    per_epoch = iterations_per_epoch(length, batch_size, world_size)
+    per_epoch = iterations_per_epoch(
+        range(length), replace(RECIPE, batch_size=batch_size), world_size
+    )
     step = batch_size * world_size
     runs = [
         order_of(length, batch_size, r, world_size, 0, 2 * per_epoch) for r in range(world_size)
@@ -218,25 +220,25 @@ def test_augmentation_changes_by_seed_epoch_and_position(tiny_train):
 
 def test_a_batch_has_fixed_shapes_and_types(tiny_train):
     (batch,) = build_loader(RECIPE, tiny_train, True, end=1)
-    slots = tiny_train.max_boxes()
+    max_boxes = tiny_train.max_boxes()
     expected = {
         "images": ((2, 64, 3, 64), torch.uint8),
-        "boxes": ((2, slots, 4), torch.float32),
-        "labels": ((2, slots), torch.int64),
-        "valid": ((2, slots), torch.bool),
-        "picture": ((2, 4), torch.float32),
-        "colour": ((2, 4), torch.float32),
+        "boxes": ((2, max_boxes, 4), torch.float32),
+        "labels": ((2, max_boxes), torch.int64),
+        "valid": ((2, max_boxes), torch.bool),
+        "visible_box": ((2, 4), torch.float32),
+        "colour_jitter": ((2, 4), torch.float32),
         "image_ids": ((2,), torch.int64),
     }
     assert {k: (tuple(v.shape), v.dtype) for k, v in batch._asdict().items()} == expected
-    assert slots % 16 == 0
+    assert max_boxes % 16 == 0
 
 
-def test_truth_is_the_originals_with_crowds(tiny_val):
+def test_ground_truth_is_the_originals_with_crowds(tiny_val):
     crowded = int(np.flatnonzero(tiny_val.image_ids == 87038)[0])
     rows = tiny_val.annotations(crowded)
     assert rows.crowd.any()
-    boxes, labels = TrainingSet(tiny_val, RECIPE, 0).truth(crowded)
+    boxes, labels = TrainingSet(tiny_val, RECIPE, 0).ground_truth(crowded)
     height, width = tiny_val.sizes[crowded]
     expected = []
     for x, y, w, h in rows.box_xywh:
@@ -261,7 +263,7 @@ def test_an_image_without_boxes_is_only_resized(tiny_train):
     for position in range(8):
         sample = dataset[0, position, 0]
         assert not sample.valid.any()
-        assert sample.picture.eq(0).all()  # no colour either
+        assert sample.visible_box.eq(0).all()  # no colour either
     assert len({dataset[0, p, 0].images.float().mean().item() for p in range(60)}) == 5
 
 
@@ -272,7 +274,7 @@ def test_where_no_box_is_left_the_image_stays_as_it_is(tiny_train):
     dataset = TrainingSet(records, RECIPE, 0)
     for position in range(30):
         sample = dataset[0, position, 0]
-        if sample.picture.eq(0).all():
+        if sample.visible_box.eq(0).all():
             break
     box = torch.tensor([50 / width, 60 / height, 51.5 / width, 62 / height])
     assert_close(sample.boxes[sample.valid], box.float().unsqueeze(0))
@@ -292,7 +294,7 @@ def test_without_augmentation(tiny_train):
     recipe = replace(RECIPE, augment=False)
     dataset = TrainingSet(tiny_train, recipe, 0)
     for record in (0, 1, int(np.diff(tiny_train.offsets).argmax())):
-        boxes, labels = dataset.truth(record)
+        boxes, labels = dataset.ground_truth(record)
         sample = dataset[3, 5, record]
         assert_same(sample, dataset[0, 0, record])
         scale = np.tile(tiny_train.sizes[record][::-1], 2)
@@ -301,12 +303,12 @@ def test_without_augmentation(tiny_train):
 
 
 def test_a_box_follows_its_pixels(tiny_train, monkeypatch):
-    """Through crop, expansion and mirror: a white box in a black image is where the box says."""
+    """Through crop, expansion and flip: a white box in a black image is where the box says."""
     records = one_image(tiny_train, [[101, 81, 121, 101]])
     height, width = records.sizes[0].tolist()
     image = np.zeros((height, width, 3), np.uint8)
     image[81:182, 101:222] = 255
-    monkeypatch.setattr(data, "open_image", lambda path: image)
+    monkeypatch.setattr(data, "read_image", lambda path: image)
     dataset = TrainingSet(records, replace(RECIPE, image_size=200), 0)
     for position in range(25):
         sample = dataset[0, position, 0]
@@ -319,11 +321,12 @@ def test_a_box_follows_its_pixels(tiny_train, monkeypatch):
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6), limit=st.sampled_from([0.1, 0.3, 0.4, float("-inf")]))
 def test_a_crop_keeps_its_word(seed, limit):
-    rng, size = np.random.default_rng(seed), (320, 240)
+    rng = np.random.default_rng(seed)
     corner = rng.uniform(0.25, 0.3, (3, 2))  # near one another: some window suits them all
     boxes = np.concatenate([corner, corner + rng.uniform(0.4, 0.45, (3, 2))], axis=1)
-    boxes *= np.tile(size, 2)
-    left, top, right, bottom = crop_window(boxes, size, replace(RECIPE, crop_ious=(limit,)), rng)
+    boxes *= (320, 240, 320, 240)
+    window = crop_window(boxes, 320, 240, replace(RECIPE, crop_ious=(limit,)), rng)
+    left, top, right, bottom = window
     width, height = right - left, bottom - top
     assert 0 <= left < right <= 320
     assert 0 <= top < bottom <= 240
@@ -331,8 +334,8 @@ def test_a_crop_keeps_its_word(seed, limit):
     for x1, y1, x2, y2 in boxes:
         shared = max(min(x2, right) - max(x1, left), 0) * max(min(y2, bottom) - max(y1, top), 0)
         assert shared / ((x2 - x1) * (y2 - y1) + width * height - shared) >= limit
-    window = Geometry((left, top, right, bottom), (width, height), (0, 0), False, "linear")
-    moved, kept = move_boxes(boxes, np.arange(3), window)
+    geometry = Geometry(window, Canvas(width, height, 0, 0), False, "linear")
+    moved, kept = move_boxes(boxes, np.arange(3), geometry)
     assert len(kept) >= 1
     assert (moved >= 0).all()
     assert (moved <= 1).all()

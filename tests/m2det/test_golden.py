@@ -8,9 +8,9 @@ import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
+from common import flags
 from common.coco.evaluation import to_result_rows
 from common.coco.images import read_image
-from common.npu import cli
 from common.npu.precision import build_sgd
 from m2det.anchors import encode, make_anchors, to_cxcywh
 from m2det.config import RECIPES
@@ -103,7 +103,7 @@ def test_forward(golden, filled_model, tag):
         hook.remove()
 
     expected = golden("forward")
-    cells = np.square(recipe.prior_maps) * 6
+    cells = np.square(recipe.anchor_maps) * 6
     for seed, (part, found) in enumerate(zip(("loc", "conf"), outputs, strict=True)):
         deviations = expected[f"{tag}/level_std"][:, seed]
         levels = found.split(cells.tolist(), dim=1)
@@ -112,8 +112,8 @@ def test_forward(golden, filled_model, tag):
         # By level: a probe of the whole, with each entry's own tolerance.
         entries = probe(found.numpy(), seed)
         channels = found.shape[2]
-        prior = entries["index"] // channels % found.shape[1]
-        level = np.searchsorted(np.cumsum(cells), prior, side="right")
+        anchor = entries["index"] // channels % found.shape[1]
+        level = np.searchsorted(np.cumsum(cells), anchor, side="right")
         difference = np.abs(entries["value"] - expected[f"{tag}/{part}/value"])
         assert_array_equal(entries["index"], expected[f"{tag}/{part}/index"])
         assert (difference <= 5e-5 * deviations[level]).all()
@@ -140,13 +140,13 @@ def test_targets(golden, recipe, case):
     if case == 3:
         return
 
-    iou = pairwise_iou(boxes[:, valid[0]], criterion.anchors_ltrb)[0]
-    best, prior = iou.max(dim=1)
-    assert_array_equal(prior, expected["best_prior_of_gt"])
+    iou = pairwise_iou(boxes[:, valid[0]], criterion.anchors_xyxy)[0]
+    best, anchor = iou.max(dim=1)
+    assert_array_equal(anchor, expected["best_prior_of_gt"])
     assert_array_equal(best, expected["best_iou_of_gt"])
 
     # The original also encodes what is not positive.
-    _, matched, label = assign(criterion.anchors_ltrb, boxes, labels, valid, recipe.match_iou)
+    _, matched, label = assign(criterion.anchors_xyxy, boxes, labels, valid, recipe.match_iou)
     assert_array_equal(label[0, index] + 1, expected["pos_label"])
     every = encode(to_cxcywh(boxes[0, matched[0]]), criterion.anchors, recipe)
     check_probe(expected, "loc_all", every, atol=2e-4)
@@ -238,8 +238,8 @@ def test_five_training_steps(golden, recipe, filled_model, tiny_train):
 )
 def test_learning_rate(golden, case, argv, world_size):
     expected = golden("lr")[case]
-    parser = cli.parser("", recipes=RECIPES)
-    recipe = cli.chosen_recipe(parser.parse_args(argv), RECIPES)
+    parser = flags.make_parser("", recipes=RECIPES)
+    recipe = flags.chosen_recipe(parser.parse_args(argv), RECIPES)
     found = [
         recipe.lr_at(iteration, expected["epoch_size"], world_size, recipe.batch_size)
         for iteration in expected["iterations"]

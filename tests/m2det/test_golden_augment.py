@@ -12,15 +12,15 @@ from numpy.testing import assert_allclose, assert_array_equal
 from common.coco.images import read_image
 from m2det import data
 from m2det.augment import augment
-from m2det.data import (
-    Batch,
+from m2det.data import Batch, TrainingSet, prepare_image
+from m2det.geometry import (
+    Canvas,
     Geometry,
-    TrainingSet,
+    Window,
     crop_window,
     draw_geometry,
-    expansion,
+    expanded_canvas,
     move_boxes,
-    prepare_image,
 )
 from m2det.resample import resize
 from tests.golden.fill import probe
@@ -39,7 +39,7 @@ def step(golden, tiny_train, recipe):
     """The image of the single steps: BGR, boxes in pixels, labels."""
     record = record_of(tiny_train, golden("augment")["step_image"])
     image = read_image(tiny_train.path(record))
-    return image, *TrainingSet(tiny_train, recipe, 0).truth(record)
+    return image, *TrainingSet(tiny_train, recipe, 0).ground_truth(record)
 
 
 @pytest.mark.parametrize("size", [512, 320])
@@ -75,10 +75,10 @@ def test_training_sample_under_the_originals_draws(golden, recipe, tiny_train, m
     image_id, seed = expected["exact/cases"][case].tolist()
     name = f"exact/{image_id}_{seed}"
     dataset, record = TrainingSet(tiny_train, recipe, 0), record_of(tiny_train, image_id)
-    boxes, _ = dataset.truth(record)
+    boxes, _ = dataset.ground_truth(record)
     image = read_image(tiny_train.path(record))
     random.seed(seed)
-    made, geometry, colour = reference.transform(image[..., ::-1], boxes, 512)
+    made, geometry, colour_jitter = reference.transform(image[..., ::-1], boxes, 512)
     found = probe(made.transpose(2, 0, 1), count=1024)
     difference = np.abs(found["value"] - expected[f"{name}/image/value"])
     assert (difference > 1e-3).mean() <= 0.01
@@ -87,7 +87,7 @@ def test_training_sample_under_the_originals_draws(golden, recipe, tiny_train, m
 
     with monkeypatch.context() as patch:
         patch.setattr(data, "draw_geometry", lambda *_: geometry)
-        patch.setattr(data, "draw_colour", lambda *_: np.array(colour))
+        patch.setattr(data, "draw_colour_jitter", lambda *_: np.array(colour_jitter))
         sample = dataset[0, 0, record]
     images, moved = augment(Batch(*(part.unsqueeze(0) for part in sample)), recipe)
     targets = expected[f"{name}/targets"]
@@ -103,8 +103,8 @@ def test_crop_under_the_originals_draws(golden, step, k):
     expected, (image, boxes, labels) = golden("augment"), step
     random.seed(100 + k)
     window = reference.crop(boxes, (image.shape[1], image.shape[0]))
-    size = window[2] - window[0], window[3] - window[1]
-    moved, kept = move_boxes(boxes, labels, Geometry(window, size, (0, 0), False, "linear"))
+    size = window.width, window.height
+    moved, kept = move_boxes(boxes, labels, Geometry(window, Canvas(*size, 0, 0), False, "linear"))
     assert_array_equal((*size[::-1], 3), expected[f"crop/{k}/shape"])
     assert_allclose(moved * np.tile(size, 2), expected[f"crop/{k}/box"], rtol=0, atol=1e-6)
     assert_array_equal(kept + 1, expected[f"crop/{k}/label"])
@@ -114,8 +114,8 @@ def test_crop_under_the_originals_draws(golden, step, k):
 def test_colour_under_the_originals_draws(golden, recipe, step, k):
     expected = golden("augment")
     random.seed(200 + k)
-    colour = reference.draw_colour()
-    exact = reference.recolour(step[0][..., ::-1], *colour)
+    colour_jitter = reference.draw_colour_jitter()
+    exact = reference.recolour(step[0][..., ::-1], *colour_jitter)
     found = probe(exact, count=512)
     assert_array_equal(found["index"], expected[f"distort/{k}/index"])
     difference = np.abs(found["value"] - expected[f"distort/{k}/value"])
@@ -123,14 +123,14 @@ def test_colour_under_the_originals_draws(golden, recipe, step, k):
     assert difference.max() <= 2
 
     part = np.ascontiguousarray(step[0][:400, :400])
-    batch = batch_of(torch.from_numpy(part), colour)
+    batch = batch_of(torch.from_numpy(part), colour_jitter)
     product = augment(batch, recipe)[0][0].permute(1, 2, 0).numpy() + MEAN
     difference = product - exact[:400, :400]
     assert np.abs(difference).mean() <= 0.1
     assert np.abs(difference).max() <= 8  # a hue or saturation step of a saturated colour
 
 
-def batch_of(image, colour):
+def batch_of(image, colour_jitter):
     side = len(image)
     return Batch(
         image.permute(1, 2, 0).unsqueeze(0),
@@ -138,7 +138,7 @@ def batch_of(image, colour):
         torch.zeros(1, 1, dtype=torch.int64),
         torch.zeros(1, 1, dtype=torch.bool),
         torch.tensor([[0.0, 0, side, side]]),
-        torch.tensor([colour], dtype=torch.float32),
+        torch.tensor([colour_jitter], dtype=torch.float32),
         torch.zeros(1, dtype=torch.int64),
     )
 
@@ -148,21 +148,22 @@ def test_expansion_under_the_originals_draws(golden, step, k):
     expected, (image, boxes, labels) = golden("augment"), step
     size = image.shape[1], image.shape[0]
     random.seed(300 + k)
-    canvas, place = reference.expand(size)
-    assert_array_equal((*canvas[::-1], 3), expected[f"expand/{k}/shape"])
-    means = reference.on_canvas(image[..., ::-1], canvas, place).mean(axis=(0, 1))
+    canvas = reference.expand(size)
+    assert_array_equal((canvas.height, canvas.width, 3), expected[f"expand/{k}/shape"])
+    means = reference.on_canvas(image[..., ::-1], canvas).mean(axis=(0, 1))
     assert_allclose(means, expected[f"expand/{k}/mean"], rtol=0, atol=0.1)
-    moved, _ = move_boxes(boxes, labels, Geometry((0, 0, *size), canvas, place, False, "linear"))
-    assert_allclose(moved * np.tile(canvas, 2), expected[f"expand/{k}/box"], rtol=0, atol=1e-6)
+    moved, _ = move_boxes(boxes, labels, Geometry(Window(0, 0, *size), canvas, False, "linear"))
+    assert_allclose(moved * np.tile(canvas[:2], 2), expected[f"expand/{k}/box"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("k", STEPS)
-def test_mirror_under_the_originals_draws(golden, step, k):
+def test_flip_under_the_originals_draws(golden, step, k):
     expected, (image, boxes, labels) = golden("augment"), step
     size = image.shape[1], image.shape[0]
     random.seed(400 + k)
-    mirror = bool(random.randrange(2))
-    moved, _ = move_boxes(boxes, labels, Geometry((0, 0, *size), size, (0, 0), mirror, "linear"))
+    flip = bool(random.randrange(2))
+    geometry = Geometry(Window(0, 0, *size), Canvas(*size, 0, 0), flip, "linear")
+    moved, _ = move_boxes(boxes, labels, geometry)
     assert_allclose(moved * np.tile(size, 2), expected[f"mirror/{k}/box"], rtol=0, atol=1e-6)
 
 
@@ -182,7 +183,7 @@ def assert_deciles(values, expected):
 def test_distribution_of_the_crop(golden, recipe):
     expected, size = golden("augment"), (640, 480)
     boxes, rng = expected["dist/crop_box"], np.random.default_rng(0)
-    windows = np.array([crop_window(boxes, size, recipe, rng) for _ in range(4000)])
+    windows = np.array([crop_window(boxes, *size, recipe, rng) for _ in range(4000)])
     extents = windows[:, 2:] - windows[:, :2]
     cropped = (extents != size).any(axis=1)
     untouched = expected["dist/crop_untouched_fraction"]
@@ -190,8 +191,10 @@ def test_distribution_of_the_crop(golden, recipe):
     parts = extents[cropped] / size
     assert_deciles(parts[:, 0], expected["dist/crop_w_deciles"])
     assert_deciles(parts[:, 1], expected["dist/crop_h_deciles"])
-    geometries = [Geometry(tuple(w), tuple(w[2:] - w[:2]), (0, 0), False, "") for w in windows]
-    kept = [len(move_boxes(boxes, np.zeros(2), geometry)[0]) for geometry in geometries]
+    kept = []
+    for window, extent in zip(windows, extents, strict=True):
+        geometry = Geometry(Window(*window), Canvas(*extent, 0, 0), False, "")
+        kept.append(len(move_boxes(boxes, np.zeros(2), geometry)[0]))
     kept = np.array(kept)[cropped]
     error = 4 * np.sqrt(2) * kept.std() / np.sqrt(len(kept))
     assert kept.mean() == pytest.approx(expected["dist/crop_boxes_kept_mean"], abs=error)
@@ -200,18 +203,18 @@ def test_distribution_of_the_crop(golden, recipe):
 def test_distribution_of_the_expansion(golden, recipe):
     expected, rng = golden("augment"), np.random.default_rng(0)
     size = (64, 48)
-    drawn = [expansion(size, recipe, rng) for _ in range(4000)]
-    canvases = np.array([canvas for canvas, _ in drawn])
-    grown = np.array([canvas is not size for canvas, _ in drawn])
+    drawn = np.array([expanded_canvas(*size, recipe, rng) for _ in range(4000)])
+    canvases, places = drawn[:, :2], drawn[:, 2:]
+    grown = (canvases != size).any(axis=1)
     untouched = expected["dist/expand_untouched_fraction"]
     assert 1 - grown.mean() == pytest.approx(untouched, abs=4 * np.sqrt(0.25 / 2000))
     assert_deciles(canvases[grown, 0] / 64, expected["dist/expand_w_deciles"])
     assert_deciles(canvases[grown, 1] / 48, expected["dist/expand_h_deciles"])
-    room = canvases[grown] - size
-    places = np.array([place for _, place in drawn])[grown]
+    margin = canvases[grown] - size
+    places = places[grown]
     assert (places >= 0).all()
-    assert (places <= room).all()
-    assert_allclose((places / np.maximum(room, 1)).mean(axis=0), 0.5, rtol=0, atol=0.03)
+    assert (places <= margin).all()
+    assert_allclose((places / np.maximum(margin, 1)).mean(axis=0), 0.5, rtol=0, atol=0.03)
 
 
 @pytest.mark.slow
@@ -223,12 +226,12 @@ def test_distribution_of_samples(golden, recipe, tiny_train):
     boxes, kept = [], []
     for epoch in range(8):
         for record in range(len(tiny_train)):
-            truth, labels = dataset.truth(record)
+            truth, labels = dataset.ground_truth(record)
             if not len(truth):
                 continue
             rng = np.random.default_rng((epoch, record))
             size = tuple(tiny_train.sizes[record][::-1].tolist())
-            moved, _ = move_boxes(truth, labels, draw_geometry(truth, size, recipe, rng))
+            moved, _ = move_boxes(truth, labels, draw_geometry(truth, *size, recipe, rng))
             large = (moved[:, 2:] - moved[:, :2]).min(axis=1, initial=1) > recipe.min_box
             made = moved[large] if large.any() else truth / np.tile(size, 2)
             boxes.append(made)

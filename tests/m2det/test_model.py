@@ -17,15 +17,15 @@ SMALL = replace(RECIPES["320_vgg"], backbone="vgg16_thin", planes=16, num_levels
 
 @pytest.mark.parametrize("sfam", [False, True])
 @pytest.mark.parametrize("name", RECIPES)
-def test_outputs_have_a_row_for_every_prior(name, sfam):
+def test_outputs_have_a_row_for_every_anchor(name, sfam):
     recipe = replace(RECIPES[name], sfam=sfam)
     with torch.device("meta"):
         model = build_model(recipe, 7)
         images = torch.zeros(2, 3, recipe.image_size, recipe.image_size)
-        offsets, logits = model(images)
-    priors = len(make_anchors(recipe))
-    assert offsets.shape == (2, priors, 4)
-    assert logits.shape == (2, priors, 8)
+        deltas, logits = model(images)
+    anchors = len(make_anchors(recipe))
+    assert deltas.shape == (2, anchors, 4)
+    assert logits.shape == (2, anchors, 8)
 
 
 def test_parameters_are_the_originals():
@@ -41,8 +41,8 @@ def test_parameters_are_the_originals():
 
 def test_every_trained_parameter_gets_a_gradient():
     model = build_model(replace(SMALL, sfam=True), 3).train()
-    offsets, logits = model(torch.randn(2, 3, 320, 320))
-    (offsets.square().mean() + logits.square().mean()).backward()
+    deltas, logits = model(torch.randn(2, 3, 320, 320))
+    (deltas.square().mean() + logits.square().mean()).backward()
     assert all(p.grad is not None for p in model.parameters())
     base = make_backbone("resnet50").train()
     sum(tap.square().mean() for tap in base(torch.randn(2, 3, 64, 64))).backward()

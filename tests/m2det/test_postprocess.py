@@ -7,11 +7,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
+from m2det.anchors import make_anchors
 from m2det.config import RECIPES
-from m2det.postprocess import FEW, _candidates, detect, soft_nms, submission_boxes
+from m2det.postprocess import (
+    FIRST_CANDIDATES,
+    candidates,
+    decode_outputs,
+    detect,
+    soft_nms,
+    submission_boxes,
+)
 
 RECIPE = RECIPES["320_vgg"]
-PRIORS, CLASSES = 12810, 3
+ANCHORS = 12810
+CLASSES = 3
 
 
 def one_by_one(boxes, scores, iou_threshold, min_score, limit):
@@ -77,8 +86,8 @@ def test_soft_nms_of_equal_scores_is_that_of_the_group_alone(others):
     assert_allclose(lowered[kept < 100], expected, rtol=2e-5)
 
 
-def test_soft_nms_tries_again_where_the_best_few_all_fall():
-    # 30 times the same box: 29 scores fall to 0, so what is left out of the best few counts.
+def test_soft_nms_drops_boxes_whose_score_falls_to_0():
+    # 30 times the same box: 29 scores fall to 0.
     boxes = np.tile(np.array([[0, 0, 10, 10]], np.float32), (40, 1))
     boxes[30:] += 100 * np.arange(1, 11, dtype=np.float32)[:, None]
     scores = np.linspace(0.9, 0.2, 40, dtype=np.float32)
@@ -88,16 +97,16 @@ def test_soft_nms_tries_again_where_the_best_few_all_fall():
 
 
 def outputs(seed, images=1, objects=6):
-    """Background everywhere but at a few priors and what lies around them."""
+    """Background everywhere but at a few anchors and what lies around them."""
     generator = torch.Generator().manual_seed(seed)
-    offsets = torch.randn(images, PRIORS, 4, generator=generator)
-    logits = torch.randn(images, PRIORS, 1 + CLASSES, generator=generator)
+    deltas = torch.randn(images, ANCHORS, 4, generator=generator)
+    logits = torch.randn(images, ANCHORS, 1 + CLASSES, generator=generator)
     logits[..., 0] += 12
     for n in range(images):
-        for at in torch.randint(20, PRIORS - 20, (objects,), generator=generator).tolist():
+        for at in torch.randint(20, ANCHORS - 20, (objects,), generator=generator).tolist():
             channel = int(torch.randint(1, 1 + CLASSES, (1,), generator=generator))
             logits[n, at - 12 : at + 12, channel] += 13
-    return offsets, logits
+    return deltas, logits
 
 
 SIZES = torch.tensor([[480, 640], [200, 100], [33, 500]])
@@ -151,37 +160,43 @@ def test_soft_and_hard_differ_by_what_overlaps():
 
 @pytest.mark.parametrize("nms", ["soft", "hard"])
 def test_nothing_found(nms):
-    offsets, logits = outputs(4)
+    deltas, logits = outputs(4)
     logits[..., 0] += 100
-    (found,) = detect((offsets, logits), SIZES[:1], replace(RECIPE, nms=nms))
+    (found,) = detect((deltas, logits), SIZES[:1], replace(RECIPE, nms=nms))
     assert [tuple(part.shape) for part in found] == [(0, 4), (0,), (0,)]
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("nms", ["soft", "hard"])
 def test_values_that_are_not_finite_find_nothing_there(nms):
-    offsets, logits = outputs(5)
+    deltas, logits = outputs(5)
     logits[0, :6000] = torch.nan
-    offsets[0, 6000:9000] = torch.inf
-    (found,) = detect((offsets, logits), SIZES[:1], replace(RECIPE, nms=nms))
+    deltas[0, 6000:9000] = torch.inf
+    (found,) = detect((deltas, logits), SIZES[:1], replace(RECIPE, nms=nms))
     assert found.scores.isfinite().all()
 
 
 @pytest.mark.parametrize("crowded", [False, True])
-def test_what_an_accelerator_hands_over_misses_nothing(crowded):
+def test_candidates_miss_nothing(crowded):
     together = outputs(6, images=2)
     if crowded:
-        together[1][1] = 3 * torch.randn(PRIORS, 1 + CLASSES)
+        together[1][1] = 3 * torch.randn(ANCHORS, 1 + CLASSES)
     found = []
-    for on_host in (True, False):
-        boxes, scores = _candidates(together, RECIPE, on_host)
-        passed = scores[..., 1:] > RECIPE.score_threshold
+    for boxes, scores in (candidates(together, RECIPE), every_anchor(together)):
+        passed = scores > RECIPE.score_threshold
         rows = passed.any(axis=2)
-        found.append((boxes[rows], scores[rows][:, 1:], rows.sum(axis=1)))
-    assert scores.shape[1] == (PRIORS if crowded else FEW)
-    for host, accelerator in zip(*found, strict=True):
-        assert_array_equal(host, accelerator)
+        found.append((boxes[rows], scores[rows], rows.sum(axis=1)))
+    chosen, _ = candidates(together, RECIPE)
+    assert chosen.shape[1] == (ANCHORS if crowded else FIRST_CANDIDATES)
+    for of_candidates, of_all in zip(*found, strict=True):
+        assert_array_equal(of_candidates, of_all)
     assert (found[0][2] > 20).all()
+
+
+def every_anchor(outputs):
+    """What `candidates` returns, of all anchors."""
+    boxes, scores = decode_outputs(outputs, make_anchors(RECIPE), RECIPE)
+    return boxes.numpy(), scores[..., 1:].numpy()
 
 
 def test_coco_rows_are_a_pixel_wider():

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m2det.resample import render, resize, taps
+from m2det.geometry import Canvas
+from m2det.resample import make_taps, render, resize
 
 FILL = (123, 117, 104)
 SIDE = st.integers(1, 40)
@@ -55,22 +56,23 @@ def matrix(canvas, size, method):
 def test_rendering_is_the_weighted_sum_of_a_filled_canvas(method, data):
     width, height, size = data.draw(SIDE), data.draw(SIDE), data.draw(st.integers(1, 48))
     around = [data.draw(st.integers(0, 3 * side)) for side in (width, height)]
-    place = tuple(data.draw(st.integers(0, room)) for room in around)
-    canvas = width + around[0], height + around[1]
-    if method == "area" and min(canvas) < size:
-        size = min(canvas)
-    mirror = data.draw(st.booleans())
+    left, top = (data.draw(st.integers(0, margin)) for margin in around)
+    canvas = Canvas(width + around[0], height + around[1], left, top)
+    if method == "area":
+        size = min(size, canvas.width, canvas.height)
+    flip = data.draw(st.booleans())
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     image = rng.integers(0, 256, (height + 2, width + 2, 3)).astype(np.uint8)[1:-1, 1:-1]
 
-    whole = np.empty((canvas[1], canvas[0], 3))
+    whole = np.empty((canvas.height, canvas.width, 3))
     whole[:] = FILL
-    whole[place[1] : place[1] + height, place[0] : place[0] + width] = image
-    whole = whole[:, ::-1] if mirror else whole
-    rows, columns = matrix(canvas[1], size, method), matrix(canvas[0], size, method)
+    whole[top : top + height, left : left + width] = image
+    whole = whole[:, ::-1] if flip else whole
+    rows = matrix(canvas.height, size, method)
+    columns = matrix(canvas.width, size, method)
     exact = np.einsum("yh,hwc,xw->xcy", rows, whole, columns, optimize=True).clip(0, 255)
 
-    found = render(image, place, canvas, size, method, mirror, FILL)
+    found = render(image, canvas, size, method, flip, FILL)
     assert found.shape == (size, 3, size)
     assert found.dtype == torch.uint8
     assert np.abs(found.numpy() - exact).max() <= 0.5 + 1e-3
@@ -81,7 +83,7 @@ def test_rendering_is_the_weighted_sum_of_a_filled_canvas(method, data):
 def test_weights_add_up(canvas, size):
     methods = ["nearest", "linear", "cubic", "lanczos", "area_linear"]
     for method in methods + ["area"] * (size <= canvas):
-        positions, weights = taps(canvas, size, method)
+        positions, weights = make_taps(canvas, size, method)
         assert positions.min() >= 0
         assert positions.max() < canvas
         assert (np.diff(positions, axis=0) >= 0).all()
@@ -96,8 +98,9 @@ def test_weights_add_up(canvas, size):
 def test_nothing_given_is_changed():
     image = np.random.default_rng(0).integers(0, 256, (30, 50, 3)).astype(np.uint8)
     before = image.copy()
+    canvas = Canvas(60, 70, 3, 4)
     for method in ("nearest", "linear", "cubic", "lanczos", "area"):
-        first = render(image, (3, 4), (60, 70), 64, method, False, FILL)
-        assert torch.equal(render(image, (3, 4), (60, 70), 64, method, False, FILL), first)
+        first = render(image, canvas, 64, method, False, FILL)
+        assert torch.equal(render(image, canvas, 64, method, False, FILL), first)
     resize(image, 64)
     np.testing.assert_array_equal(image, before)

@@ -8,6 +8,7 @@ import signal
 
 import pytest
 
+from common.errors import UserError
 from m2det import train
 from tests import scripts
 
@@ -78,5 +79,5 @@ def test_resuming_another_size_is_refused(data, tmp_path):
     output = tmp_path / "run"
     scripts.run("train.py", *flags(data, output, 0, 1), "--max_iters=1", "--save_interval=1")
     thin = ("--recipe=512_vgg", "--backbone=vgg16_thin")
-    with pytest.raises(train.UserError, match=r"its image size was 320, now 512; "):
+    with pytest.raises(UserError, match=r"its image size was 320, now 512; "):
         train.main([*flags(data, output, 0, 1), "--resume=auto", *thin])

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from common.errors import UserError
 from ssd_mmdet import train
 from tests import scripts
 from tests.ssd_mmdet import runs
@@ -85,5 +86,5 @@ def test_sigterm_to_2_ranks_with_2_workers_leaves_a_checkpoint_of_that_step(
 def test_resuming_something_else_is_refused(data, uninterrupted, tmp_path, flag, words):
     output = tmp_path / "run"
     shutil.copytree(uninterrupted(1), output)
-    with pytest.raises(train.UserError, match=rf"^--resume .*iter_8\.pt: its {words}; .+$"):
+    with pytest.raises(UserError, match=rf"^--resume .*iter_8\.pt: its {words}; .+$"):
         train.main([*flags(data, output, 0), "--resume=auto", flag])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.errors import UserError
 from common.npu import checkpoint
 from ssd_resnet34 import train
 from ssd_resnet34.config import RECIPES
@@ -25,7 +26,7 @@ def data(tmp_path_factory):
 
 def error_of(tmp_path, data, *flags) -> str:
     """The message of a run in this process that is refused."""
-    with pytest.raises(train.UserError) as caught:
+    with pytest.raises(UserError) as caught:
         train.main([*RUN, f"--data={data}", f"--output_dir={tmp_path}/run", *flags])
     message = str(caught.value)
     assert "\n" not in message

@@ -9,6 +9,7 @@ import signal
 
 import pytest
 
+from common.errors import UserError
 from ssd_resnet34 import train
 from tests import scripts
 
@@ -157,6 +158,6 @@ def test_resuming_something_else_is_refused(data, uninterrupted, tmp_path, flag,
     shutil.copytree(uninterrupted(1), output)
     before = {path.name: path.read_bytes() for path in output.glob("*.pt")}
     flag = flag or f"--data={scripts.subset(tmp_path / 'other', train=8, val=2)}"
-    with pytest.raises(train.UserError, match=rf"^--resume .*iter_9\.pt: its {words}; .+$"):
+    with pytest.raises(UserError, match=rf"^--resume .*iter_9\.pt: its {words}; .+$"):
         train.main([*flags(data, output, 0), "--resume=auto", flag])
     assert before == {path.name: path.read_bytes() for path in output.glob("*.pt")}

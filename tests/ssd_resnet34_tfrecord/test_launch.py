@@ -11,6 +11,7 @@ from ssd_resnet34 import ssd_main
 from ssd_resnet34.tfrecord import launch
 from ssd_resnet34.tfrecord.evaluate import validation_records
 from ssd_resnet34.tfrecord.index import read_index
+from ssd_resnet34.tfrecord.options import parse
 from ssd_resnet34.tfrecord.rank_table import Device, RankTable, read_rank_table
 
 TABLES = launch.MODEL_FOLDER / "npu_config"
@@ -99,7 +100,7 @@ def test_refusals(flags, complaint, tmp_path, monkeypatch):
 
 def test_an_unknown_mode_and_ranks_without_a_launcher(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
-        ssd_main.parse(["--mode=predict"])
+        parse(["--mode=predict"], "Train.")
     assert capsys.readouterr().err.startswith("error: argument --mode: invalid choice: 'predict'")
     monkeypatch.setenv("RANK_SIZE", "8")
     with pytest.raises(UserError, match=r"start several ranks with run_npu_8p\.sh"):
@@ -107,7 +108,7 @@ def test_an_unknown_mode_and_ranks_without_a_launcher(monkeypatch, capsys):
 
 
 def test_the_seeds_flags_and_their_defaults(golden_dir):
-    args = ssd_main.parse(["--train_batch_size", "16", "--num_epochs=2", "--model_dir=here"])
+    args = parse(["--train_batch_size", "16", "--num_epochs=2", "--model_dir=here"], "Train.")
     assert (args.batch_size, args.epochs, str(args.output_dir)) == (16, 2.0, "here")
     assert (args.mode, args.keep, args.save_interval) == ("train_and_eval", 32, 5000)
     assert args.log_interval == 100
@@ -115,14 +116,12 @@ def test_the_seeds_flags_and_their_defaults(golden_dir):
 
 def test_images_unknown_to_the_annotations_are_found_at_the_start(golden_dir, recipe, tmp_path):
     content = json.loads((golden_dir / "instances_train6.json").read_text())
-    args = ssd_main.parse(
-        [f"--validation_file_pattern={golden_dir}/train2017*", f"--val_json_file={tmp_path}/val"]
-    )
     content["annotations"] = content["annotations"][:-3]  # which a converter drops
 
     def check(**changes):
         (tmp_path / "val").write_text(json.dumps(content | changes))
-        return validation_records(args, recipe.category_ids)
+        pattern = str(golden_dir / "train2017*")
+        return validation_records(pattern, str(tmp_path / "val"), recipe.category_ids)
 
     ids = [image["id"] for image in content["images"]]
     assert sorted(check().image_ids) == sorted(ids)

@@ -31,7 +31,7 @@ def test_steps_wait_for_nothing_log_steps_too(recipe, records, golden_dir, clip_
     batches[2] = batches[2]._replace(valid=torch.zeros_like(batches[2].valid))
     calls = []
     # As on an accelerator, where a log line is written a step late.
-    late = mock.patch("common.fps.progress.in_host_memory", lambda device: False)
+    late = mock.patch("common.fps.progress.in_host_memory", return_value=False)
     with late, TrainingLoop(train, recipe, flags, Precision(CPU)) as loop:
         loop.step(batches[0])
         for batch in batches[1:]:

@@ -69,7 +69,7 @@ def check_filled(golden, model, prefix):
 def test_golden_variables_under_our_keys_and_in_our_layout(golden, golden_dir, recipe):
     model = build_model(recipe, 80)
     bundle = Bundle(golden_dir / "checkpoint/model.ckpt-28152")
-    state = weights._tensorflow_state(model, bundle)
+    state = weights.tensorflow_tensors(model, bundle)
     names, checked = tensorflow_names(model), 0
     for key, value in state.items():
         if value is not None:
