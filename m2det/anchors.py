@@ -1,6 +1,6 @@
-"""Default boxes ("priors") and box coding: pure functions of the recipe.
+"""Anchors and box coding: pure functions of the recipe.
 
-Two box forms, both normalised to the image: `cxcywh` (centre and size) and `ltrb` (corners).
+Boxes have two forms, both normalised to the image: `cxcywh` (centre and size) and `xyxy` (corners).
 """
 
 import math
@@ -10,62 +10,91 @@ from torch import Tensor
 
 from m2det.config import Recipe
 
+SMALLEST_SIDE = 1e-7  # normalised; the logarithm of a smaller side would be infinite
+
 
 def make_anchors(recipe: Recipe) -> Tensor:
-    """Priors (P, 4) float32 `cxcywh`, in the order of the raw outputs: map, row, column, shape.
+    """Return the anchors (P, 4) float32 `cxcywh`; P is 32760 for M2Det512.
 
-    Computed in double precision, rounded to float32 once, then clamped to 0..1 like the original,
-    sizes too.
+    They are in the order of the raw outputs: feature map, row, column, shape. As in the original,
+    they are computed in double precision, rounded to float32 once, and clamped to 0..1, sizes too.
     """
-    image = recipe.image_size
-    sizes = [round(size * image, 2) for size in recipe.prior_sizes]
-    priors = []
-    levels = zip(recipe.prior_maps, recipe.prior_steps, sizes[:-1], sizes[1:], strict=True)
-    for cells, step, small, large in levels:
-        side = small / image
-        between = math.sqrt(side * (large / image))
-        shapes = [(side, side), (between, between)]
-        for ratio in map(math.sqrt, recipe.prior_ratios):
-            shapes += [(side * ratio, side / ratio), (side / ratio, side * ratio)]
-        center = (torch.arange(cells, dtype=torch.float64) + 0.5) / (image / step)
-        cy, cx = torch.meshgrid(center, center, indexing="ij")
-        centers = torch.stack([cx, cy], dim=-1).unsqueeze(2).expand(-1, -1, len(shapes), -1)
-        shaped = torch.tensor(shapes, dtype=torch.float64).expand(cells, cells, -1, -1)
-        priors.append(torch.cat([centers, shaped], dim=-1).reshape(-1, 4))
-    return torch.cat(priors).float().clamp_(0, 1)
+    # The original rounds its sizes, in pixels, to two decimals.
+    sides = [round(size * recipe.image_size, 2) for size in recipe.anchor_sizes]
+    anchors = []
+    for level, cells in enumerate(recipe.anchor_maps):
+        shapes = _anchor_shapes(
+            small=sides[level] / recipe.image_size,
+            large=sides[level + 1] / recipe.image_size,
+            ratios=recipe.anchor_ratios,
+        )
+        cells_per_image = recipe.image_size / recipe.anchor_steps[level]
+        center = (torch.arange(cells, dtype=torch.float64) + 0.5) / cells_per_image
+        center_y, center_x = torch.meshgrid(center, center, indexing="ij")
+        centers = torch.stack([center_x, center_y], dim=-1)  # (row, column, 2)
+        centers = centers.unsqueeze(2).expand(-1, -1, len(shapes), -1)
+        sizes = torch.tensor(shapes, dtype=torch.float64).expand(cells, cells, -1, -1)
+        boxes = torch.cat([centers, sizes], dim=-1)  # (row, column, shape, 4)
+        anchors.append(boxes.reshape(-1, 4))
+    return torch.cat(anchors).float().clamp(0, 1)
 
 
-def priors_per_cell(recipe: Recipe) -> int:
-    """Number of prior shapes of a cell, the same on all maps."""
-    return 2 + 2 * len(recipe.prior_ratios)
+def _anchor_shapes(small: float, large: float, ratios: tuple[int, ...]) -> list[tuple]:
+    """Return (width, height) of the anchors of a cell (SSD paper, section 2.2).
+
+    A small square comes first, then the square halfway (geometrically) to the `large` one, then a
+    wide and a tall rectangle of the small square's area for each ratio.
+    """
+    between = math.sqrt(small * large)
+    shapes = [(small, small), (between, between)]
+    for ratio in ratios:
+        long_side = small * math.sqrt(ratio)
+        short_side = small / math.sqrt(ratio)
+        shapes.append((long_side, short_side))
+        shapes.append((short_side, long_side))
+    return shapes
 
 
-def to_ltrb(boxes_cxcywh: Tensor) -> Tensor:
-    """(..., 4) centre form to corner form."""
-    center, half = boxes_cxcywh[..., :2], 0.5 * boxes_cxcywh[..., 2:]
-    return torch.cat([center - half, center + half], dim=-1)
+def anchors_per_cell(recipe: Recipe) -> int:
+    """Return the number of anchor shapes of a cell, which is the same on all maps."""
+    return 2 + 2 * len(recipe.anchor_ratios)
 
 
-def to_cxcywh(boxes_ltrb: Tensor) -> Tensor:
-    """(..., 4) corner form to centre form."""
-    low, high = boxes_ltrb[..., :2], boxes_ltrb[..., 2:]
-    return torch.cat([0.5 * (low + high), high - low], dim=-1)
+def to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
+    """Return boxes (..., 4) given by centre and size in corner form."""
+    center = boxes_cxcywh[..., :2]
+    half_size = 0.5 * boxes_cxcywh[..., 2:]
+    return torch.cat([center - half_size, center + half_size], dim=-1)
+
+
+def to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
+    """Return boxes (..., 4) given by their corners in centre form."""
+    top_left = boxes_xyxy[..., :2]
+    bottom_right = boxes_xyxy[..., 2:]
+    return torch.cat([0.5 * (top_left + bottom_right), bottom_right - top_left], dim=-1)
 
 
 def encode(boxes_cxcywh: Tensor, anchors_cxcywh: Tensor, recipe: Recipe) -> Tensor:
-    """Offsets (..., 4) of boxes to their priors; SSD paper equation 2, with variances.
+    """Return the deltas (..., 4) from anchors (..., 4) to boxes (..., 4).
 
-    Sizes below 1e-7 are raised to it: the logarithm of a vanishing box would be infinite.
+    Source: SSD paper, equation 2, divided by the variances of its reference implementation.
     """
-    center, size = anchors_cxcywh[..., :2], anchors_cxcywh[..., 2:]
-    shift = (boxes_cxcywh[..., :2] - center) / (size * recipe.center_variance)
-    scale = (boxes_cxcywh[..., 2:].clamp(min=1e-7) / size).log() / recipe.size_variance
-    return torch.cat([shift, scale], dim=-1)
+    center = boxes_cxcywh[..., :2]
+    size = boxes_cxcywh[..., 2:].clamp(min=SMALLEST_SIDE)
+    anchor_center = anchors_cxcywh[..., :2]
+    anchor_size = anchors_cxcywh[..., 2:]
+    center_delta = (center - anchor_center) / (anchor_size * recipe.center_variance)
+    size_delta = (size / anchor_size).log() / recipe.size_variance
+    return torch.cat([center_delta, size_delta], dim=-1)
 
 
-def decode(offsets: Tensor, anchors_cxcywh: Tensor, recipe: Recipe) -> Tensor:
-    """Boxes (..., 4) `cxcywh` from offsets: the inverse of `encode`, not clipped."""
-    center, size = anchors_cxcywh[..., :2], anchors_cxcywh[..., 2:]
-    moved = offsets[..., :2] * recipe.center_variance * size + center
-    scaled = (offsets[..., 2:] * recipe.size_variance).exp() * size
-    return torch.cat([moved, scaled], dim=-1)
+def decode(deltas: Tensor, anchors_cxcywh: Tensor, recipe: Recipe) -> Tensor:
+    """Return the boxes (..., 4) `cxcywh` of deltas (..., 4): the inverse of `encode`.
+
+    They are not clipped to the image.
+    """
+    anchor_center = anchors_cxcywh[..., :2]
+    anchor_size = anchors_cxcywh[..., 2:]
+    center = deltas[..., :2] * recipe.center_variance * anchor_size + anchor_center
+    size = (deltas[..., 2:] * recipe.size_variance).exp() * anchor_size
+    return torch.cat([center, size], dim=-1)

@@ -1,36 +1,44 @@
 """The recipe: every number of M2Det, and the presets by name.
 
-Source, unless a field says otherwise: the M2Det paper's repository (VDIGPKU/M2Det) and its Ascend
-port, which agree in all but the learning rate of the 512 x 512 network. A flag of the same name
-(dash or underscore) overrides a field for one run.
+The numbers come from the M2Det paper's repository (VDIGPKU/M2Det) and its Ascend port, which agree
+in all but the learning rate of the 512 x 512 network, unless a comment names another source. A flag
+of the same name (with dashes or underscores) overrides a field for one run.
 """
 
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, field, replace
 
+# Above this total batch and learning rate, users of the original report divergence.
+SAFE_TOTAL_BATCH = 32
+SAFE_LR = 0.001
 
-def _option(default, help_text, *flags):
+
+def option(default, help_text: str, *flags: str):
+    """Declare a field that has a command-line flag; `flags` are further names of that flag."""
     return field(default=default, metadata={"help": help_text, "flags": flags})
 
 
 @dataclass(frozen=True)
 class Recipe:
-    name: str = _option("M2Det", "network name in logs and file names")
+    name: str = option("M2Det", "network name in logs and file names")
 
     # Network
-    backbone: str = _option("vgg16", "vgg16, resnet50, resnet101, or vgg16_thin for quick tries")
-    image_size: int = 512  # side of the square network input, pixels; the priors fit it
+    backbone: str = option("vgg16", "vgg16, resnet50, resnet101, or vgg16_thin for quick tries")
+    image_size: int = 512  # side of the square network input in pixels; the anchors fit it
     planes: int = 256  # channels of a pyramid map
-    num_levels: int = 8  # pyramids (TUMs) behind one another
-    sfam: bool = _option(False, "scale-wise feature aggregation: the paper's, off in its code")
+    num_levels: int = 8  # U-shaped modules (TUMs) in a row, each with a pyramid
+    sfam: bool = option(False, "scale-wise feature aggregation: in the paper, off in its code")
     smooth: bool = True  # a 1x1 convolution on each pyramid map
-    bn_momentum: float = _option(0.01, "a new batch's part in BN's statistics; short runs need 0.1")
+    bn_momentum: float = option(
+        0.01, "weight of a new batch in the statistics of BN; short runs need 0.1"
+    )
 
-    # Priors: one size of each map, one of the geometric mean with the next, six shapes a cell
-    prior_maps: tuple[int, ...] = (64, 32, 16, 8, 4, 2)
-    prior_steps: tuple[int, ...] = (8, 16, 32, 64, 128, 256)  # pixels
-    prior_sizes: tuple[float, ...] = (0.06, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05)  # of image_size
-    prior_ratios: tuple[int, ...] = (2, 3)
+    # Anchors; one entry for each feature map
+    anchor_maps: tuple[int, ...] = (64, 32, 16, 8, 4, 2)  # cells along a side of the map
+    anchor_steps: tuple[int, ...] = (8, 16, 32, 64, 128, 256)  # pixels between two cells
+    # Sides as fractions of image_size, and one entry more
+    anchor_sizes: tuple[float, ...] = (0.06, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05)
+    anchor_ratios: tuple[int, ...] = (2, 3)  # of all maps
     center_variance: float = 0.1
     size_variance: float = 0.2
 
@@ -38,87 +46,106 @@ class Recipe:
     mean: tuple[int, int, int] = (104, 117, 123)  # BGR in 0..255, of ImageNet; also fills canvases
 
     # Augmentation
-    augment: bool = _option(True, "random crop, colour, expansion and mirror while training")
+    augment: bool = option(True, "random crop, colour jitter, expansion and flip while training")
+    # Smallest IoU of the crop with every box; None stands for no crop, -inf for any IoU
     crop_ious: tuple[float | None, ...] = (None, 0.1, 0.3, 0.5, 0.7, 0.9, float("-inf"))
-    crop_trials: int = 50  # per draw of the IoU
-    crop_scale: tuple[float, float] = (0.3, 1.0)
-    crop_ratio: tuple[float, float] = (0.5, 2.0)  # width / height, in parts of the image
-    brightness: float = 32.0  # grey levels, +- this
-    contrast: tuple[float, float] = (0.5, 1.5)
-    hue: int = 18  # of 180 a turn, +- this
-    saturation: tuple[float, float] = (0.5, 1.5)
+    crop_trials: int = 50  # windows that are tried before another IoU is drawn
+    crop_scale: tuple[float, float] = (0.3, 1.0)  # root of the crop's share of the image's area
+    crop_ratio: tuple[float, float] = (0.5, 2.0)  # width over height of the crop, over the image's
+    brightness: float = 32.0  # grey levels added, from -brightness to +brightness
+    contrast: tuple[float, float] = (0.5, 1.5)  # range of the factor
+    hue: int = 18  # added to a hue of 0..179, from -hue to +hue
+    saturation: tuple[float, float] = (0.5, 1.5)  # range of the factor
     expand_probability: float = 0.6
-    expand_scale: tuple[float, float] = (1.0, 4.0)
-    expand_ratio: tuple[float, float] = (0.5, 2.0)
+    expand_scale: tuple[float, float] = (1.0, 4.0)  # root of the canvas's area over the image's
+    expand_ratio: tuple[float, float] = (0.5, 2.0)  # width over height of the canvas, likewise
     flip_probability: float = 0.5
     interpolations: tuple[str, ...] = ("linear", "cubic", "area", "nearest", "lanczos")
-    min_box: float = 0.01  # a box must exceed this part of the input in width and height
+    min_box: float = 0.01  # a box must exceed this fraction of the input in width and height
 
-    # Matching and loss
-    match_iou: float = 0.5  # a prior is positive from this on
-    negative_ratio: int = 3  # hard negatives a positive
+    # Matching and loss, SSD paper, section 2.2
+    match_iou: float = 0.5  # an anchor with at least this IoU is positive
+    negative_ratio: int = 3  # hard negatives for each positive
 
     # Optimisation
-    batch_size: int = _option(16, "images per process", "-b")
-    epochs: int = _option(160, "passes over the training set", "-e")
-    lr: float = _option(0.001, "rate after warm-up; 0.004: the original, total batch up to 32")
-    lr_factors: tuple[float, ...] = (1, 0.5, 0.1, 0.01, 0.001)
-    lr_last_epochs: tuple[int, ...] = _option(
-        (90, 110, 130, 150, 160), "the last epoch of each factor of the rate"
+    batch_size: int = option(16, "images per process", "-b")
+    epochs: int = option(160, "passes over the training set", "-e")
+    lr: float = option(
+        0.001, "learning rate after warm-up; 0.004: the original's, for a total batch up to 32"
     )
-    warmup_epochs: int = _option(5, "epochs of linear warm-up; 0: none")
-    warmup_lr: float = 1e-6  # where warm-up starts
-    momentum: float = _option(0.9, "momentum of SGD")
-    weight_decay: float = _option(5e-4, "decay of every parameter, BN and biases too", "--wd")
-    clip_norm: float = _option(0.0, "clip the gradient's global norm; 0: not")
-    clip_each: float = _option(0.0, "clip the norm of each parameter's gradient; 0: not")
-    amp: str = _option("O1", "precision on npu and cuda: O0, O1, O2")
-    loss_scale: str = _option("32", "'dynamic' or a number; used with fp16 only")
+    lr_factors: tuple[float, ...] = (1, 0.5, 0.1, 0.01, 0.001)
+    lr_last_epochs: tuple[int, ...] = option(
+        (90, 110, 130, 150, 160), "the last epoch of each factor of the learning rate"
+    )
+    warmup_epochs: int = option(5, "epochs of linear warm-up (0: no warm-up)")
+    warmup_lr: float = 1e-6  # learning rate at the start of the warm-up
+    momentum: float = option(0.9, "momentum of SGD")
+    weight_decay: float = option(5e-4, "weight decay of all parameters, BN and biases too", "--wd")
+    clip_norm: float = option(0.0, "largest global norm of the gradient (0: no clipping)")
+    clip_each: float = option(0.0, "largest norm of each parameter's gradient (0: no clipping)")
+    amp: str = option("O1", "precision on npu and cuda: O0, O1 or O2")
+    loss_scale: str = option("32", "'dynamic' or a number; used with fp16 only")
 
     # Evaluation
-    evaluation: tuple[int, ...] = _option((), "evaluate after these epochs; the last one always")
-    threshold: float = _option(0.0, "stop when AP reaches this; 0: never", "-t")
-    eval_batch_size: int = _option(16, "images per process in evaluation")
-    score_threshold: float = _option(0.1, "a detection scores more than this before NMS")
-    nms: str = _option("soft", "soft (linear soft-NMS) or hard (greedy NMS)")
-    soft_nms_iou: float = _option(0.3, "overlap above which soft-NMS lowers a score")
-    soft_nms_min_score: float = 0.001  # a box whose score falls below goes
-    hard_nms_iou: float = _option(0.45, "a box overlapping a better one by more goes (--nms=hard)")
-    max_per_class: int = _option(50, "detections per class and image")
-    max_detections: int = _option(0, "detections per image; 0: no limit")
-    plus_one: bool = _option(True, "COCO rows have width x2 - x1 + 1, as the original's")
+    evaluation: tuple[int, ...] = option(
+        (), "epochs after which to evaluate; the last one always counts"
+    )
+    threshold: float = option(0.0, "stop as soon as AP reaches this (0: never)", "-t")
+    eval_batch_size: int = option(16, "images per process in evaluation")
+    score_threshold: float = option(0.1, "detections have a score above this before NMS")
+    nms: str = option("soft", "soft (linear soft-NMS) or hard (greedy NMS)")
+    soft_nms_iou: float = option(
+        0.3, "soft-NMS lowers the score of a box with an IoU above this with a better box"
+    )
+    soft_nms_min_score: float = 0.001  # soft-NMS drops a box whose score falls below
+    hard_nms_iou: float = option(
+        0.45, "hard NMS drops a box with an IoU above this with a better box (--nms=hard)"
+    )
+    max_per_class: int = option(50, "largest number of detections of a class in an image")
+    max_detections: int = option(0, "largest number of detections in an image (0: no limit)")
+    plus_one: bool = option(True, "COCO rows have width x2 - x1 + 1, as the original's")
 
     def listing(self) -> str:
-        """One line a field, for the log."""
-        return "\n".join(f"{key} = {value!r}" for key, value in asdict(self).items())
+        """Return one line for each field, for the log."""
+        lines = []
+        for name, value in asdict(self).items():
+            lines.append(f"{name} = {value!r}")
+        return "\n".join(lines)
 
     def warnings(self, world_size: int) -> list[str]:
-        """What is known to go wrong with this recipe on that many devices."""
+        """Return what is known to go wrong with this recipe on that many devices."""
         batch = world_size * self.batch_size
-        if batch <= 32 or self.lr <= 0.001 or self.clip_norm or self.clip_each:
+        is_clipped = self.clip_norm or self.clip_each
+        if batch <= SAFE_TOTAL_BATCH or self.lr <= SAFE_LR or is_clipped:
             return []
         return [
             f"total batch {batch} with --lr={self.lr:g}: the original's users lost 11 AP above a "
-            "total batch of 32; clip gradients (--clip_each=1 or --clip_norm=10) or take the "
-            "port's --lr=0.001"
+            f"total batch of {SAFE_TOTAL_BATCH}; clip gradients (--clip_each=1 or --clip_norm=10) "
+            f"or take the port's --lr={SAFE_LR:g}"
         ]
 
     def lr_at(
         self, iteration: int, iters_per_epoch: int, world_size: int, batch_size: int
     ) -> float:
-        """Learning rate of a 0-based iteration; it does not depend on the number of devices."""
+        """Return the learning rate of a 0-based iteration, the same for any number of devices.
+
+        It rises linearly during the warm-up. After that it is `lr` times the factor of the first
+        of `lr_last_epochs` that is not over yet; the last factor stays.
+        """
         warmup = self.warmup_epochs * iters_per_epoch
         if iteration < warmup:
             return self.warmup_lr + (self.lr - self.warmup_lr) * iteration / warmup
-        step = bisect_left(sorted(self.lr_last_epochs), iteration // iters_per_epoch + 1)
-        return self.lr * self.lr_factors[min(step, len(self.lr_factors) - 1)]
+        epoch = iteration // iters_per_epoch + 1
+        stage = bisect_left(sorted(self.lr_last_epochs), epoch)
+        stage = min(stage, len(self.lr_factors) - 1)
+        return self.lr * self.lr_factors[stage]
 
 
 _320 = Recipe(
     image_size=320,
-    prior_maps=(40, 20, 10, 5, 3, 1),
-    prior_steps=(8, 16, 32, 64, 107, 320),
-    prior_sizes=(0.08, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05),
+    anchor_maps=(40, 20, 10, 5, 3, 1),
+    anchor_steps=(8, 16, 32, 64, 107, 320),
+    anchor_sizes=(0.08, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05),
     lr=0.004,
 )
 
@@ -129,24 +156,24 @@ RECIPES: dict[str, Recipe] = {
     "320_resnet101": replace(_320, backbone="resnet101", batch_size=12),
     "704_vgg": Recipe(
         image_size=704,
-        prior_maps=(88, 44, 22, 11, 6, 4),
-        prior_steps=(8, 16, 32, 64, 117, 176),
-        prior_sizes=(0.04, 0.11, 0.23, 0.39, 0.58, 0.80, 1.05),
+        anchor_maps=(88, 44, 22, 11, 6, 4),
+        anchor_steps=(8, 16, 32, 64, 117, 176),
+        anchor_sizes=(0.04, 0.11, 0.23, 0.39, 0.58, 0.80, 1.05),
         batch_size=11,
         lr=0.004,
     ),
     "800_vgg": Recipe(
         image_size=800,
-        prior_maps=(100, 50, 25, 13, 7, 5),
-        prior_steps=(8, 16, 32, 62, 115, 160),
-        prior_sizes=(0.04, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05),
+        anchor_maps=(100, 50, 25, 13, 7, 5),
+        anchor_steps=(8, 16, 32, 62, 115, 160),
+        anchor_sizes=(0.04, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05),
         batch_size=9,
         lr=0.004,
     ),
-    # Finetuning from a checkpoint: the port's rule.
+    # Finetuning from a checkpoint: the port's numbers.
     "finetune": Recipe(),
-    # Minutes on two CPU cores, for the built-in sample set, from random initialisation: a thin
-    # network, small batches, clipped gradients because nothing is pretrained.
+    # For the built-in sample set, from random initialisation, in minutes on two CPU cores: a thin
+    # network, small batches, and clipped gradients because nothing is pretrained.
     "quickstart": replace(
         _320,
         name="M2Det-thin",

@@ -1,48 +1,53 @@
-"""M2Det: a base feature of two maps, eight U-shaped pyramids (TUMs) in a row, heads on all.
+"""M2Det: a base feature of two maps, eight U-shaped modules (TUMs) in a row, heads on all scales.
 
-Paper: Zhao et al., AAAI 2019 (arXiv 1811.04533), section 3. Attribute names are the published
-checkpoint's keys, so that a state dict of ours is one of theirs.
+Source: Zhao et al., AAAI 2019 (arXiv 1811.04533), section 3. The names of the attributes are the
+keys of the published checkpoints, so both load into each other.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m2det.anchors import priors_per_cell
+from m2det.anchors import anchors_per_cell
 from m2det.backbone import make_backbone
 from m2det.config import Recipe
+
+COORDINATES = 4
 
 
 class BasicConv(nn.Module):
     """Convolution without bias, BN, ReLU."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 0):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        bn_momentum: float = 0.01,
+    ):
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(outputs, momentum=0.01)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels, momentum=bn_momentum)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
-
-    def set_momentum(self, momentum: float) -> None:
-        self.bn.momentum = momentum
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
 class Leach(BasicConv):
-    """The base feature reduced, one module for all levels: computed once, counted `uses` times.
+    """The reduction of the base feature for all levels, computed once and counted `uses` times.
 
-    The original computes it anew for each level, on the same input: its running statistics move
-    `uses` times a step towards the same values, which one step with a larger momentum equals.
+    The original has one such module, too, but computes it anew for each level, on the same input.
+    So its running statistics move `uses` times a step towards the same values; a single step with a
+    larger momentum has the same effect.
     """
 
-    def __init__(self, inputs: int, outputs: int, uses: int):
-        super().__init__(inputs, outputs, 1)
+    def __init__(self, in_channels: int, out_channels: int, uses: int, bn_momentum: float = 0.01):
+        momentum_of_all_uses = 1 - (1 - bn_momentum) ** uses
+        super().__init__(in_channels, out_channels, 1, bn_momentum=momentum_of_all_uses)
         self.uses = uses
-        self.set_momentum(self.bn.momentum)
-
-    def set_momentum(self, momentum: float) -> None:
-        self.bn.momentum = 1 - (1 - momentum) ** self.uses
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
@@ -51,124 +56,170 @@ class Leach(BasicConv):
 
 
 class TUM(nn.Module):
-    """Thinned U-shape module: (N, inputs, H, W) to maps of `planes` channels, smallest first."""
+    """Thinned U-shape module: (N, in_channels, H, W) to `scales` maps of `planes` channels.
 
-    def __init__(self, inputs: int, planes: int, scales: int, smooth: bool):
+    The smallest map comes first.
+    """
+
+    def __init__(
+        self, in_channels: int, planes: int, scales: int, smooth: bool, bn_momentum: float
+    ):
         super().__init__()
-        downs = scales - 1
-        self.layers = nn.Sequential(
-            BasicConv(inputs, planes, 3, 2, 1),
-            *(BasicConv(planes, planes, 3, 2, 1) for _ in range(downs - 2)),
-            BasicConv(planes, planes, 3),
-        )
-        self.toplayer = nn.Sequential(BasicConv(planes, planes, 1))
-        self.latlayer = nn.Sequential(
-            *(BasicConv(planes, planes, 3, 1, 1) for _ in range(downs - 1)),
-            BasicConv(inputs, planes, 3, 1, 1),
-        )
+
+        def conv(inputs: int, kernel_size: int, stride: int, padding: int) -> BasicConv:
+            return BasicConv(inputs, planes, kernel_size, stride, padding, bn_momentum)
+
+        downs = [conv(in_channels, 3, stride=2, padding=1)]
+        for _ in range(scales - 3):
+            downs.append(conv(planes, 3, stride=2, padding=1))
+        # The last map is so small that it shrinks by leaving out its border.
+        downs.append(conv(planes, 3, stride=1, padding=0))
+        self.layers = nn.Sequential(*downs)
+
+        self.toplayer = nn.Sequential(conv(planes, 1, stride=1, padding=0))
+        laterals = []
+        for _ in range(scales - 2):
+            laterals.append(conv(planes, 3, stride=1, padding=1))
+        laterals.append(conv(in_channels, 3, stride=1, padding=1))
+        self.latlayer = nn.Sequential(*laterals)
+
         if smooth:
-            self.smooth = nn.Sequential(*(BasicConv(planes, planes, 1) for _ in range(downs)))
+            self.smooth = nn.Sequential(
+                *[conv(planes, 1, stride=1, padding=0) for _ in range(scales - 1)]
+            )
         else:
-            self.smooth = [nn.Identity()] * downs
+            self.smooth = nn.Sequential(*[nn.Identity() for _ in range(scales - 1)])
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        downs = [x]
+        down_maps = [x]
         for layer in self.layers:
-            downs.append(layer(downs[-1]))
-        up = self.toplayer(downs.pop())
+            down_maps.append(layer(down_maps[-1]))
+        up = self.toplayer(down_maps.pop())
         maps = [up]
         for lateral, smooth in zip(self.latlayer, self.smooth, strict=True):
-            side = lateral(downs.pop())
+            side = lateral(down_maps.pop())
             up = F.interpolate(up, size=side.shape[2:], mode="nearest") + side
             maps.append(smooth(up))
         return maps
 
 
 class SFAM(nn.Module):
-    """Scale-wise feature aggregation: channels of each map are weighted by what the map holds.
+    """Scale-wise feature aggregation: weight the channels of each map by what the map holds.
 
-    Squeeze and excitation with one pair of layers for all scales, under a key for each.
+    It is squeeze and excitation with one pair of layers for all scales, which the published
+    checkpoints hold under a key for each scale.
     """
 
     def __init__(self, channels: int, scales: int, reduction: int = 16):
         super().__init__()
-        self.fc1 = nn.ModuleList([nn.Conv2d(channels, channels // reduction, 1)] * scales)
-        self.fc2 = nn.ModuleList([nn.Conv2d(channels // reduction, channels, 1)] * scales)
+        squeeze = nn.Conv2d(channels, channels // reduction, 1)
+        excite = nn.Conv2d(channels // reduction, channels, 1)
+        self.fc1 = nn.ModuleList([squeeze] * scales)
+        self.fc2 = nn.ModuleList([excite] * scales)
 
-    def forward(self, sources: list[Tensor]) -> list[Tensor]:
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
         weighted = []
-        for source in sources:
-            squeezed = F.relu(self.fc1[0](source.mean(dim=(2, 3), keepdim=True)), inplace=True)
-            weighted.append(source * self.fc2[0](squeezed).sigmoid())
+        for feature_map in maps:
+            mean = feature_map.mean(dim=(2, 3), keepdim=True)
+            squeezed = F.relu(self.fc1[0](mean), inplace=True)
+            weight = self.fc2[0](squeezed).sigmoid()
+            weighted.append(feature_map * weight)
         return weighted
 
 
 class M2Det(nn.Module):
-    """`model(images)`: (N, 3, S, S) to offsets (N, P, 4) and logits (N, P, 1 + classes).
+    """`model(images)`: (N, 3, S, S) to deltas (N, P, 4) and logits (N, P, 1 + num_classes).
 
-    Logit channel 0 is background. Outputs are raw and have the autocast's dtype.
+    Channel 0 of the logits is the background. The outputs are raw and have the dtype of autocast.
     """
 
     def __init__(self, recipe: Recipe, num_classes: int):
         super().__init__()
-        planes, levels, scales = recipe.planes, recipe.num_levels, len(recipe.prior_maps)
-        self.channels = 1 + num_classes
-        self.levels = levels
-        for level in range(1, levels + 1):
-            inputs = planes // 2 if level == 1 else planes // 2 + planes
-            self.add_module(f"unet{level}", TUM(inputs, planes, scales, recipe.smooth))
+        planes = recipe.planes
+        scales = len(recipe.anchor_maps)
+        momentum = recipe.bn_momentum
+        leached = planes // 2
+        self.num_levels = recipe.num_levels
+        self.logit_channels = 1 + num_classes
+
+        for level in range(1, self.num_levels + 1):
+            in_channels = leached if level == 1 else leached + planes
+            tum = TUM(in_channels, planes, scales, recipe.smooth, momentum)
+            self.add_module(f"unet{level}", tum)
         self.base = make_backbone(recipe.backbone)
         shallow, deep = self.base.channels
-        self.reduce = BasicConv(shallow, planes, 3, 1, 1)
-        self.up_reduce = BasicConv(deep, 2 * planes, 1)
-        self.Norm = nn.BatchNorm2d(planes * levels)
-        self.leach = nn.ModuleList([Leach(3 * planes, planes // 2, levels)] * levels)
-        shapes = priors_per_cell(recipe)
-        self.loc = self._heads(planes * levels, shapes * 4, scales)
-        self.conf = self._heads(planes * levels, shapes * self.channels, scales)
-        self.sfam_module = SFAM(planes * levels, scales) if recipe.sfam else None
-        for module in self.modules():
-            if isinstance(module, BasicConv):
-                module.set_momentum(recipe.bn_momentum)
+        self.reduce = BasicConv(shallow, planes, 3, padding=1, bn_momentum=momentum)
+        self.up_reduce = BasicConv(deep, 2 * planes, 1, bn_momentum=momentum)
+        self.Norm = nn.BatchNorm2d(planes * self.num_levels)
+        # One module under a key for each level, as in the published checkpoints.
+        leach = Leach(3 * planes, leached, uses=self.num_levels, bn_momentum=momentum)
+        self.leach = nn.ModuleList([leach] * self.num_levels)
 
-    @staticmethod
-    def _heads(inputs: int, outputs: int, scales: int) -> nn.ModuleList:
-        """3x3 convolutions; weights keep PyTorch's default, as the original's."""
-        heads = nn.ModuleList(nn.Conv2d(inputs, outputs, 3, padding=1) for _ in range(scales))
-        for head in heads:
-            nn.init.zeros_(head.bias)
-        return heads
+        shapes = anchors_per_cell(recipe)
+        head_inputs = planes * self.num_levels
+        self.loc = _make_heads(head_inputs, shapes * COORDINATES, scales)
+        self.conf = _make_heads(head_inputs, shapes * self.logit_channels, scales)
+        self.sfam_module = SFAM(head_inputs, scales) if recipe.sfam else None
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        sources = self.pyramid(self.base_feature(images))
-        offsets, logits = [], []
-        count = images.shape[0]
-        for source, loc, conf in zip(sources, self.loc, self.conf, strict=True):
-            # Channels last, a level's priors run over row, column, shape.
-            offsets.append(loc(source).permute(0, 2, 3, 1).reshape(count, -1, 4))
-            logits.append(conf(source).permute(0, 2, 3, 1).reshape(count, -1, self.channels))
-        return torch.cat(offsets, dim=1), torch.cat(logits, dim=1)
+        deltas = []
+        logits = []
+        maps = self.pyramid(self.base_feature(images))
+        for feature_map, loc, conf in zip(maps, self.loc, self.conf, strict=True):
+            deltas.append(_rows_of_anchors(loc(feature_map), COORDINATES))
+            logits.append(_rows_of_anchors(conf(feature_map), self.logit_channels))
+        return torch.cat(deltas, dim=1), torch.cat(logits, dim=1)
 
     def base_feature(self, images: Tensor) -> Tensor:
-        """FFMv1: both backbone maps side by side, (N, 3 * planes, S/8, S/8)."""
+        """Return both maps of the backbone side by side, (N, 3 * planes, S/8, S/8).
+
+        Source: FFMv1 of the paper.
+        """
         shallow, deep = self.base(images)
         shallow = self.reduce(shallow)
         deep = F.interpolate(self.up_reduce(deep), size=shallow.shape[2:], mode="nearest")
         return torch.cat([shallow, deep], dim=1)
 
     def pyramid(self, base: Tensor) -> list[Tensor]:
-        """The maps that the heads read, largest first, each with the channels of all levels."""
+        """Return the maps that the heads read, largest first, with the channels of all levels."""
         leached = self.leach[0](base)
-        pyramids, x = [], leached
-        for level in range(1, self.levels + 1):
-            pyramids.append(getattr(self, f"unet{level}")(x))
-            x = torch.cat([leached, pyramids[-1][-1]], dim=1)  # FFMv2
-        sources = [torch.cat(maps, dim=1) for maps in zip(*pyramids, strict=True)][::-1]
+        levels = []  # of each level its maps, smallest first
+        for level in range(1, self.num_levels + 1):
+            tum = getattr(self, f"unet{level}")
+            tum_input = leached
+            if levels:
+                largest = levels[-1][-1]
+                tum_input = torch.cat([leached, largest], dim=1)  # FFMv2 of the paper
+            levels.append(tum(tum_input))
+        maps = [torch.cat(of_scale, dim=1) for of_scale in zip(*levels, strict=True)]
+        maps.reverse()
         if self.sfam_module is not None:
-            sources = self.sfam_module(sources)
-        return [self.Norm(sources[0]), *sources[1:]]
+            maps = self.sfam_module(maps)
+        maps[0] = self.Norm(maps[0])
+        return maps
+
+
+def _make_heads(in_channels: int, out_channels: int, scales: int) -> nn.ModuleList:
+    """Return a 3x3 convolution for each scale.
+
+    As in the original, the weights keep PyTorch's default.
+    """
+    heads = nn.ModuleList()
+    for _ in range(scales):
+        head = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        nn.init.zeros_(head.bias)
+        heads.append(head)
+    return heads
+
+
+def _rows_of_anchors(output: Tensor, channels: int) -> Tensor:
+    """Return a head's output (N, shapes * channels, H, W) as (N, H * W * shapes, channels).
+
+    The rows are in the order of the anchors: row, column, shape.
+    """
+    return output.permute(0, 2, 3, 1).reshape(output.shape[0], -1, channels)
 
 
 def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The network for `num_classes` foreground classes, with random weights."""
+    """Return the network for `num_classes` foreground classes, with random weights."""
     return M2Det(recipe, num_classes)

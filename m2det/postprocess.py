@@ -1,8 +1,7 @@
-"""Raw outputs to detections: softmax, decoding, per class soft-NMS or hard NMS, clipping."""
+"""Raw outputs to detections: softmax, decoding, soft-NMS or hard NMS of each class, clipping."""
 
 import functools
 import math
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -10,10 +9,12 @@ import torch
 from torch import Tensor
 
 from common.coco.nms import class_nms
-from m2det.anchors import decode, make_anchors, to_ltrb
+from m2det.anchors import decode, make_anchors, to_xyxy
 from m2det.config import Recipe
 
-FEW = 2048  # priors of an image that are looked at first: realistic outputs have some hundreds
+# Anchors of an image that are looked at first. Outputs of a trained network have some hundreds that
+# can pass the score threshold.
+FIRST_CANDIDATES = 4096
 
 
 class Detections(NamedTuple):
@@ -26,59 +27,72 @@ class Detections(NamedTuple):
 
 @torch.no_grad()
 def decode_outputs(
-    outputs: Iterable[Tensor], anchors: Tensor, recipe: Recipe
+    outputs: tuple[Tensor, Tensor], anchors: Tensor, recipe: Recipe
 ) -> tuple[Tensor, Tensor]:
-    """Boxes (..., 4) normalised ltrb and probabilities (..., 1 + classes), background first."""
-    offsets, logits = (output.float() for output in outputs)
-    return to_ltrb(decode(offsets, anchors, recipe)), logits.softmax(dim=-1)
+    """Return boxes (..., 4) normalised xyxy and probabilities (..., 1 + num_classes).
+
+    Channel 0 is the background. `anchors` (..., 4) are `cxcywh`.
+    """
+    deltas, logits = outputs
+    boxes = to_xyxy(decode(deltas.float(), anchors, recipe))
+    return boxes, logits.float().softmax(dim=-1)
 
 
 @torch.no_grad()
 def detect(outputs: tuple[Tensor, Tensor], sizes: Tensor, recipe: Recipe) -> list[Detections]:
-    """Detections of N images; `sizes` (N, 2) are the original (height, width) in pixels.
+    """Return the detections of N images; `sizes` (N, 2) are the original (height, width) in pixels.
 
-    Per class all scores above `score_threshold` enter NMS, in pixels and fp32, a box being
-    x2 - x1 + 1 wide; the first `max_per_class` survivors are kept, and of an image's the
-    `max_detections` best, if that is not 0. Boxes are clipped to the image last.
-
-    An accelerator hands over the FEW likeliest priors of each image in one copy, and all of them in
-    a second one where an image may have more: none is ever lost.
+    All scores of a class above `score_threshold` enter NMS, in pixels and fp32; the first
+    `max_per_class` survivors are kept, and of those of an image the `max_detections` best, unless
+    that is 0. Boxes are clipped to the image last.
     """
-    boxes, scores = _candidates(outputs, recipe, outputs[0].device.type == "cpu")
-    images, _, channels = scores.shape
-    scores[:, :, 0] = 0
-    # Flat: numpy's nonzero of several axes takes several times as long.
-    passed = np.flatnonzero(scores > recipe.score_threshold)
-    row, channel = np.divmod(passed, channels)
-    image = row // scores.shape[1]
-    limits = sizes.flip(1).repeat(1, 2).float().numpy()  # width, height, width, height
-    boxes, scores = boxes.reshape(-1, 4)[row] * limits[image], scores.reshape(-1)[passed]
-    group = image * channels + channel
+    boxes, scores = candidates(outputs, recipe)
+    detections = []
+    for image, (height, width) in enumerate(sizes.tolist()):
+        corner = np.array([width, height, width, height], np.float32)
+        detections.append(_detect_in_image(boxes[image] * corner, scores[image], corner, recipe))
+    return detections
 
-    # Of 16 bits or less, which numpy sorts several times faster.
-    order = np.argsort(group.astype(np.min_scalar_type(images * channels)), kind="stable")
-    boxes, scores, group = boxes[order], scores[order], group[order]
-    outer = boxes + np.array([0, 0, 1, 1], np.float32)  # x2 - x1 + 1 becomes x2 - x1
+
+def _detect_in_image(
+    boxes: np.ndarray, scores: np.ndarray, corner: np.ndarray, recipe: Recipe
+) -> Detections:
+    """Return the detections among K candidates of an image.
+
+    `boxes` (K, 4) are xyxy in pixels, `scores` (K, num_classes); `corner` (4,) is the image's width
+    and height, twice.
+    """
+    # Class by class, and within a class in the order of the anchors.
+    passes = scores > recipe.score_threshold
+    labels, rows = np.nonzero(passes.T)
+    boxes = boxes[rows]
+    scores = scores[rows, labels]
+
+    # As in the original, the last pixel of a box counts as inside: x2 - x1 + 1 is its width.
+    nms_boxes = boxes + np.array([0, 0, 1, 1], np.float32)
     if recipe.nms == "soft":
-        overlap, least = recipe.soft_nms_iou, recipe.soft_nms_min_score
-        kept, scores = soft_nms(outer, scores, group, overlap, least, recipe.max_per_class)
+        kept, scores = soft_nms(
+            nms_boxes,
+            scores,
+            labels,
+            recipe.soft_nms_iou,
+            recipe.soft_nms_min_score,
+            recipe.max_per_class,
+        )
     else:
-        kept = class_nms(outer, scores, group, recipe.hard_nms_iou)
-        kept = kept[_place_in_group(group[kept]) < recipe.max_per_class]
+        kept = class_nms(nms_boxes, scores, labels, recipe.hard_nms_iou)
+        kept = kept[_rank_in_class(labels[kept]) < recipe.max_per_class]
         scores = scores[kept]
 
-    best = np.lexsort((kept, -scores))  # ties in the order of classes and priors
-    boxes, scores, (image, channel) = (
-        boxes[kept[best]],
-        scores[best],
-        divmod(group[kept[best]], channels),
+    best_first = np.lexsort((kept, -scores))  # of equal scores the first class and anchor
+    if recipe.max_detections:
+        best_first = best_first[: recipe.max_detections]
+    kept = kept[best_first]
+    return Detections(
+        boxes=torch.from_numpy(boxes[kept].clip(0, corner)),
+        scores=torch.from_numpy(scores[best_first]),
+        labels=torch.from_numpy(labels[kept]),
     )
-    detections = []
-    for number in range(images):
-        own = np.flatnonzero(image == number)[: recipe.max_detections or None]
-        parts = np.clip(boxes[own], 0, limits[number]), scores[own], channel[own] - 1
-        detections.append(Detections(*map(torch.from_numpy, parts)))
-    return detections
 
 
 @functools.cache
@@ -86,121 +100,98 @@ def _anchors(recipe: Recipe, device: torch.device) -> Tensor:
     return make_anchors(recipe).to(device)
 
 
-def _candidates(
-    outputs: tuple[Tensor, Tensor], recipe: Recipe, on_host: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """What `decode_outputs` makes of each image's likely priors, and maybe more, in their order."""
-    logits = outputs[1]
-    anchors = _anchors(recipe, logits.device)
-    # Where a probability passes, its logit exceeds background's by more than its logarithm: most
-    # priors have none such.
-    margin = logits[:, :, 1:].amax(dim=2).float() - logits[:, :, 0].float()
-    least = math.log(max(recipe.score_threshold, 1e-30))
-    margin = torch.where(margin > least, margin, -math.inf)
-    if on_host:  # it costs nothing to ask how many there are
-        count = int((margin > -math.inf).sum(dim=1).max())
-        return _likeliest(outputs, margin, anchors, recipe, count)
-    boxes, scores = _likeliest(outputs, margin, anchors, recipe, FEW)
-    if (scores[:, :, 0] > 0).all(axis=1).any():  # an image may have more
-        boxes, scores = _likeliest(outputs, margin, anchors, recipe, len(anchors))
-    return boxes, scores
+@torch.no_grad()
+def candidates(outputs: tuple[Tensor, Tensor], recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
+    """Return boxes and scores on the host of all anchors that can have a detection, and some more.
 
-
-def _likeliest(
-    outputs: tuple[Tensor, Tensor], margin: Tensor, anchors: Tensor, recipe: Recipe, count: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Of the `count` priors of largest `margin` (N, P), by steps of fixed shape and one copy.
-
-    In the place of background's probability is 0 where the margin is -inf: the prior cannot pass.
+    Boxes (N, K, 4) are normalised xyxy; scores (N, K, num_classes) are without the background. The
+    anchors keep their order. Steps of fixed shape choose the likeliest on the device; only where an
+    image may have more than those, a second pass takes them all.
     """
-    margin, chosen = margin.topk(min(count, len(anchors)), dim=1)
-    chosen, order = chosen.sort(dim=1)
-    rows = chosen + len(anchors) * torch.arange(len(chosen), device=chosen.device).unsqueeze(1)
-    picked = (output.flatten(0, 1)[rows] for output in outputs)
-    boxes, scores = decode_outputs(picked, anchors[chosen], recipe)
-    scores[:, :, 0] = margin.gather(1, order) > -math.inf
-    packed = torch.cat([boxes, scores], dim=2).cpu().numpy()
-    return packed[:, :, :4], packed[:, :, 4:]
+    deltas, logits = outputs
+    # A probability is less than exp(its logit - the background's). So where it passes the
+    # threshold, this margin exceeds the threshold's logarithm, which hardly any anchor's does.
+    margin = logits[:, :, 1:].amax(dim=2).float() - logits[:, :, 0].float()
+    log_threshold = math.log(max(recipe.score_threshold, 1e-30))
+    can_pass = margin > log_threshold
+    num_anchors = margin.shape[1]
+    count = min(FIRST_CANDIDATES, num_anchors)
+    if int(can_pass.sum(dim=1).max()) > count:
+        count = num_anchors
+    # NaN would be the largest of all; it never passes.
+    margin = torch.where(can_pass, margin, -math.inf)
+    chosen = margin.topk(count, dim=1).indices
+    chosen = chosen.sort(dim=1).values
+
+    image = torch.arange(len(chosen), device=chosen.device).unsqueeze(1)
+    anchors = _anchors(recipe, logits.device)
+    chosen_outputs = (deltas[image, chosen], logits[image, chosen])
+    boxes, scores = decode_outputs(chosen_outputs, anchors[chosen], recipe)
+    return boxes.cpu().numpy(), scores[:, :, 1:].cpu().numpy()
 
 
 def submission_boxes(boxes_xyxy: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """Boxes (n, 4) as COCO rows count them: with `plus_one` a pixel wider and higher."""
-    return boxes_xyxy + np.array([0, 0, 1, 1], boxes_xyxy.dtype) * recipe.plus_one
+    """Return boxes (n, 4) as COCO rows count them: with `plus_one` a pixel wider and higher."""
+    if not recipe.plus_one:
+        return boxes_xyxy
+    return boxes_xyxy + np.array([0, 0, 1, 1], boxes_xyxy.dtype)
 
 
+@np.errstate(invalid="ignore", over="ignore")  # 0 / 0 and infinite boxes lower nothing
 def soft_nms(
     boxes_xyxy: np.ndarray,
     scores: np.ndarray,
-    group: np.ndarray,
+    labels: np.ndarray,
     iou_threshold: float,
     min_score: float,
     limit: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Linear soft-NMS (Bodla et al., ICCV 2017) in every group at once: positions and new scores.
+    """Run linear soft-NMS on each class (Bodla et al., ICCV 2017).
 
-    boxes_xyxy (n, 4) float32, scores (n,) float32, group (n,) ascending. The best box of a group
-    is taken, every other's score times 1 - IoU where their IoU is greater than `iou_threshold`;
-    those below `min_score` go; and so on, `limit` times.
+    The inputs are boxes (n, 4) float32, scores (n,) float32 and labels (n,) in ascending order. The
+    best box of a class is taken; the score of every other one that has an IoU above `iou_threshold`
+    with it is multiplied by 1 - IoU, and boxes whose score falls below `min_score` are dropped.
+    This is repeated up to `limit` times. The results are the indices (k,) of the boxes taken and
+    their scores then (k,).
     """
-    starts = np.flatnonzero(np.diff(group, prepend=-1) != 0)
-    sizes = np.diff(starts, append=len(group))
-    positions, lowered = [starts[:0]], [scores[:0]]
-    # A score only falls: those below what is taken last do not matter. So the best few of a group
-    # are tried first, and only groups of which more matter get another try.
-    few = 2 * limit
-    while len(starts):
-        rows = np.arange(len(starts))[:, None]
-        columns = np.arange(sizes.max())
-        real = columns < sizes[:, None]
-        member = np.where(real, starts[:, None] + columns, 0)
-        values = np.where(real, scores[member], 0)
-        left_out = np.zeros(len(starts), np.float32)
-        if few < len(columns):
-            order = np.argpartition(-values, few, axis=1)
-            left_out = values[rows, order[:, few:]].max(axis=1)
-            order = np.sort(order[:, :few], axis=1)  # of equal scores the first is taken
-            member, values = member[rows, order], values[rows, order]
-        chosen, new = _select(boxes_xyxy[member], values, iou_threshold, min_score, limit)
-        done = (new[:, -1] > left_out) | (left_out == 0)
-        taken = done[:, None] & (new > 0)
-        positions.append(member[rows, chosen][taken])
-        lowered.append(new[taken])
-        starts, sizes, few = starts[~done], sizes[~done], 4 * few
-    return np.concatenate(positions), np.concatenate(lowered)
-
-
-@np.errstate(invalid="ignore", over="ignore")  # 0 / 0 and infinite boxes lower nothing
-def _select(
-    boxes: np.ndarray, scores: np.ndarray, iou_threshold: float, min_score: float, limit: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Of groups (G, L, 4): columns taken (G, limit) and their scores, 0 where there is none."""
-    x1, y1, x2, y2 = np.ascontiguousarray(boxes.transpose(2, 0, 1))
+    if not len(labels):
+        return np.zeros(0, np.int64), np.zeros(0, np.float32)
+    # A row for each class, padded with boxes of score 0: one step serves all classes.
+    _, first, counts = np.unique(labels, return_index=True, return_counts=True)
+    column = np.arange(counts.max())
+    is_box = column < counts[:, np.newaxis]
+    index = np.where(is_box, first[:, np.newaxis] + column, 0)  # (classes, columns)
+    scores = np.where(is_box, scores[index], 0)
+    x1, y1, x2, y2 = np.ascontiguousarray(boxes_xyxy[index].transpose(2, 0, 1))
     areas = (x2 - x1) * (y2 - y1)
-    scores = scores.copy()
-    rows = np.arange(len(scores))
-    chosen = np.zeros((len(scores), limit), np.int64)
-    taken = np.zeros((len(scores), limit), np.float32)
-    for step in range(limit):
-        best = scores.argmax(axis=1)
-        chosen[:, step], taken[:, step] = best, scores[rows, best]
-        if not taken[:, step].any():
+
+    row = np.arange(len(counts))[:, np.newaxis]
+    taken = []
+    taken_scores = []
+    for _ in range(limit):
+        best = row, scores.argmax(axis=1, keepdims=True)  # of equal scores the first
+        if not scores[best].any():
             break
-        left, top, right, bottom, area = (
-            side[rows, best][:, None] for side in (x1, y1, x2, y2, areas)
-        )
-        overlap = np.maximum(np.minimum(x2, right) - np.maximum(x1, left), 0)
-        overlap *= np.maximum(np.minimum(y2, bottom) - np.maximum(y1, top), 0)
-        iou = overlap / (areas + area - overlap)
+        taken.append(index[best])
+        taken_scores.append(scores[best])
+        overlap_width = np.minimum(x2, x2[best]) - np.maximum(x1, x1[best])
+        overlap_height = np.minimum(y2, y2[best]) - np.maximum(y1, y1[best])
+        overlap = np.maximum(overlap_width, 0) * np.maximum(overlap_height, 0)
+        iou = overlap / (areas + areas[best] - overlap)
         scores *= np.where(iou > iou_threshold, 1 - iou, 1)
-        scores[rows, best] = 0
+        scores[best] = 0
         scores[scores < min_score] = 0
-    return chosen, taken
+    taken = np.concatenate(taken)
+    taken_scores = np.concatenate(taken_scores)
+    # The best score of a class of which no box is left is 0.
+    is_real = taken_scores > 0
+    return taken[is_real], taken_scores[is_real]
 
 
-def _place_in_group(group: np.ndarray) -> np.ndarray:
-    """How many of the same group come before each."""
-    order = np.argsort(group, kind="stable")
-    starts = np.flatnonzero(np.diff(group[order], prepend=-1) != 0)
-    rank = np.empty(len(group), np.int64)
-    rank[order] = np.arange(len(group)) - np.repeat(starts, np.diff(starts, append=len(group)))
+def _rank_in_class(labels: np.ndarray) -> np.ndarray:
+    """Return for each element how many of the same class come before it."""
+    rank = np.empty(len(labels), np.int64)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        rank[members] = np.arange(len(members))
     return rank
