@@ -9,42 +9,68 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
 
 from common.errors import UserError
 
 SKIPPED_ITERATIONS = 50  # of every epoch: worker start and warm-up
 
 
+class Rate(NamedTuple):
+    """What a train line says."""
+
+    iteration: int  # of the epoch
+    fps: float
+
+
 def read_json_log(path: str | Path) -> list[dict]:
-    """All whole lines of a `.log.json`; UserError if it is missing or something else."""
+    """Return all whole lines of a `.log.json`.
+
+    A full disk or a lost machine may have cut the last one. Raise UserError where the file is
+    missing or something else.
+    """
     try:
-        text = Path(path).read_text()  # whose last line a full disk or lost power may have cut
-        # dict() refuses JSON that is no object.
-        return [dict(json.loads(line)) for line in text[: text.rfind("\n") + 1].splitlines()]
-    except (OSError, TypeError, ValueError) as error:
+        text = Path(path).read_text()
+        end_of_last_whole_line = text.rfind("\n") + 1
+        lines = []
+        for line in text[:end_of_last_whole_line].splitlines():
+            entry = json.loads(line)
+            if not isinstance(entry, dict):
+                raise ValueError(f"{line:.40} is no JSON object")
+            lines.append(entry)
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} as the .log.json of a run: {error}") from error
+    return lines
 
 
 def fps_per_epoch(lines: list[dict], gpu_nums: int, batch_size: int) -> list[float]:
-    """Images a second of each epoch that a val line closes (of the whole log if none does).
+    """Return the images a second of each epoch that a val line closes, else of the whole log.
 
-    `batch_size` is that of one device. UserError if there is no train line to measure.
+    `batch_size` is that of one device. Raise UserError where there is no train line to measure.
     """
-    epochs, rates = [], []
+    epochs = []
+    rates = []
     for line in lines:
         if line.get("mode") == "train":
-            rates.append((line["iter"], gpu_nums * batch_size / line["time"]))
+            fps = gpu_nums * batch_size / line["time"]
+            rates.append(Rate(line["iter"], fps))
         elif line.get("mode") == "val" and rates:
             epochs.append(rates)
             rates = []
-    if not epochs and not rates:
+    if not epochs:
+        epochs.append(rates)
+    if not epochs[0]:
         raise UserError("the log has no train line: let the run reach its first log interval")
-    return [_mean(rates) for rates in epochs or [rates]]
+    return [mean_fps(rates) for rates in epochs]
 
 
-def _mean(rates: list[tuple[int, float]]) -> float:
-    warm = [rate for iter, rate in rates if iter > SKIPPED_ITERATIONS] or [r for _, r in rates]
-    return sum(warm) / len(warm)
+def mean_fps(rates: list[Rate]) -> float:
+    """Return the mean without the warm-up; with it where there is nothing else."""
+    warm = [rate.fps for rate in rates if rate.iteration > SKIPPED_ITERATIONS]
+    if not warm:
+        warm = [rate.fps for rate in rates]
+    return fmean(warm)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -57,9 +83,9 @@ def main(argv: list[str] | None = None) -> None:
         means = fps_per_epoch(read_json_log(args.log), args.gpu_nums, args.batch_size)
     except UserError as error:
         sys.exit(f"error: {error}")
-    for number, mean in enumerate(means, 1):
-        print({"epoch": number, "fps": mean})
-    print({"fps": sum(means) / len(means)})
+    for epoch, mean in enumerate(means, 1):
+        print({"epoch": epoch, "fps": mean})
+    print({"fps": fmean(means)})
 
 
 if __name__ == "__main__":
