@@ -59,7 +59,7 @@ class Detector:
         Raise UserError for a file that is no whole detector and for a device that does not work.
         """
         chosen_device, _ = setup_device(device)
-        return Detector.from_checkpoint(checkpoint.load(path), RECIPES["1p"], chosen_device)
+        return Detector.from_checkpoint(checkpoint.load(path), RECIPES["512_vgg"], chosen_device)
 
     @staticmethod
     def from_checkpoint(state: Mapping, recipe: Recipe, device: torch.device) -> "Detector":

@@ -1,4 +1,4 @@
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -6,9 +6,16 @@ import torch
 from common.coco.index import COCO_CLASSES
 from common.errors import UserError
 from common.npu.weights import weights_on_cpu
+from m2det.anchors import make_anchors
 from m2det.config import RECIPES
 from m2det.model import build_model
-from m2det.weights import class_names_of, load_weights, num_classes_of, published_state_dict
+from m2det.weights import (
+    class_names_of,
+    load_weights,
+    num_classes_of,
+    published_state_dict,
+    recipe_of_checkpoint,
+)
 
 SMALL = replace(RECIPES["320_vgg"], backbone="vgg16_thin", planes=16, num_levels=2)
 
@@ -122,6 +129,16 @@ def test_classes_of_a_checkpoint(classes):
     assert class_names_of({"model": state, "classes": ["a"] * classes}) == ("a",) * classes
     with pytest.raises(UserError, match="no detection heads"):
         num_classes_of({"0.weight": torch.zeros(3)})
+
+
+def test_the_recipe_of_a_checkpoint_from_before_the_anchors_had_that_name():
+    saved = {}
+    for name, value in asdict(RECIPES["320_vgg"]).items():
+        saved[name.replace("anchor_", "prior_")] = value
+    assert "prior_maps" in saved
+    recipe = recipe_of_checkpoint(RECIPES["512_vgg"], {"recipe": saved})
+    assert recipe.anchor_maps == RECIPES["320_vgg"].anchor_maps
+    assert torch.equal(make_anchors(recipe), make_anchors(RECIPES["320_vgg"]))
 
 
 def test_given_buffers_stand_under_every_key_of_a_shared_module(model):
