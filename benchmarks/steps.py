@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import Timing, print_table, race, ratio
-from common.npu.device import DEVICES, in_host_memory, memory_format
+from common.npu.device import DEVICES, has_bf16, in_host_memory, memory_format
 from common.npu.precision import Precision
 
 LR = 1e-6  # small: random weights must not diverge while they are timed
@@ -35,11 +35,11 @@ def arguments(description: str, batch_size: int) -> argparse.ArgumentParser:
 
 
 def precisions(device: torch.device) -> dict[str, Precision]:
-    """Return fp32, and bf16 by autocast."""
-    return {
-        "fp32": Precision(device, "O0"),
-        "bf16": Precision(device, "O1", dtype="bf16"),
-    }
+    """Return fp32, and bf16 by autocast where the device has it: emulated, it would take minutes."""
+    precisions = {"fp32": Precision(device, "O0")}
+    if has_bf16(device):
+        precisions["bf16"] = Precision(device, "O1", dtype="bf16")
+    return precisions
 
 
 def torchvision_step(
@@ -111,26 +111,25 @@ def print_steps(
 ) -> None:
     """Time the peers, named (who, precision), and print a table.
 
-    The last two are the yardstick: torchvision's in fp32 and in bf16.
+    The last ones are the yardstick: torchvision's in each precision, fp32 first.
     """
-    rates = {name: matrix_rate(device, dtype) for name, dtype in DTYPES.items()}
+    rates = {name: matrix_rate(device, DTYPES[name]) for name in precisions(device)}
     work = {name: flops(step) for name, step in peers.items()}  # warms up, too
     seconds = {}
     for name, timing in race(peers, args.rounds, warmup=0).items():
         seconds[name] = clock(timing, device)
-    yardstick_fp32, yardstick_bf16 = list(peers)[-2:]
+    yardsticks = {precision: (who, precision) for who, precision in list(peers)[-len(rates) :]}
     rows = []
     for name, own_seconds in seconds.items():
         who, precision = name
-        same_precision = yardstick_fp32 if precision == "fp32" else yardstick_bf16
         median = np.median(own_seconds)
         rows.append(
             (
                 who,
                 precision,
                 f"{args.batch_size / median:.2f}",
-                f"{ratio(seconds[yardstick_fp32], own_seconds):.2f}",
-                f"{ratio(seconds[same_precision], own_seconds):.2f}",
+                f"{ratio(seconds[yardsticks['fp32']], own_seconds):.2f}",
+                f"{ratio(seconds[yardsticks[precision]], own_seconds):.2f}",
                 f"{work[name] / args.batch_size / 1e9:.0f}",
                 f"{work[name] / median / rates[precision]:.2f}",
             )

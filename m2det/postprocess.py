@@ -50,7 +50,7 @@ def detect(outputs: tuple[Tensor, Tensor], sizes: Tensor, recipe: Recipe) -> lis
     detections = []
     for image, (height, width) in enumerate(sizes.tolist()):
         corner = np.array([width, height, width, height], np.float32)
-        detections.append(_detect_in_image(boxes[image] * corner, scores[image], corner, recipe))
+        detections.append(_detect_in_image(boxes[image], scores[image], corner, recipe))
     return detections
 
 
@@ -59,13 +59,13 @@ def _detect_in_image(
 ) -> Detections:
     """Return the detections among K candidates of an image.
 
-    `boxes` (K, 4) are xyxy in pixels, `scores` (K, num_classes); `corner` (4,) is the image's width
-    and height, twice.
+    `boxes` (K, 4) are normalised xyxy, `scores` (K, num_classes); `corner` (4,) is the image's
+    width and height, twice.
     """
     # Class by class, and within a class in the order of the anchors.
     passes = scores > recipe.score_threshold
     labels, rows = np.nonzero(passes.T)
-    boxes = boxes[rows]
+    boxes = boxes[rows] * corner
     scores = scores[rows, labels]
 
     # As in the original, the last pixel of a box counts as inside: x2 - x1 + 1 is its width.

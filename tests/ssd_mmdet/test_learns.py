@@ -8,8 +8,8 @@ from tests import learning
 # No layer has a batch norm and no weight is pretrained: clipped gradients make up for both.
 RECIPE = """
     --width=0.0625 --no-augment --clip_norm=4
-    --batch_size=2 --repeat=1 --epochs=60 --lr=0.64 --warmup=10 --lr_decay_epochs=50
-    --evaluation=60
+    --batch_size=2 --repeat=1 --epochs=100 --lr=0.64 --warmup=10 --lr_decay_epochs=80
+    --evaluation=100
 """
 
 
