@@ -35,7 +35,7 @@ def arguments(description: str, batch_size: int) -> argparse.ArgumentParser:
 
 
 def precisions(device: torch.device) -> dict[str, Precision]:
-    """Return fp32, and bf16 by autocast where the device has it: emulated, it would take minutes."""
+    """Return fp32, and bf16 by autocast where the device has it: emulated, it takes minutes."""
     precisions = {"fp32": Precision(device, "O0")}
     if has_bf16(device):
         precisions["bf16"] = Precision(device, "O1", dtype="bf16")

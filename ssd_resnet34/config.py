@@ -133,7 +133,7 @@ RECIPES: dict[str, Recipe] = {
         warmup=60,
         warmup_factor=0,
         clip_norm=10.0,
-        evaluation=(),
+        evaluation=(2, 4, 6),
         threshold=0.0,
         eval_batch_size=8,
     ),
