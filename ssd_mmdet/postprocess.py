@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from common.coco.nms import class_nms
+from common.npu.device import in_host_memory
 from ssd_mmdet.anchors import decode, make_anchors
 from ssd_mmdet.config import Recipe
 
@@ -76,7 +77,7 @@ def _anchors_on(device: torch.device, recipe: Recipe) -> Tensor:
 
 def candidates(boxes: Tensor, scores: Tensor, recipe: Recipe) -> list[Candidates]:
     """Return the candidates of each image; of an accelerator's, the best ones only."""
-    if scores.device.type != "cpu":
+    if not in_host_memory(scores.device):
         return device_candidates(boxes, scores, recipe)
     image_candidates = []
     for image_boxes, image_scores in zip(boxes, scores, strict=True):
