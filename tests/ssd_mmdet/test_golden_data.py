@@ -168,7 +168,8 @@ def test_end_to_end(golden, recipe, filled_model, tiny_val):
     check_probe(expected, "reg", outputs[0], atol=2e-4)
     (found,) = detect(outputs, torch.from_numpy(tiny_val.sizes[[record]]), recipe)
     boxes, scores, labels = (expected[part] for part in ("boxes", "scores", "labels"))
-    assert_same_detections(found, boxes, scores, labels, box_atol=2e-2, score_atol=2e-6)
+    # Scores of logits that are 2e-4 off: 3.6e-6 on a processor without AVX-512.
+    assert_same_detections(found, boxes, scores, labels, box_atol=2e-2, score_atol=5e-6)
 
 
 def test_coco_metrics(golden, tiny_val):
