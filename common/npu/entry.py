@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from common.errors import UserError, one_line
 from common.npu.distributed import Ranks
+from common.npu.output import release_output_folders
 
 # The only place that reads messages of other libraries: torch, gloo and HCCL raise plain
 # RuntimeErrors and tell only in words that a rank is gone or that a loader worker was killed.
@@ -42,6 +43,7 @@ def run(main: Callable[[], int | None]) -> None:
         status = f"{_error_label()}: {advice}; go on with --resume=auto ({reason})"
     finally:
         _kill_workers()
+        release_output_folders()
     sys.exit(status)
 
 

@@ -33,6 +33,12 @@ def claim_output_folder(folder: Path, resumed: bool) -> str | None:
     return message
 
 
+def release_output_folders() -> None:
+    """Let others have the folders that this process has claimed."""
+    while _held_locks:
+        _held_locks.pop().close()
+
+
 def _holds_a_run(folder: Path) -> bool:
     return folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir())
 
