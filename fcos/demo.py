@@ -26,6 +26,7 @@ from common.npu import entry
 from common.npu.device import setup_device
 from fcos.config import RECIPES
 from fcos.detector import Detector
+from fcos.weights import note_on_preset
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt")
 SAMPLE_IMAGES = 12  # drawn where no image is given
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     state = flags.checkpoint_to_use(args)
     recipe = flags.chosen_recipe(args, RECIPES)
     detector = Detector.from_checkpoint(state, recipe, device)
-    print(f"{state['path']}: {detector.report}")
+    print(f"{note_on_preset(recipe, state)}{state['path']}: {detector.report}")
     output = DemoOutput(args.show_dir, detector.class_names, args.min_score)
     with tempfile.TemporaryDirectory() as scratch:
         if not inputs:

@@ -45,7 +45,7 @@ from fcos.config import RECIPES, Recipe
 from fcos.data import build_loader, evaluation_recipe, normalise
 from fcos.detector import Detector
 from fcos.postprocess import detect
-from fcos.weights import named_classes
+from fcos.weights import named_classes, note_on_preset
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -55,14 +55,15 @@ def main(argv: list[str] | None = None) -> None:
     log(reason)
 
     state = flags.checkpoint_to_use(args, ranks)
-    detector = Detector.from_checkpoint(state, flags.chosen_recipe(args, RECIPES), device)
+    requested = flags.chosen_recipe(args, RECIPES)
+    detector = Detector.from_checkpoint(state, requested, device)
     recipe = detector.recipe
     files = find_coco(args.data, "val", args.val_annotations, args.val_images)
     records = read_index(*files, classes=named_classes(state))
     num_classes = len(records.class_names)
     flags.check_num_classes(args, num_classes)
     require_num_classes(state["path"], len(detector.class_names), num_classes)
-    log(f"{state['path']}: {detector.report}")
+    log(f"{note_on_preset(requested, state)}{state['path']}: {detector.report}")
 
     level = getattr(args, "amp", "O0")
     precision = Precision(device, level, recipe.loss_scale, args.amp_dtype)

@@ -34,6 +34,7 @@ from fcos.config import RECIPES, Recipe
 from fcos.data import CANVAS_MULTIPLE, normalise, resize
 from fcos.detector import Detector
 from fcos.postprocess import decode_outputs
+from fcos.weights import note_on_preset
 
 # Numbers of the recipe that a deployer needs.
 DEPLOYED_FIELDS = (
@@ -82,10 +83,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     require_packages()
     state = flags.checkpoint_to_use(args)
-    recipe = flags.chosen_recipe(args, RECIPES)
-    detector = Detector.from_checkpoint(state, recipe, torch.device("cpu"))
+    requested = flags.chosen_recipe(args, RECIPES)
+    detector = Detector.from_checkpoint(state, requested, torch.device("cpu"))
     recipe = detector.recipe
-    print(f"{state['path']}: {detector.report}")
+    print(f"{note_on_preset(requested, state)}{state['path']}: {detector.report}")
     if args.decoded:
         network = Decoded(detector.model, recipe).eval()
         output_names = ["boxes", "scores"]

@@ -105,11 +105,29 @@ def recipe_of_checkpoint(recipe: Recipe, state: Mapping) -> Recipe:
     saved = state.get("recipe")
     if saved:
         return replace(recipe, **{field: saved[field] for field in NETWORK if field in saved})
-    name = preset_of(state)
-    if name is None or has_same_head(recipe, RECIPES[name]):
+    name = preset_taken(recipe, state)
+    if name is None:
         return recipe
     preset = RECIPES[name]
     return replace(recipe, **{field: getattr(preset, field) for field in PUBLISHED})
+
+
+def preset_taken(recipe: Recipe, state: Mapping) -> str | None:
+    """Return the preset whose network a published detector has, where `recipe` has another head."""
+    if state.get("recipe"):
+        return None
+    name = preset_of(state)
+    if name is None or has_same_head(recipe, RECIPES[name]):
+        return None
+    return name
+
+
+def note_on_preset(recipe: Recipe, state: Mapping) -> str:
+    """Return a line that says which preset is taken instead of `recipe`, empty where none is."""
+    name = preset_taken(recipe, state)
+    if name is None:
+        return ""
+    return f"{name_of(state)}: has the head of --recipe={name}, which is taken\n"
 
 
 def has_same_head(recipe: Recipe, other: Recipe) -> bool:

@@ -7,7 +7,7 @@ from tests import learning
 
 RECIPE = """
     --recipe=quickstart --tower_convs=1 --img_scale=96,160 --eval_shapes=two --no-augment
-    --batch_size=2 --epochs=60 --lr=0.1 --warmup=10 --lr_decay_epochs=46
+    --batch_size=2 --epochs=60 --lr=0.05 --warmup=0 --lr_decay_epochs=50
 """
 
 
