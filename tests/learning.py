@@ -14,10 +14,11 @@ from tests.scripts import TINY, json_lines
 # Both images are wider than high, so that FCOS puts them into one batch.
 IMAGE_IDS = (86408, 144941)
 
-# Every rounding is another run. Of ten seeds a model, on one and on two threads and with the
-# operators of older processors, none reached less than MARGIN_AP50 or more than MARGIN_LOSS.
-SMALLEST_AP50 = 0.6
-LARGEST_LOSS_RATIO = 0.4
+# A different rounding is another run: a processor, a number of threads or a seed decides where it
+# ends. Ten seeds of each model all ended at an AP50 of 1.0 with at most 0.13 of the first loss; a
+# run that is broken ends below the one bound or above the other.
+SMALLEST_AP50 = 0.75
+LARGEST_LOSS_RATIO = 0.3
 
 # One process without loader workers, in fp32, that evaluates at its end and saves nothing.
 PLAIN_RUN = ("--device=cpu", "--amp=O0", "--num_workers=0", "--no-save")
