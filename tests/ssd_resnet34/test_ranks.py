@@ -159,5 +159,5 @@ def test_kill_9_of_one_rank_ends_the_other(tmp_path, capsys):
         everyone = scripts.family(process.pid)
         os.kill(scripts.children(process.pid)[-1], signal.SIGKILL)
         assert scripts.ended(process, everyone, seconds=60) != 0
-    assert checkpoint.newest(output)["iteration"] > 0
+    assert checkpoint.load_newest(output)["iteration"] > 0
     assert capsys.readouterr().err == ""
