@@ -76,12 +76,20 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
 
 
-def run(script: str, *flags, ranks: int = 1, status: int | None = 0, timeout: int = 600):
+def run(
+    script: str,
+    *flags,
+    ranks: int = 1,
+    status: int | None = 0,
+    timeout: int = 600,
+    own_process: bool = False,
+):
     """Run to the end; the finished process with `stdout` and `stderr` as text.
 
-    A Python program of one rank runs in this process, which saves the seconds of its start.
+    A Python program of one rank runs in this process, which saves the seconds of its start, unless
+    it needs its `own_process`.
     """
-    if script.endswith(".py") and ranks == 1:
+    if script.endswith(".py") and ranks == 1 and not own_process:
         done = run_here(script, *flags)
     else:
         done = subprocess.run(

@@ -65,10 +65,12 @@ def test_910a(data, tmp_path, monkeypatch):
         ("--amp_dtype=bf16", "--amp_dtype bf16: of no use on this npu"),
         ("--loss_scale=dynamic", "--loss_scale dynamic: this NPU hides overflows"),
     ):
-        done = scripts.run("train.py", *flags, "--amp=O1", refused, status=1)
+        more = ("--amp=O1", refused)
+        done = scripts.run("train.py", *flags, *more, status=1, own_process=True)
         assert done.stderr.strip().splitlines()[-1].startswith(f"error: {words}")
     run = ("--max_iters=2", "--log_interval=1", "--kind=perf")
-    scripts.run("train.py", *flags, *run, "--amp=O1", "--loss_scale=128")
+    half = ("--amp=O1", "--loss_scale=128")
+    scripts.run("train.py", *flags, *run, *half, own_process=True)
     assert list(losses(tmp_path / "run")) == [1, 2]
 
 
