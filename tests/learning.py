@@ -1,8 +1,7 @@
 """What the learning tests share: two real images to remember, and when they count as remembered.
 
-A network of random weights trains on the two images and is evaluated on them. What breaks the way
-from the loss to the weights, or makes training and evaluation disagree about boxes, classes or
-pixels, leaves AP50 near 0.
+A network of random weights trains on the two images and is evaluated on them. AP50 falls to 0 where
+training and evaluation disagree about the classes, or where the weights do not move.
 """
 
 import json
@@ -15,8 +14,8 @@ from tests.scripts import TINY, json_lines
 IMAGE_IDS = (86408, 144941)
 
 # A different rounding is another run: a processor, a number of threads or a seed decides where it
-# ends. Ten seeds of each model all ended at an AP50 of 1.0 with at most 0.13 of the first loss; a
-# run that is broken ends below the one bound or above the other.
+# ends. Ten seeds of FCOS, M2Det and SSD-ResNet34, eight of SSD-VGG16 and three of the TFRecord
+# recipe all ended at an AP50 of 1.0, with at most 0.12 of each first loss.
 SMALLEST_AP50 = 0.75
 LARGEST_LOSS_RATIO = 0.3
 
@@ -50,9 +49,13 @@ def coco_flags(folder: Path) -> list[str]:
 
 
 def assert_remembered(output: Path) -> None:
-    """The last evaluation found the boxes, and the loss fell."""
+    """Assert that the last evaluation found the boxes and that both losses fell.
+
+    Anchors near the boxes reach an AP50 without any regression: only its loss shows that it learns.
+    """
     lines = json_lines(output)
-    ap50 = [line["bbox_mAP_50"] for line in lines if line.get("mode") == "val"]
-    losses = [line["loss"] for line in lines if line.get("mode") == "train"]
-    assert ap50[-1] >= SMALLEST_AP50
-    assert losses[-1] <= LARGEST_LOSS_RATIO * losses[0]
+    evaluations = [line for line in lines if line.get("mode") == "val"]
+    steps = [line for line in lines if line.get("mode") == "train"]
+    assert evaluations[-1]["bbox_mAP_50"] >= SMALLEST_AP50
+    for name in ("loss_cls", "loss_bbox"):
+        assert steps[-1][name] <= LARGEST_LOSS_RATIO * steps[0][name], name
