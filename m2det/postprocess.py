@@ -108,16 +108,28 @@ def candidates(outputs: tuple[Tensor, Tensor], recipe: Recipe) -> tuple[np.ndarr
     anchors keep their order. Steps of fixed shape choose the likeliest on the device; only where an
     image may have more than those, a second pass takes them all.
     """
+    num_anchors = outputs[0].shape[1]
+    count = min(FIRST_CANDIDATES, num_anchors)
+    boxes, scores, most = _likeliest(outputs, count, recipe)
+    if most > count:
+        boxes, scores, _ = _likeliest(outputs, num_anchors, recipe)
+    return boxes, scores
+
+
+def _likeliest(
+    outputs: tuple[Tensor, Tensor], count: int, recipe: Recipe
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return boxes and scores of `count` anchors of each image, as `candidates` does.
+
+    The third result is the largest number of anchors of an image that can pass. The host waits for
+    the device once.
+    """
     deltas, logits = outputs
     # A probability is less than exp(its logit - the background's). So where it passes the
     # threshold, this margin exceeds the threshold's logarithm, which hardly any anchor's does.
     margin = logits[:, :, 1:].amax(dim=2).float() - logits[:, :, 0].float()
     log_threshold = math.log(max(recipe.score_threshold, 1e-30))
     can_pass = margin > log_threshold
-    num_anchors = margin.shape[1]
-    count = min(FIRST_CANDIDATES, num_anchors)
-    if int(can_pass.sum(dim=1).max()) > count:
-        count = num_anchors
     # NaN would be the largest of all; it never passes.
     margin = torch.where(can_pass, margin, -math.inf)
     chosen = margin.topk(count, dim=1).indices
@@ -127,7 +139,10 @@ def candidates(outputs: tuple[Tensor, Tensor], recipe: Recipe) -> tuple[np.ndarr
     anchors = _anchors(recipe, logits.device)
     chosen_outputs = (deltas[image, chosen], logits[image, chosen])
     boxes, scores = decode_outputs(chosen_outputs, anchors[chosen], recipe)
-    return boxes.cpu().numpy(), scores[:, :, 1:].cpu().numpy()
+    num_passing = can_pass.sum(dim=1).to(boxes.dtype)  # (N,), exact: far below 2**24
+    num_passing = num_passing.view(-1, 1, 1).expand(-1, count, -1)
+    packed = torch.cat([boxes, scores[:, :, 1:], num_passing], dim=2).cpu().numpy()
+    return packed[:, :, :4], packed[:, :, 4:-1], int(packed[:, 0, -1].max())
 
 
 def submission_boxes(boxes_xyxy: np.ndarray, recipe: Recipe) -> np.ndarray:
