@@ -103,7 +103,7 @@ def focal_loss(logits: Tensor, label: Tensor, positive: Tensor, alpha: float) ->
     # The logit of the wrong answer: the higher it is, the worse is the prediction.
     wrong_logits = sign * logits
     wrong = wrong_logits.sigmoid()  # 1 - p_t in the paper
-    entropy = F.softplus(wrong_logits)  # -log p_t
+    entropy = -F.logsigmoid(-wrong_logits)  # -log p_t; softplus has no gradient on an NPU
     return weight * wrong.square() * entropy
 
 
