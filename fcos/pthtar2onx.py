@@ -45,6 +45,8 @@ DEPLOYED_FIELDS = (
     "candidates",
     "max_detections",
 )
+# What a free size is traced at: a map with a side of 1 would stay so in the graph.
+TRACED_SIZE = (384, 512)
 LIMITS_IN_STRIDES = (4, 512)  # of a free height or width
 
 
@@ -96,7 +98,8 @@ def main(argv: list[str] | None = None) -> None:
 
     image_size = tuple(args.shape)
     free_axes = free_height_and_width() if args.dynamic else {}
-    graph = export_graph(network, image_size, "input", output_names, args.opset, free_axes)
+    traced_size = TRACED_SIZE if args.dynamic else image_size
+    graph = export_graph(network, traced_size, "input", output_names, args.opset, free_axes)
     clear_caches()  # of the export's symbols
     checked_sizes = [image_size]
     if args.dynamic:
