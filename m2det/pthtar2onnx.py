@@ -4,8 +4,8 @@
     python3 pthtar2onnx.py --checkpoint FILE             offsets (N, P, 4), logits (N, P, C)
     python3 pthtar2onnx.py --checkpoint FILE --decoded   boxes (N, P, 4), scores (N, P, C)
 
-Input: `image` (N, 3, S, S) float32, N free; P is the number of anchors. How to prepare it, the class
-names and the numbers of the NMS are in the file's metadata.
+Input: `image` (N, 3, S, S) float32, N free; P is the number of anchors. How to prepare it, the
+class names and the numbers of the NMS are in the file's metadata.
 """
 
 import sys
