@@ -6,7 +6,9 @@ usage() {
     cat <<'TEXT'
 Set up what the tests need, once, and run them: bash run_tests.sh [pytest arguments]
 
-  bash run_tests.sh                          everything, as CI does
+  bash run_tests.sh                          as CI does
+  bash run_tests.sh --all                    these, and those that show the same once more: with
+                                             other numbers of processes, for the other models
   bash run_tests.sh -m "not slow"            the quick ones
   bash run_tests.sh tests/common -k nms      some of them
   bash run_tests.sh tests/simulated_npu      those on the simulated Ascend NPU, which have an
@@ -17,8 +19,10 @@ Environment: TEST_PROCESSES  test processes side by side (default: one a core)
 TEXT
 }
 
+selection=(-m "not again")
 case ${1:-} in
     --help | -h) usage && exit ;;
+    --all) selection=() && shift ;;
 esac
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source common/npu/venv.sh
@@ -27,7 +31,7 @@ find_python requirements.txt requirements-dev.txt
 export TORCH_DEVICE_BACKEND_AUTOLOAD=0 PYTHON
 # One thread a test process, as many processes as cores: faster than threads on small tensors.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-options=(-n "${TEST_PROCESSES:-auto}" --dist worksteal --durations=15)
+options=(-n "${TEST_PROCESSES:-auto}" --dist worksteal --durations=15 "${selection[@]}")
 
 parts="rest npu"
 for word in "$@"; do
