@@ -55,7 +55,12 @@ class TrainingLoop:
             self._stack.enter_context(patch)
         self._thread = threading.Thread(target=self._run_main, daemon=True)
         self._thread.start()
-        self._result()  # the program waits for its first batch
+        try:
+            self._result()  # the program waits for its first batch
+        except BaseException:
+            # `with` calls __exit__ only if __enter__ succeeds, and the patches must not stay.
+            self._stack.close()
+            raise
         return self
 
     def __exit__(self, *error) -> None:
@@ -78,15 +83,15 @@ class TrainingLoop:
             mock.patch.object(self._train, "RunState", self._keep_state),
         ]
         options = sys.modules.get(f"{self._train.__package__}.options")
-        if options is not None:  # where the second recipe parses its flags
+        if options is not None:  # where the TFRecord recipe parses its flags
             patches.append(mock.patch.object(options, "RECIPES", preset))
         if self._precision is not None:
             give_precision = mock.Mock(return_value=self._precision)
             patches.append(mock.patch.object(run_module, "Precision", give_precision))
         return patches
 
-    def _keep_state(self, *arguments) -> RunState:
-        self.state = RunState(*arguments)
+    def _keep_state(self, *arguments, **named) -> RunState:
+        self.state = RunState(*arguments, **named)
         return self.state
 
     def _run_main(self) -> None:

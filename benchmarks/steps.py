@@ -108,17 +108,17 @@ def print_steps(
     peers: dict[tuple[str, str], Callable[[], None]],
     args: argparse.Namespace,
     device: torch.device,
+    yardstick: str,
 ) -> None:
     """Time the peers, named (who, precision), and print a table.
 
-    The last ones are the yardstick: torchvision's in each precision, fp32 first.
+    Their speeds are relative to those of the peer `yardstick`, in fp32 and in their own precision.
     """
     rates = {name: matrix_rate(device, DTYPES[name]) for name in precisions(device)}
     work = {name: flops(step) for name, step in peers.items()}  # warms up, too
     seconds = {}
     for name, timing in race(peers, args.rounds, warmup=0).items():
         seconds[name] = clock(timing, device)
-    yardsticks = {precision: (who, precision) for who, precision in list(peers)[-len(rates) :]}
     rows = []
     for name, own_seconds in seconds.items():
         who, precision = name
@@ -128,8 +128,8 @@ def print_steps(
                 who,
                 precision,
                 f"{args.batch_size / median:.2f}",
-                f"{ratio(seconds[yardsticks['fp32']], own_seconds):.2f}",
-                f"{ratio(seconds[yardsticks[precision]], own_seconds):.2f}",
+                f"{ratio(seconds[yardstick, 'fp32'], own_seconds):.2f}",
+                f"{ratio(seconds[yardstick, precision], own_seconds):.2f}",
                 f"{work[name] / args.batch_size / 1e9:.0f}",
                 f"{work[name] / median / rates[precision]:.2f}",
             )
@@ -138,10 +138,10 @@ def print_steps(
         "",
         "precision",
         "images a CPU second" if in_host_memory(device) else "images/s",
-        "speed, torchvision in fp32 = 1",
-        "torchvision in the same precision = 1",
+        f"speed, {yardstick} in fp32 = 1",
+        "speed, the same in this precision = 1",
         "GFLOP an image",
-        "part of the matrix rate",
+        "fraction of the matrix rate",
     )
     print_table(f"{title} on {device.type}, batch {args.batch_size}", header, rows)
     measured = [f"{rate / 1e12:.2f} TFLOP/s {name}" for name, rate in rates.items()]

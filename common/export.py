@@ -18,7 +18,7 @@ from common.errors import UserError
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 TOLERANCE = 1e-4  # of an output's largest value; fp32 rounding makes about 1e-6
-MAX_BATCH = 4096  # an end, though none is meant: torch 2.6 refuses a free axis without
+MAX_BATCH = 4096  # torch 2.6 requires an upper bound of a free axis; none is meant
 
 
 def require_packages() -> None:
@@ -63,7 +63,7 @@ def export_graph(
     """
     import onnx
 
-    for name in ("torch.onnx", "onnxscript"):  # they warn of detours of their own
+    for name in ("torch.onnx", "onnxscript"):  # they log warnings about their fallbacks
         logging.getLogger(name).setLevel(logging.CRITICAL)
     # Not one image: an example batch of one would fix the batch axis.
     example = torch.zeros(2, 3, *image_size)

@@ -21,7 +21,9 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}; give another place") from None
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}; free space or choose another folder"
+        ) from None
     finally:
         if partial.exists():
             partial.unlink()

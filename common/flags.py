@@ -68,18 +68,16 @@ FLAGS = (
         "half type; auto: bf16 on a CPU, else fp16",
         choices=("auto", "fp16", "bf16"),
     ),
-    Flag(
-        "process",
-        "--amp-backend",
-        "native",
-        "apex: NVIDIA's or Ascend's",
-        choices=("native", "apex"),
-    ),
     Flag("process", "--deterministic", False, "the same bits in every run"),
     Flag("process", "--timeout", 1800.0, "seconds to wait for another rank"),
     Flag("process", "--local-rank", 0, "what torch.distributed.launch may add; has no effect"),
     # The course of a training run.
-    Flag("run", "--resume", "none", "go on from a file, or auto: the newest whole of --output-dir"),
+    Flag(
+        "run",
+        "--resume",
+        "none",
+        "go on from a file; auto: from the newest undamaged checkpoint in --output-dir",
+    ),
     Flag("run", "--pretrained", "", "ImageNet weights of the backbone"),
     Flag("run", "-s --seed", 0, "seed of order and augmentation"),
     Flag("run", "--max-iters --profile", 0, "stop after this many steps; 0: after the epochs"),
@@ -90,15 +88,23 @@ FLAGS = (
     Flag("run", "--check-data", False, "only check annotations and images, then stop"),
     Flag("run", "--fake-input", False, "repeat the first batch: speed without the loader"),
     Flag("run", "--kind", "acc", "perf: no evaluation at the end", choices=("acc", "perf")),
+    Flag(
+        "run",
+        "--amp-backend",
+        "native",
+        "apex: NVIDIA's or Ascend's",
+        choices=("native", "apex"),
+    ),
     Flag("run", "--tag", "", "put before the experiment's name in the logs"),
 )
 TRAINING_GROUPS = ("data", "files", "run", "evaluation", "device", "process")
 
-# Flags for which -1 has a meaning; all other numbers are at least 0.
+# Flags for which -1 has a meaning, and those of which there must be one at least; all other numbers
+# are at least 0.
 MAY_BE_MINUS_ONE = ("num_workers", "local_rank")
+AT_LEAST_ONE = ("batch_size", "eval_batch_size")
 MAX_INTEGER = 2**63
 INDEXED_DEVICE = re.compile(r"(npu|cuda):(\d+)")
-POSITIVE_FIELDS = ("batch_size", "eval_batch_size", "epochs")  # of a recipe
 
 
 class Parser(argparse.ArgumentParser):
@@ -140,7 +146,11 @@ class Parser(argparse.ArgumentParser):
         for name, value in vars(args).items():
             if not isinstance(value, int | float):
                 continue
-            least = -1 if name in MAY_BE_MINUS_ONE else 0
+            least = 0
+            if name in MAY_BE_MINUS_ONE:
+                least = -1
+            elif name in AT_LEAST_ONE:
+                least = 1
             limit = MAX_INTEGER if isinstance(value, int) else float("inf")
             if not least <= value < limit:
                 self.error(f"--{name} {value}: must be at least {least} and below {limit}")
@@ -175,11 +185,17 @@ def _split_device_index(words: list[str]) -> list[str]:
     return split
 
 
-def make_parser(description: str, *groups: str, recipes: dict | None = None) -> Parser:
+def make_parser(
+    description: str,
+    *groups: str,
+    recipes: dict | None = None,
+    log_interval: int | None = None,
+) -> Parser:
     """Return the parser of an entry script, with the shared flags of these groups.
 
-    With `recipes` there is `--recipe NAME` and a flag for every documented field as well. The
-    parsed arguments have `started`, the time in epoch seconds at which the launch script did.
+    `log_interval` is another default of that flag. With `recipes` there is `--recipe NAME` and a
+    flag for every documented field as well. The parsed arguments have `started`, the time in epoch
+    seconds at which the launch script did.
     """
     parser = Parser(description=description, allow_abbrev=False)
     started = os.environ.get("ONESTAGE_LAUNCH_TIME", time.time())
@@ -187,8 +203,12 @@ def make_parser(description: str, *groups: str, recipes: dict | None = None) -> 
     for title in groups:
         group = parser.add_argument_group(title)
         for flag in FLAGS:
-            if flag.group == title:
-                add(group, flag.names, flag.default, flag.help, choices=flag.choices)
+            if flag.group != title:
+                continue
+            default = flag.default
+            if flag.names.startswith("--log-interval") and log_interval is not None:
+                default = log_interval
+            add(group, flag.names, default, flag.help, choices=flag.choices)
     if recipes:
         _add_recipe_flags(parser, recipes)
     return parser
@@ -247,11 +267,24 @@ def chosen_recipe(args: argparse.Namespace, recipes: dict):
             value = getattr(args, field.name)
             changes[field.name] = tuple(value) if isinstance(value, list) else value
     recipe = dataclasses.replace(preset, **changes)
-    for name in POSITIVE_FIELDS:
-        value = getattr(recipe, name)
-        if value < 1:
-            raise UserError(f"--{name} {value}: must be at least 1")
+    if recipe.epochs <= 0:
+        raise UserError(f"--epochs {recipe.epochs}: must be above 0")
     return recipe
+
+
+def require_agreement(args: argparse.Namespace, recipe, checkpoint: dict) -> None:
+    """Raise UserError where a given flag contradicts the recipe that is taken from a checkpoint."""
+    for field in dataclasses.fields(recipe):
+        if not field.metadata or not hasattr(args, field.name):
+            continue
+        given = getattr(args, field.name)
+        if isinstance(given, list):
+            given = tuple(given)
+        trained = getattr(recipe, field.name)
+        if given != trained:
+            raise UserError(
+                f"--{field.name} {given}: {checkpoint['path']} was trained with {trained}; omit it"
+            )
 
 
 def evaluation_options(args: argparse.Namespace) -> EvaluationOptions:

@@ -15,5 +15,5 @@ def augment(batch: Batch, recipe: Recipe) -> tuple[Tensor, Tensor]:
 
     The boxes are (N, M, 4) xyxy in pixels of the network input.
     """
-    images = normalise(batch.images, batch.sizes, recipe)
+    images = normalise(batch.images, batch.resized_sizes, recipe)
     return images, batch.boxes

@@ -32,20 +32,20 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int, project: bool):
+    def __init__(self, in_channels: int, width: int, stride: int, project: bool):
         super().__init__()
-        outputs = self.expansion * width
-        self.conv1 = nn.Conv2d(inputs, width, 1, stride, bias=False)
+        out_channels = self.expansion * width
+        self.conv1 = nn.Conv2d(in_channels, width, 1, stride, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, outputs, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(outputs)
+        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
         self.downsample = None
         if project:
             self.downsample = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False),
-                nn.BatchNorm2d(outputs),
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
+                nn.BatchNorm2d(out_channels),
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,18 +62,16 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """Images (N, 3, H, W) to the feature maps C2 to C5, at strides 4, 8, 16 and 32.
 
-    A new network has random weights, all of which are trained, and residual branches that start at
-    zero (bn3). For pretrained weights, `freeze` comes next.
+    `depths` are the numbers of bottlenecks in the four stages. A new network has random weights,
+    all of which are trained, and residual branches that start at zero (bn3). For pretrained
+    weights, `freeze` comes next.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, depths: tuple[int, int, int, int]):
         super().__init__()
-        if name not in STAGES:
-            raise UserError(f"--backbone {name}: is not one of {', '.join(STAGES)}")
         self.frozen = False
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
-        depths = STAGES[name]
         self.layer1 = make_stage(64, 64, depths[0], stride=1)
         self.layer2 = make_stage(256, 128, depths[1], stride=2)
         self.layer3 = make_stage(512, 256, depths[2], stride=2)
@@ -116,10 +114,20 @@ class ResNet(nn.Module):
         return [c2, c3, c4, c5]
 
 
-def make_stage(inputs: int, width: int, depth: int, stride: int) -> nn.Sequential:
+def make_stage(in_channels: int, width: int, depth: int, stride: int) -> nn.Sequential:
     """Return `depth` bottlenecks; the first one has the stride and projects its shortcut."""
-    blocks = [Bottleneck(inputs, width, stride, project=True)]
-    outputs = Bottleneck.expansion * width
+    blocks = [Bottleneck(in_channels, width, stride, project=True)]
+    out_channels = Bottleneck.expansion * width
     for _ in range(depth - 1):
-        blocks.append(Bottleneck(outputs, width, stride=1, project=False))
+        blocks.append(Bottleneck(out_channels, width, stride=1, project=False))
     return nn.Sequential(*blocks)
+
+
+def make_backbone(name: str) -> ResNet:
+    """Return the backbone of that name, with random weights.
+
+    Raise UserError for an unknown name.
+    """
+    if name not in STAGES:
+        raise UserError(f"--backbone {name}: is not one of {', '.join(STAGES)}")
+    return ResNet(STAGES[name])

@@ -8,6 +8,7 @@ for one run.
 import re
 from bisect import bisect_right
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from common.errors import UserError
 
@@ -17,18 +18,7 @@ IMAGES_OF_LR = 16  # the global batch size for which `lr` is given: eight device
 DETECTRON_MEAN = (102.9801, 115.9465, 122.7717)
 DETECTRON2_MEAN = (103.53, 116.28, 123.675)
 
-# The fields that trained weights depend on. A checkpoint brings its values of them.
-NETWORK = (
-    "name",
-    "backbone",
-    "channels",
-    "tower_convs",
-    "head_norm",
-    "conv_bias",
-    "norm_on_bbox",
-    "centerness_on_reg",
-    "mean",
-)
+GROUPS = 32  # of the group norm in the head, group norm paper
 
 # The fields that have a fixed set of values.
 CHOICES = {
@@ -40,20 +30,23 @@ CHOICES = {
 }
 
 
-def option(default, help_text: str, *flags: str):
+def option(default: Any, help_text: str, *flags: str) -> Any:
     """Declare a field that has a command-line flag; `flags` are further names of that flag."""
     return field(default=default, metadata={"help": help_text, "flags": flags})
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All numbers of a run. Raise UserError for a value that its field does not allow."""
+    """All numbers of a run, each with its unit.
+
+    Raise UserError for a value that its field does not allow.
+    """
 
     name: str = option("FCOS", "network name in logs and file names")
 
     # Network
     backbone: str = option("resnet50", "resnet50, or resnet14 for quick tries")
-    channels: int = option(256, "channels of FPN and head, a multiple of 64")
+    channels: int = option(256, "channels of FPN and head; with group norm a multiple of 32")
     tower_convs: int = option(4, "convolutions in each of the head's two towers")
     head_norm: str = option("gn", "norm in the head's towers: gn (32 groups) or none")
     conv_bias: bool = option(
@@ -128,6 +121,11 @@ class Recipe:
             value = getattr(self, name)
             if value not in choices:
                 raise UserError(f"--{name} {value}: not one of {', '.join(choices)}")
+        if self.head_norm == "gn" and self.channels % GROUPS:
+            raise UserError(
+                f"--channels {self.channels}: not a multiple of {GROUPS}, which the head's group "
+                "norm needs"
+            )
         if not self.img_scale:
             raise UserError("--img_scale: give at least one scale, such as 800,1333")
         for scale in self.img_scale:

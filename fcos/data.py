@@ -27,14 +27,16 @@ from common.npu.loading import loader_options
 from fcos.config import Recipe
 
 CANVAS_MULTIPLE = 32  # pixels; the sides of a canvas are multiples of it
-SMALLEST_SIDE = 32  # pixels; images with a shorter side are not trained on
+# The original trains neither on images nor on boxes with a shorter side, in pixels.
+SMALLEST_IMAGE_SIDE = 32
+SMALLEST_BOX_SIDE = 1
 
 
 class Batch(NamedTuple):
     """N samples. Boxes are padded to M rows, of which `valid` marks the real ones."""
 
-    images: Tensor  # (N, H, W, 3) uint8 RGB, 0 outside of `sizes`
-    sizes: Tensor  # (N, 2) int64 height and width of each image on its canvas
+    images: Tensor  # (N, H, W, 3) uint8 RGB, 0 outside of `resized_sizes`
+    resized_sizes: Tensor  # (N, 2) int64 height and width of each image on its canvas
     boxes: Tensor  # (N, M, 4) float32 xyxy, pixels of the canvas
     labels: Tensor  # (N, M) int64 0-based classes
     valid: Tensor  # (N, M) bool
@@ -44,7 +46,7 @@ class Batch(NamedTuple):
         """Copy to the device, asynchronously from pinned memory; the ids stay on the host."""
         return Batch(
             images=self.images.to(device, non_blocking=True),
-            sizes=self.sizes.to(device, non_blocking=True),
+            resized_sizes=self.resized_sizes.to(device, non_blocking=True),
             boxes=self.boxes.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
             valid=self.valid.to(device, non_blocking=True),
@@ -65,7 +67,7 @@ class EvaluationSample(NamedTuple):
     """One image on its canvas. The loader makes a batch of the same fields."""
 
     canvas: Tensor  # (H, W, 3) uint8 RGB
-    size: Tensor  # (2,) int64 height and width of the image on the canvas
+    resized_size: Tensor  # (2,) int64 height and width of the image on the canvas
     original_size: Tensor  # (2,) int64 height and width in the file
     image_id: Tensor  # () int64
 
@@ -81,11 +83,12 @@ class GroundTruth(NamedTuple):
 def training_records(index: CocoIndex) -> CocoIndex:
     """Return the images that are trained on.
 
-    They have at least one annotation, which may be a crowd, and no side below `SMALLEST_SIDE`.
+    They have at least one annotation, which may be a crowd, and no side below
+    `SMALLEST_IMAGE_SIDE`.
     """
     annotations = np.diff(index.offsets)
     shorter_sides = index.sizes.min(axis=1)
-    return index.subset((annotations > 0) & (shorter_sides >= SMALLEST_SIDE))
+    return index.subset((annotations > 0) & (shorter_sides >= SMALLEST_IMAGE_SIDE))
 
 
 def resized_size(height: int, width: int, scale: tuple[int, int]) -> tuple[int, int]:
@@ -113,9 +116,9 @@ def resize(image: np.ndarray, size: tuple[int, int], flip: bool = False) -> Tens
 
 
 def canvas_size(
-    sizes: list[tuple[int, int]], shapes: str, scales: tuple[tuple[int, int], ...]
+    resized_sizes: list[tuple[int, int]], shapes: str, scales: tuple[tuple[int, int], ...]
 ) -> tuple[int, int]:
-    """Return the (height, width) of the canvas for images of these (height, width).
+    """Return the (height, width) of the canvas for images resized to these (height, width).
 
     All images must have the same orientation. `shapes` says how a canvas is chosen:
 
@@ -124,15 +127,15 @@ def canvas_size(
       long side), in landscape or portrait format;
     - "square": the longest side of all scales in both directions.
     """
-    height = round_up(max(size[0] for size in sizes), CANVAS_MULTIPLE)
-    width = round_up(max(size[1] for size in sizes), CANVAS_MULTIPLE)
+    height = round_up(max(size[0] for size in resized_sizes), CANVAS_MULTIPLE)
+    width = round_up(max(size[1] for size in resized_sizes), CANVAS_MULTIPLE)
     if shapes == "exact":
         return height, width
     longest = round_up(max(long for _, long in scales), CANVAS_MULTIPLE)
     if shapes == "square":
         return longest, longest
     # Resized landscape images may be square, by rounding, but not all images of a batch.
-    is_landscape = any(size[1] > size[0] for size in sizes)
+    is_landscape = any(size[1] > size[0] for size in resized_sizes)
     for short, long in sorted(scales):
         full_height = round_up(short, CANVAS_MULTIPLE)
         full_width = round_up(long, CANVAS_MULTIPLE)
@@ -151,21 +154,21 @@ def lay_on_canvas(image: Tensor, canvas: Tensor) -> None:
 
 @functools.cache
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return a tensor that is made once; a copy to the device in each step would wait for it."""
+    """Return a tensor that is made once: a copy to the device in each step would wait for it."""
     return torch.tensor(values, device=device)
 
 
-def normalise(images: Tensor, sizes: Tensor, recipe: Recipe) -> Tensor:
+def normalise(images: Tensor, resized_sizes: Tensor, recipe: Recipe) -> Tensor:
     """Return the network input (N, 3, H, W) float32 of canvases (N, H, W, 3) uint8 RGB.
 
-    It is BGR minus the mean, 0 outside of the images, whose (height, width) are `sizes` (N, 2), and
-    in the memory layout that suits the device.
+    It is BGR minus the mean, 0 outside of the images, whose (height, width) are `resized_sizes`
+    (N, 2), and in the memory layout that suits the device.
     """
     device = images.device
     bgr = images.float().flip(-1)
     planes = bgr.sub_(constant(recipe.mean, device)).permute(0, 3, 1, 2)
-    height = sizes[:, 0].view(-1, 1, 1, 1)
-    width = sizes[:, 1].view(-1, 1, 1, 1)
+    height = resized_sizes[:, 0].view(-1, 1, 1, 1)
+    width = resized_sizes[:, 1].view(-1, 1, 1, 1)
     row = torch.arange(planes.shape[2], device=device).view(-1, 1)
     column = torch.arange(planes.shape[3], device=device)
     planes = torch.where((row < height) & (column < width), planes, 0.0)
@@ -186,12 +189,12 @@ def evaluation_recipe(recipe: Recipe, device: torch.device) -> Recipe:
 def evaluation_canvas_size(size: tuple[int, int], recipe: Recipe) -> tuple[int, int]:
     """Return the (height, width) of the canvas for an image resized to `size`.
 
-    It depends on no other image, so an image has the same input in every batch.
+    It depends on no other image, so an image has the same input in every batch. The recipe must be
+    one of `evaluation_recipe`: "auto" says nothing without the device.
     """
-    shapes = recipe.eval_shapes
-    if shapes == "auto":
-        shapes = "exact"
-    return canvas_size([size], shapes, (recipe.eval_scale,))
+    if recipe.eval_shapes == "auto":
+        raise ValueError('eval_shapes is "auto": take the recipe from evaluation_recipe')
+    return canvas_size([size], recipe.eval_shapes, (recipe.eval_scale,))
 
 
 def evaluation_canvas(image: np.ndarray, recipe: Recipe) -> tuple[Tensor, tuple[int, int]]:
@@ -233,19 +236,14 @@ def read_record(records: CocoIndex, record: int) -> np.ndarray:
 def training_ground_truth(records: CocoIndex) -> GroundTruth:
     """Return the boxes that are trained on.
 
-    Crowds, annotations to ignore, and boxes with a side below one pixel or without area inside the
-    image are left out.
+    Crowds, annotations to ignore, and boxes without area or with a side below `SMALLEST_BOX_SIDE`
+    are left out.
     """
     table = records.table
     x, y, width, height = table.box_xywh.T
-    image_sizes = np.repeat(records.sizes, np.diff(records.offsets), axis=0)
-    image_height, image_width = image_sizes.T
-    inner_width = np.minimum(x + width, image_width) - np.maximum(x, 0)
-    inner_height = np.minimum(y + height, image_height) - np.maximum(y, 0)
-    is_inside = (inner_width > 0) & (inner_height > 0)
-    is_large_enough = (width >= 1) & (height >= 1)
+    is_large_enough = (width >= SMALLEST_BOX_SIDE) & (height >= SMALLEST_BOX_SIDE)
     is_excluded = table.crowd | table.ignore | (table.area <= 0)
-    used = is_inside & is_large_enough & ~is_excluded
+    used = is_large_enough & ~is_excluded
 
     boxes = np.stack([x, y, x + width, y + height], axis=1).astype(np.float32)
     used_before = np.append(0, np.cumsum(used))  # number of used rows before each row
@@ -300,9 +298,9 @@ class TrainingSet(Dataset):
         scale = recipe.eval_scale
         flip = False
         if recipe.augment:
-            random = np.random.default_rng((self.seed, epoch, position))
-            flip = random.random() < recipe.flip_probability
-            scale = recipe.scales[random.integers(len(recipe.scales))]
+            rng = np.random.default_rng((self.seed, epoch, position))
+            flip = rng.random() < recipe.flip_probability
+            scale = recipe.scales[rng.integers(len(recipe.scales))]
 
         old_height, old_width = image.shape[:2]
         height, width = resized_size(old_height, old_width, scale)
@@ -314,12 +312,12 @@ class TrainingSet(Dataset):
 
     def collate(self, samples: list[Sample]) -> Batch:
         """Lay samples of the same orientation on canvases of the same size."""
-        sizes = []
+        resized_sizes = []
         for sample in samples:
             height, width = sample.image.shape[:2]
-            sizes.append((height, width))
+            resized_sizes.append((height, width))
         count = len(samples)
-        height, width = canvas_size(sizes, self.recipe.shapes, self.recipe.scales)
+        height, width = canvas_size(resized_sizes, self.recipe.shapes, self.recipe.scales)
         images = torch.zeros(count, height, width, 3, dtype=torch.uint8)
         boxes = torch.zeros(count, self.max_boxes, 4)
         labels = torch.zeros(count, self.max_boxes, dtype=torch.int64)
@@ -331,66 +329,61 @@ class TrainingSet(Dataset):
             labels[i, :num_boxes] = torch.from_numpy(sample.labels)
             valid[i, :num_boxes] = True
         image_ids = torch.tensor([sample.image_id for sample in samples])
-        return Batch(images, torch.tensor(sizes), boxes, labels, valid, image_ids)
+        return Batch(images, torch.tensor(resized_sizes), boxes, labels, valid, image_ids)
 
 
-def orientation(records: CocoIndex) -> np.ndarray:
-    """Return (I,) int64: 1 for images that are wider than high, else 0.
+def orientation_groups(records: CocoIndex) -> list[np.ndarray]:
+    """Return the records of upright (or square) and of landscape images.
 
-    A batch holds images of one orientation, so that they fit a small canvas.
+    A batch holds images of one group, so that they fit a small canvas. A group without images is
+    left out.
     """
-    heights = records.sizes[:, 0]
-    widths = records.sizes[:, 1]
-    return (widths > heights).astype(np.int64)
-
-
-def epoch_order(
-    orientations: np.ndarray, seed: int, epoch: int, batch_size: int, world_size: int
-) -> np.ndarray:
-    """Return the records of an epoch, batch after batch, the batches of rank 0 first.
-
-    The records of each orientation are shuffled and extended from their own beginning to full
-    batches on all ranks; then the batches of both are shuffled. The seed is `seed + epoch`. Source:
-    MMDetection's DistributedGroupSampler.
-    """
-    generator = torch.Generator().manual_seed(seed + epoch)
-    groups = []
-    for value in (0, 1):
-        members = np.flatnonzero(orientations == value)
-        if len(members) == 0:
-            continue
-        shuffled = members[torch.randperm(len(members), generator=generator).numpy()]
-        full_length = round_up(len(members), batch_size * world_size)
-        groups.append(np.resize(shuffled, full_length))
-    batches = np.concatenate(groups).reshape(-1, batch_size)
-    shuffled_batches = batches[torch.randperm(len(batches), generator=generator).numpy()]
-    return shuffled_batches.reshape(-1)
+    is_landscape = records.sizes[:, 1] > records.sizes[:, 0]
+    groups = [np.flatnonzero(~is_landscape), np.flatnonzero(is_landscape)]
+    return [group for group in groups if len(group)]
 
 
 def iterations_per_epoch(records: CocoIndex, recipe: Recipe, world_size: int) -> int:
-    """Return the steps of an epoch: each orientation fills its last batches on all ranks."""
+    """Return the steps of an epoch, in which each group fills whole batches on all ranks."""
     global_batch = recipe.batch_size * world_size
-    landscape = int(orientation(records).sum())
-    portrait = len(records) - landscape
-    return ceil_div(landscape, global_batch) + ceil_div(portrait, global_batch)
+    return sum(ceil_div(len(group), global_batch) for group in orientation_groups(records))
+
+
+def epoch_order(
+    groups: list[np.ndarray], batch_size: int, world_size: int, seed: int, epoch: int
+) -> np.ndarray:
+    """Return the records of an epoch in shuffled order, batches of one group each.
+
+    Rank r takes the r-th of `world_size` equal sections. Each group is shuffled and filled up from
+    its own beginning to whole batches on all ranks; then the batches of all are shuffled. The seed
+    is `seed + epoch`. Source: MMDetection's DistributedGroupSampler.
+    """
+    rng = torch.Generator().manual_seed(seed + epoch)
+    filled_groups = []
+    for group in groups:
+        permutation = torch.randperm(len(group), generator=rng).numpy()
+        filled_length = round_up(len(group), batch_size * world_size)
+        filled_groups.append(np.resize(group[permutation], filled_length))
+    batches = np.concatenate(filled_groups).reshape(-1, batch_size)
+    permutation = torch.randperm(len(batches), generator=rng).numpy()
+    return batches[permutation].reshape(-1)
 
 
 class TrainingOrder(Sampler):
-    """The batches of (epoch, position, record) of this rank, from any iteration to the last one.
+    """This rank's batches of (epoch, position, record) from iteration `start` to `end`.
 
-    One pass over it is a run of many epochs, so that workers never start again between them. Rank r
-    takes the r-th contiguous part of the order of each epoch.
+    One pass over it is a whole run, so workers never restart between epochs.
     """
 
     def __init__(
         self, records: CocoIndex, recipe: Recipe, ranks: Ranks, seed: int, start: int, end: int
     ):
-        if len(records) == 0:
+        if not len(records):
             raise UserError(
-                "no image of the training set has an annotation and sides of 32 pixels; "
-                "check --data_path"
+                "no image of the training set has an annotation and sides of "
+                f"{SMALLEST_IMAGE_SIDE} pixels; check --data_path"
             )
-        self.orientations = orientation(records)
+        self.groups = orientation_groups(records)
         self.batch_size = recipe.batch_size
         self.ranks = ranks
         self.seed = seed
@@ -402,24 +395,20 @@ class TrainingOrder(Sampler):
         return self.end - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        epoch = None
         order = []
+        order_epoch = -1
+        first_batch_of_rank = self.ranks.rank * self.steps_per_epoch
         for iteration in range(self.start, self.end):
-            if iteration // self.steps_per_epoch != epoch:
-                epoch = iteration // self.steps_per_epoch
-                order = self.epoch_order(epoch)
-            step = iteration % self.steps_per_epoch
-            batch = self.ranks.rank * self.steps_per_epoch + step
+            epoch = iteration // self.steps_per_epoch
+            if epoch != order_epoch:
+                order = epoch_order(
+                    self.groups, self.batch_size, self.ranks.world_size, self.seed, epoch
+                ).tolist()
+                order_epoch = epoch
+            batch = first_batch_of_rank + iteration % self.steps_per_epoch
             first = batch * self.batch_size
             positions = range(first, first + self.batch_size)
             yield [(epoch, position, order[position]) for position in positions]
-
-    def epoch_order(self, epoch: int) -> list[int]:
-        """Return the records of an epoch in the order of all ranks."""
-        order = epoch_order(
-            self.orientations, self.seed, epoch, self.batch_size, self.ranks.world_size
-        )
-        return order.tolist()
 
 
 class EvaluationSet(Dataset):
@@ -437,7 +426,7 @@ class EvaluationSet(Dataset):
         canvas, size = evaluation_canvas(image, self.recipe)
         return EvaluationSample(
             canvas=canvas,
-            size=torch.tensor(size),
+            resized_size=torch.tensor(size),
             original_size=torch.tensor(image.shape[:2]),
             image_id=torch.tensor(self.records.image_ids[record]),
         )

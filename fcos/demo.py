@@ -5,7 +5,7 @@
     python3 demo.py                              newest checkpoint, built-in sample
 
 Pictures keep the names of their images, below the folder that all have in common; `results.json`
-lists what is drawn. A file that cannot be read is told and left out; the exit status is 1 then.
+lists what is drawn. A file that cannot be read is reported and left out; the exit status is 1 then.
 """
 
 import sys
@@ -18,6 +18,7 @@ import common  # noqa: F401 before torch
 
 import tempfile
 import time
+from argparse import Namespace
 
 from common import flags
 from common.coco.demo_images import DemoOutput, find_images, read_images
@@ -41,9 +42,12 @@ def main(argv: list[str] | None = None) -> int:
         args.checkpoint, *inputs = inputs
     state = flags.checkpoint_to_use(args)
     recipe = flags.chosen_recipe(args, RECIPES)
-    detector = Detector.from_checkpoint(state, recipe, device)
-    print(f"{note_on_preset(recipe, state)}{state['path']}: {detector.report}")
-    output = DemoOutput(args.show_dir, detector.class_names, args.min_score)
+    detector = Detector.from_checkpoint(state, recipe, device, user_fields=vars(args))
+    note = note_on_preset(recipe, state)
+    if note is not None:
+        print(note)
+    print(f"{state['path']}: {detector.report}")
+    demo_output = DemoOutput(args.show_dir, detector.class_names, args.min_score)
     with tempfile.TemporaryDirectory() as scratch:
         if not inputs:
             sample = Path(scratch, "sample")
@@ -55,17 +59,17 @@ def main(argv: list[str] | None = None) -> int:
             for name, image, detections in zip(
                 names, images, detector.detect_batch(images), strict=True
             ):
-                output.add(name, image, *detections)
+                demo_output.add(name, image, *detections)
         seconds = time.perf_counter() - started
-    output.write()
-    count = len(output)
+    demo_output.write()
+    count = len(demo_output)
     print(
         f"{count} of {len(files)} images drawn in {args.show_dir}, {count / seconds:.1f} images/s"
     )
     return 0 if count == len(files) else 1
 
 
-def parse(argv: list[str] | None):
+def parse(argv: list[str] | None) -> Namespace:
     parser = flags.make_parser(__doc__.split("\n")[0], "files", "device", recipes=RECIPES)
     parser.add_argument(
         "inputs",
@@ -76,11 +80,11 @@ def parse(argv: list[str] | None):
     parser.add_argument("--img", nargs="+", default=[], metavar="IMAGE|FOLDER", help="the same")
     flags.add(parser, "--show-dir", Path("demo_output"), "folder of the pictures")
     flags.add(parser, "--min-score --score-thr", 0.3, "lowest score that is drawn")
-    parser.add_argument("--config", help="no effect: the checkpoint shows its network")
+    flags.add(parser, "--config", "", "no effect: the checkpoint shows its network")
     flags.add(parser, "--show", False, "no effect: pictures are written, see --show-dir")
     args = parser.parse_args(argv)
     if args.config:
-        print("--config has no effect: the checkpoint shows its network, else name the --recipe")
+        print("--config has no effect: the checkpoint shows its network")
     if args.show:
         print(f"--show has no effect: the pictures will be in {args.show_dir}")
     return args

@@ -8,11 +8,12 @@
 evaluate.py, demo.py and the export start from it, as a user's own program does.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from common.coco.images import to_array
@@ -29,6 +30,8 @@ from fcos.weights import (
     num_classes_of,
     recipe_of_checkpoint,
 )
+
+ImageLike = str | Path | Image.Image | np.ndarray  # an array is (H, W, 3) uint8 RGB
 
 
 class Detector:
@@ -56,28 +59,34 @@ class Detector:
     def load(path: str | Path, device: str = "auto") -> "Detector":
         """Load a checkpoint, ours or MMDetection's, onto a device ("auto", "npu", "cuda", "cpu").
 
-        Raise UserError for a file that is no whole detector and for a device that does not work.
+        Raise UserError for a file that lacks weights of the detector and for a device that does not
+        work.
         """
         chosen_device, _ = setup_device(device)
         return Detector.from_checkpoint(checkpoint.load(path), RECIPES["gn"], chosen_device)
 
     @staticmethod
-    def from_checkpoint(state: Mapping, recipe: Recipe, device: torch.device) -> "Detector":
-        """Build the detector of a loaded checkpoint; `recipe` gives what the file does not say."""
-        recipe = evaluation_recipe(recipe_of_checkpoint(recipe, state), device)
+    def from_checkpoint(
+        state: Mapping, recipe: Recipe, device: torch.device, user_fields: Collection[str] = ()
+    ) -> "Detector":
+        """Build the detector of a loaded checkpoint; `recipe` gives what the file does not say.
+
+        `user_fields` are the names of the fields that the user has set by flags.
+        """
+        recipe = evaluation_recipe(recipe_of_checkpoint(recipe, state, user_fields), device)
         model = build_model(recipe, num_classes_of(state))
         report = load_weights(model, state).require_complete(name_of(state))
         model.to(device, memory_format=memory_format(device)).eval()
         return Detector(model, recipe, class_names_of(state), device, report)
 
-    def __call__(self, images):
+    def __call__(self, images: ImageLike | list[ImageLike]) -> Detections | list[Detections]:
         """Detect on an image, or on a list of them, which gives a list of Detections.
 
         An image is a path, a PIL image or an array (H, W, 3) uint8 RGB.
         """
         if not isinstance(images, list):
             return self.detect_image(to_array(images))
-        return [self.detect_image(to_array(image)) for image in images]
+        return self.detect_batch([to_array(image) for image in images])
 
     def detect_batch(self, images: list[np.ndarray]) -> list[Detections]:
         """Return the detections of images (H, W, 3) uint8 RGB."""

@@ -17,6 +17,7 @@ import common  # noqa: F401 before torch
 # isort: split
 
 import time
+from argparse import Namespace
 from collections.abc import Callable
 
 import numpy as np
@@ -50,21 +51,27 @@ from fcos.weights import named_classes, note_on_preset
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    ranks, device, reason = start_process(args.device, args.device_id, args.timeout)
+    ranks, device, reason = start_process(
+        args.device, args.device_id, args.timeout, args.deterministic
+    )
     log = print if ranks.main else log_nothing
     log(reason)
 
     state = flags.checkpoint_to_use(args, ranks)
     requested = flags.chosen_recipe(args, RECIPES)
-    detector = Detector.from_checkpoint(state, requested, device)
+    detector = Detector.from_checkpoint(state, requested, device, user_fields=vars(args))
     recipe = detector.recipe
     files = find_coco(args.data, "val", args.val_annotations, args.val_images)
     records = read_index(*files, classes=named_classes(state))
     num_classes = len(records.class_names)
     flags.check_num_classes(args, num_classes)
     require_num_classes(state["path"], len(detector.class_names), num_classes)
-    log(f"{note_on_preset(requested, state)}{state['path']}: {detector.report}")
+    note = note_on_preset(requested, state)
+    if note is not None:
+        log(note)
+    log(f"{state['path']}: {detector.report}")
 
+    # The recipe's precision is that of training; evaluation is fp32 unless --amp is given.
     level = getattr(args, "amp", "O0")
     precision = Precision(device, level, recipe.loss_scale, args.amp_dtype)
     workers = workers_per_rank(args.num_workers, ranks.local_world_size)
@@ -90,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     log("\n".join(closing_lines))
 
 
-def parse(argv: list[str] | None):
+def parse(argv: list[str] | None) -> Namespace:
     groups = ("data", "files", "evaluation", "device", "process")
     parser = flags.make_parser(__doc__.split("\n")[0], *groups, recipes=RECIPES)
     flags.add(parser, "--format-only", False, "write results, no metrics")
@@ -98,7 +105,7 @@ def parse(argv: list[str] | None):
 
 
 def log_nothing(text: str) -> None:
-    """Only the main rank logs."""
+    """Ignore a line: only the main rank logs."""
 
 
 @torch.no_grad()
@@ -124,11 +131,11 @@ def detect_all(
     result_rows = []
     show_bar = ranks.main and sys.stderr.isatty()
     batches = tqdm(loader, "evaluating", leave=False, disable=not show_bar)
-    for images, resized_sizes, sizes, image_ids in batches:
+    for images, resized_sizes, original_sizes, image_ids in batches:
         inputs = normalise(images.to(device), resized_sizes.to(device), recipe)
         with precision.autocast():
             outputs = model(inputs)
-        detections = detect(outputs, sizes, recipe)
+        detections = detect(outputs, original_sizes, recipe)
         for image_id, of_image in zip(image_ids.tolist(), detections, strict=True):
             result_rows.append(to_result_rows(image_id, *of_image, records.category_ids))
     model.train(was_training)

@@ -14,6 +14,12 @@ from fcos.config import Recipe
 from fcos.model import Outputs
 from fcos.targets import assign
 
+# Lower limits of divisors and of the logarithm's argument, with their owners in MMDetection.
+MIN_TOTAL_CENTERNESS = 1e-6  # FCOSHead
+MIN_IOU = 1e-6  # IoULoss
+MIN_UNION = 1e-6  # square pixels or strides, IoULoss
+MIN_GIOU_AREA = 1e-7  # square pixels or strides, GIoULoss: union and enclosing box
+
 
 class DetectionLoss(nn.Module):
     """Loss of raw outputs against padded ground truth, in fp32, with fixed shapes.
@@ -29,38 +35,36 @@ class DetectionLoss(nn.Module):
     def __init__(self, recipe: Recipe, num_classes: int):
         super().__init__()
         self.recipe = recipe
-        self.num_classes = num_classes
 
     def forward(
         self, outputs: Outputs, boxes: Tensor, labels: Tensor, valid: Tensor
     ) -> dict[str, Tensor]:
         logits, distances, centerness = outputs.flat()
-        sizes = outputs.map_sizes()
-        positive, label, target_distances = self.targets(sizes, boxes, labels, valid)
+        map_sizes = outputs.map_sizes()
+        positive, label, target_distances = self.targets(map_sizes, boxes, labels, valid)
         # At other points distances mean nothing, and may be infinite. With the distance 1 in their
         # place, no term of the loss and no gradient is nan there.
         target_distances = torch.where(positive.unsqueeze(-1), target_distances, 1.0)
         distances = torch.where(positive.unsqueeze(-1), distances, 1.0)
         target_centerness = torch.where(positive, centerness_of(target_distances), 0.0)
 
-        positives = positive.sum().float()
+        num_positives = positive.sum().float()
         total_centerness = target_centerness.sum()
-        divisors = mean_over_ranks(torch.stack([positives, total_centerness]))
-        positives = divisors[0].clamp(min=1)
-        total_centerness = divisors[1].clamp(min=1e-6)
+        means = mean_over_ranks(torch.stack([num_positives, total_centerness]))
+        class_divisor = means[0].clamp(min=1)
+        box_divisor = means[1].clamp(min=MIN_TOTAL_CENTERNESS)
 
-        label = torch.where(positive, label, 0)
         focal = focal_loss(logits, label, positive, self.recipe.focal_alpha)
-        loss_cls = focal.sum() / positives
+        loss_cls = focal.sum() / class_divisor
 
         box_loss = giou_loss if self.recipe.box_loss == "giou" else iou_loss
         weighted = box_loss(distances, target_distances) * target_centerness
-        loss_bbox = weighted.sum() / total_centerness
+        loss_bbox = weighted.sum() / box_divisor
 
-        entropy = F.binary_cross_entropy_with_logits(
+        cross_entropy = F.binary_cross_entropy_with_logits(
             centerness.squeeze(-1), target_centerness, reduction="none"
         )
-        loss_centerness = torch.where(positive, entropy, 0.0).sum() / positives
+        loss_centerness = torch.where(positive, cross_entropy, 0.0).sum() / class_divisor
         return {
             "loss_cls": loss_cls,
             "loss_bbox": loss_bbox,
@@ -70,23 +74,23 @@ class DetectionLoss(nn.Module):
 
     @torch.no_grad()
     def targets(
-        self, sizes: MapSizes, boxes: Tensor, labels: Tensor, valid: Tensor
+        self, map_sizes: MapSizes, boxes: Tensor, labels: Tensor, valid: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return what each point should predict.
 
-        The results are `positive` (N, P) bool, the class (N, P) int64, which is `num_classes` for
-        background, and the distances (N, P, 4) in the unit of the outputs, which are meaningless
-        where `positive` is false.
+        The results are `positive` (N, P) bool, the class (N, P) int64, and the distances (N, P, 4)
+        in the unit of the outputs. Where `positive` is false, the class is 0 and the distances are
+        meaningless.
         """
         recipe = self.recipe
         device = boxes.device
-        levels = make_levels(recipe, sizes, device)
+        levels = make_levels(recipe, map_sizes, device)
         positive, matched, label = assign(levels, boxes, labels, valid, recipe.center_radius)
-        label = torch.where(positive, label, self.num_classes)
+        label = torch.where(positive, label, 0)
         matched_boxes = boxes.gather(1, matched.unsqueeze(-1).expand(-1, -1, 4))
-        distances = encode(matched_boxes, make_anchors(recipe, sizes, device))
+        distances = encode(matched_boxes, make_anchors(recipe, map_sizes, device))
         if recipe.norm_on_bbox:
-            distances = distances / point_strides(recipe, sizes, device)
+            distances = distances / point_strides(recipe, map_sizes, device)
         return positive, label, distances
 
 
@@ -103,8 +107,8 @@ def focal_loss(logits: Tensor, label: Tensor, positive: Tensor, alpha: float) ->
     # The logit of the wrong answer: the higher it is, the worse is the prediction.
     wrong_logits = sign * logits
     wrong = wrong_logits.sigmoid()  # 1 - p_t in the paper
-    entropy = -F.logsigmoid(-wrong_logits)  # -log p_t; softplus has no gradient on an NPU
-    return weight * wrong.square() * entropy
+    cross_entropy = -F.logsigmoid(-wrong_logits)  # -log p_t; softplus has no gradient on an NPU
+    return weight * wrong.square() * cross_entropy
 
 
 def centerness_of(distances: Tensor) -> Tensor:
@@ -128,8 +132,8 @@ def iou_loss(distances: Tensor, target: Tensor) -> Tensor:
     """Return -log IoU (...) of two boxes around the same point, both (..., 4) distances."""
     overlap = area(torch.minimum(distances, target))
     union = area(distances) + area(target) - overlap
-    iou = overlap / union.clamp(min=1e-6)
-    return -iou.clamp(min=1e-6).log()
+    iou = overlap / union.clamp(min=MIN_UNION)
+    return -iou.clamp(min=MIN_IOU).log()
 
 
 def giou_loss(distances: Tensor, target: Tensor) -> Tensor:
@@ -139,8 +143,8 @@ def giou_loss(distances: Tensor, target: Tensor) -> Tensor:
     """
     overlap = area(torch.minimum(distances, target))
     union = area(distances) + area(target) - overlap
-    union = union.clamp(min=1e-7)
-    enclosing = area(torch.maximum(distances, target)).clamp(min=1e-7)
+    union = union.clamp(min=MIN_GIOU_AREA)
+    enclosing = area(torch.maximum(distances, target)).clamp(min=MIN_GIOU_AREA)
     iou = overlap / union
     return 1 - iou + (enclosing - union) / enclosing
 

@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcos.anchors import MapSizes
-from fcos.backbone import ResNet
-from fcos.config import Recipe
+from fcos.backbone import make_backbone
+from fcos.config import GROUPS, Recipe
 
-GROUPS = 32  # of the group norm in the head, group norm paper
 # No distance in an image is near exp(20). Without a limit, a background point whose distance
 # overflows would get the gradient 0 * inf = nan.
 LARGEST_EXPONENT = 20.0
@@ -76,14 +75,14 @@ class FPN(nn.Module):
     and there is a ReLU before P7 only.
     """
 
-    def __init__(self, inputs: tuple[int, ...], channels: int):
+    def __init__(self, in_channels: tuple[int, int, int], out_channels: int):
         super().__init__()
         self.lateral_convs = nn.ModuleList()
-        for count in inputs:
-            self.lateral_convs.append(ConvBlock(nn.Conv2d(count, channels, 1)))
+        for channels in in_channels:
+            self.lateral_convs.append(ConvBlock(nn.Conv2d(channels, out_channels, 1)))
         self.fpn_convs = nn.ModuleList()
         for stride in (1, 1, 1, 2, 2):
-            conv = nn.Conv2d(channels, channels, 3, stride, padding=1)
+            conv = nn.Conv2d(out_channels, out_channels, 3, stride, padding=1)
             self.fpn_convs.append(ConvBlock(conv))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -140,13 +139,13 @@ class Head(nn.Module):
         distances = []
         centerness = []
         for features, scale in zip(levels, self.scales, strict=True):
-            of_level = self.level(features, scale.scale)
-            logits.append(of_level[0])
-            distances.append(of_level[1])
-            centerness.append(of_level[2])
+            level_logits, level_distances, level_centerness = self.predict(features, scale.scale)
+            logits.append(level_logits)
+            distances.append(level_distances)
+            centerness.append(level_centerness)
         return Outputs(tuple(logits), tuple(distances), tuple(centerness))
 
-    def level(self, features: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def predict(self, features: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits, distances and centerness of one level."""
         cls_features = features
         for block in self.cls_convs:
@@ -187,7 +186,7 @@ class FCOS(nn.Module):
 
     def __init__(self, recipe: Recipe, num_classes: int):
         super().__init__()
-        self.backbone = ResNet(recipe.backbone)
+        self.backbone = make_backbone(recipe.backbone)
         self.neck = FPN(self.backbone.channels[1:], recipe.channels)
         self.bbox_head = Head(recipe, num_classes)
 

@@ -16,7 +16,7 @@ from fcos.model import Outputs
 class Detections(NamedTuple):
     """The detections of one image, on the host, best first."""
 
-    boxes: Tensor  # (n, 4) float32 xyxy, pixels of the original image
+    boxes: Tensor  # (n, 4) float32 xyxy, pixels of the original image, clipped to it
     scores: Tensor  # (n,) float32
     labels: Tensor  # (n,) int64 0-based classes
 
@@ -77,22 +77,22 @@ def decode_outputs(outputs: Outputs, recipe: Recipe) -> tuple[Tensor, Tensor, Te
     classes) and (N, P, 1).
     """
     logits, distances, centerness = outputs.flat()
-    sizes = outputs.map_sizes()
+    map_sizes = outputs.map_sizes()
     device = distances.device
     if recipe.norm_on_bbox:
-        distances = distances * point_strides(recipe, sizes, device)
-    boxes = decode(distances, make_anchors(recipe, sizes, device))
+        distances = distances * point_strides(recipe, map_sizes, device)
+    boxes = decode(distances, make_anchors(recipe, map_sizes, device))
     return boxes, logits, centerness
 
 
-def best_points(scores: Tensor, sizes: MapSizes, candidates: int) -> Tensor:
+def best_points(scores: Tensor, map_sizes: MapSizes, candidates: int) -> Tensor:
     """Return the indices (N, K) of the points with the highest scores (N, P).
 
     Of each level there are `candidates`, or all if the level has fewer points.
     """
     best = []
     start = 0
-    for rows, columns in sizes:
+    for rows, columns in map_sizes:
         count = rows * columns
         of_level = scores[:, start : start + count]
         indices = of_level.topk(min(count, candidates), dim=1).indices

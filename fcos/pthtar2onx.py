@@ -19,6 +19,7 @@ import common  # noqa: F401 before torch
 
 import functools
 import json
+from argparse import Namespace
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ DEPLOYED_FIELDS = (
 )
 # What a free size is traced at: a map with a side of 1 would stay so in the graph.
 TRACED_SIZE = (384, 512)
-LIMITS_IN_STRIDES = (4, 512)  # of a free height or width
+SIDE_LIMITS = (4, 512)  # of a free height or width, in canvas multiples of 32 pixels
 
 
 class Flat(nn.Module):
@@ -86,9 +87,13 @@ def main(argv: list[str] | None = None) -> None:
     require_packages()
     state = flags.checkpoint_to_use(args)
     requested = flags.chosen_recipe(args, RECIPES)
-    detector = Detector.from_checkpoint(state, requested, torch.device("cpu"))
+    device = torch.device("cpu")
+    detector = Detector.from_checkpoint(state, requested, device, user_fields=vars(args))
     recipe = detector.recipe
-    print(f"{note_on_preset(requested, state)}{state['path']}: {detector.report}")
+    note = note_on_preset(requested, state)
+    if note is not None:
+        print(note)
+    print(f"{state['path']}: {detector.report}")
     if args.decoded:
         network = Decoded(detector.model, recipe).eval()
         output_names = ["boxes", "scores"]
@@ -105,8 +110,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.dynamic:
         checked_sizes.append(image_size[::-1])
     for size in checked_sizes:
-        prepare_image = functools.partial(fit, size=size, recipe=recipe)
-        images = inputs_to_check(args.images, prepare_image, at_least=2)
+        fit_to_size = functools.partial(fit, size=size, recipe=recipe)
+        images = inputs_to_check(args.images, fit_to_size, at_least=2)
         for batch in (images[:1], images):
             difference = compare(graph, network, batch)
             print(f"onnxruntime against torch, {tuple(batch.shape)}: {difference}")
@@ -117,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{args.output_file}: {mebibytes:.1f} MiB, opset {args.opset}")
 
 
-def parse(argv: list[str] | None):
+def parse(argv: list[str] | None) -> Namespace:
     parser = flags.make_parser(__doc__.split("\n")[0], "files", recipes=RECIPES)
     parser.add_argument(
         "files",
@@ -127,7 +132,9 @@ def parse(argv: list[str] | None):
     )
     flags.add(parser, "--output-file", Path("fcos_r50.onnx"), "file to write")
     flags.add(parser, "--decoded", False, "boxes and scores instead of raw outputs")
-    flags.add(parser, "--dynamic", False, "height and width free, multiples of 32")
+    flags.add(
+        parser, "--dynamic", False, "height and width free: multiples of 32 from 128 to 16384"
+    )
     parser.add_argument("--shape", nargs=2, type=int, default=[800, 1344], metavar=("H", "W"))
     flags.add(parser, "--opset --opset-version", 17, "version of ONNX's operator set")
     parser.add_argument(
@@ -148,10 +155,10 @@ def parse(argv: list[str] | None):
 
 
 def free_height_and_width() -> dict:
-    """Return the axes of height and width as free multiples of the stride."""
-    least, most = LIMITS_IN_STRIDES
-    height = torch.export.Dim("height_in_strides", min=least, max=most)
-    width = torch.export.Dim("width_in_strides", min=least, max=most)
+    """Return the axes of height and width as free multiples of `CANVAS_MULTIPLE`."""
+    least, most = SIDE_LIMITS
+    height = torch.export.Dim("height_in_multiples", min=least, max=most)
+    width = torch.export.Dim("width_in_multiples", min=least, max=most)
     return {2: CANVAS_MULTIPLE * height, 3: CANVAS_MULTIPLE * width}
 
 

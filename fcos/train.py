@@ -29,12 +29,12 @@ from common.npu.loading import repeat_first_batch
 from common.npu.precision import build_sgd, set_learning_rate
 from common.npu.run import Run, RunState
 from fcos.augment import augment
-from fcos.config import NETWORK, RECIPES, Recipe
+from fcos.config import RECIPES, Recipe
 from fcos.data import build_loader, iterations_per_epoch, training_records
 from fcos.evaluate import detect_all, evaluate_and_save
 from fcos.loss import DetectionLoss
 from fcos.model import build_model, param_groups
-from fcos.weights import load_weights, recipe_of_checkpoint, with_mean_of
+from fcos.weights import NETWORK, load_weights, recipe_of_checkpoint, with_mean_of
 
 LOSSES = ("loss_cls", "loss_bbox", "loss_centerness", "loss")
 REMEDY = "lower --lr, clip with --clip_norm=10, use --loss_scale=dynamic, or see --check_data"
@@ -51,13 +51,18 @@ def main(argv: list[str] | None = None) -> int | None:
     # All that the run needs is read and built first. A former run's folder is moved only after
     # that, by `open_output`: a run that is refused changes nothing.
     run = Run.start(args, recipe)
-    weights = [] if run.resumed else flags.starting_weights(args, run.ranks)
-    for checkpoint in weights:
+    if run.resumed is None:
+        weights = flags.starting_weights(args, run.ranks)
+        trained = weights
+    else:
+        weights = []
+        trained = [run.resumed]
+    for checkpoint in trained:
         requested = recipe
-        recipe = with_mean_of(recipe_of_checkpoint(requested, checkpoint), checkpoint)
+        recipe = recipe_of_checkpoint(requested, checkpoint, user_fields=vars(args))
+        recipe = with_mean_of(recipe, checkpoint)
+        flags.require_agreement(args, recipe, checkpoint)
         run.log_network_change(checkpoint, requested, recipe)
-    if run.resumed:
-        recipe = with_mean_of(recipe, run.resumed)
     train_set = training_records(read_index(*train_files, classes=run.resumed_classes))
     val_set = read_index(*val_files, classes=train_set.class_names)
     for records in (train_set, val_set):
@@ -68,10 +73,13 @@ def main(argv: list[str] | None = None) -> int | None:
     model = build_model(recipe, num_classes)
     for checkpoint in weights:
         run.log.info(f"{checkpoint['path']}: {load_weights(model, checkpoint)}")
-    frozen = run.resumed["run"]["backbone frozen"] if run.resumed else bool(weights)
+    if run.resumed is None:
+        frozen = len(weights) > 0
+    else:
+        frozen = run.resumed_identity("backbone frozen")
     if frozen:
         model.backbone.freeze()
-    else:
+    elif run.resumed is None:
         run.log.info("weights: random: nothing is frozen, batch norm trains; give --pretrained")
     model.to(run.device, memory_format=memory_format(run.device))
     criterion = DetectionLoss(recipe, num_classes).to(run.device)
@@ -86,11 +94,13 @@ def main(argv: list[str] | None = None) -> int | None:
     world_size = run.ranks.world_size
     steps_per_epoch = iterations_per_epoch(train_set, recipe, world_size)
     total_steps = recipe.epochs * steps_per_epoch
-    terms = (*LOSSES, "grad_norm") if recipe.clip_norm else LOSSES
+    terms = LOSSES
+    if recipe.clip_norm:
+        terms = (*LOSSES, "grad_norm")
     progress = Progress(run, recipe, terms, steps_per_epoch, total_steps, REMEDY)
-    network = {field: getattr(recipe, field) for field in NETWORK}
-    network["backbone frozen"] = frozen
-    state = RunState(run, model, optimizer, progress, recipe, train_set, val_set, network)
+    identity = {field: getattr(recipe, field) for field in NETWORK}
+    identity["backbone frozen"] = frozen
+    state = RunState(run, model, optimizer, progress, recipe, train_set, val_set, identity)
     state.restore()
     parallel_model, optimizer = run.parallel(model, optimizer)
     parallel_model.train()
@@ -162,7 +172,7 @@ def evaluate(
         evaluation = None
         if result_rows is not None:
             evaluation = evaluate_and_save(
-                result_rows, val_set, recipe, run.output_dir, run.evaluation, run.log.info
+                result_rows, val_set, recipe, run.output_dir, run.evaluation_options, run.log.info
             )
         if progress.add_evaluation(evaluation):
             state.save_best()

@@ -5,7 +5,7 @@ The names in the network are the published ones (see model.py), so there is litt
 a backbone file's names get the prefix `backbone.`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from common.coco.index import COCO_CLASSES
 from common.errors import UserError
 from common.npu import checkpoint
 from common.npu.weights import LoadReport, load_matching, name_of, tensors_of, weights_on_cpu
-from fcos.config import DETECTRON2_MEAN, DETECTRON_MEAN, NETWORK, RECIPES, Recipe
+from fcos.config import DETECTRON2_MEAN, DETECTRON_MEAN, RECIPES, Recipe
 
 EARLY_NAMES = {
     "fcos_cls": "conv_cls",
@@ -23,8 +23,20 @@ EARLY_NAMES = {
     "fcos_centerness": "conv_centerness",
 }
 BACKBONE_MODULES = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc")
-# What the published presets differ in, once they are trained.
-PUBLISHED = ("head_norm", "conv_bias", "norm_on_bbox", "centerness_on_reg", "mean", "nms_iou")
+# Fields of the recipe that the weights of a checkpoint belong to.
+NETWORK = (
+    "name",
+    "backbone",
+    "channels",
+    "tower_convs",
+    "head_norm",
+    "conv_bias",
+    "norm_on_bbox",
+    "centerness_on_reg",
+    "mean",
+)
+# Those of them in which the published presets differ.
+PUBLISHED = ("head_norm", "conv_bias", "norm_on_bbox", "centerness_on_reg", "mean")
 # The preset of a published detector, by what each of its towers' layers has: (norm, bias).
 PRESETS = {(True, False): "gn", (False, True): "nogn", (True, True): "tricks"}
 
@@ -91,16 +103,22 @@ def _backbone_keys(tensors: dict[str, Tensor], file: str) -> dict[str, Tensor]:
 
 def is_conv_bias(key: str) -> bool:
     """Return whether a name in a ResNet is that of a convolution's bias."""
-    *_, module, parameter = ("", *key.split("."))
+    path, _, parameter = key.rpartition(".")
+    module = path.rpartition(".")[2]
     # The first layer of a shortcut, `downsample.0`, is a convolution as well.
     return parameter == "bias" and (module.startswith("conv") or module == "0")
 
 
-def recipe_of_checkpoint(recipe: Recipe, state: Mapping) -> Recipe:
+def recipe_of_checkpoint(
+    recipe: Recipe, state: Mapping, user_fields: Collection[str] = ()
+) -> Recipe:
     """Return the recipe with the network of a checkpoint.
 
     Ours say which it is. Of a published detector the head shows which preset it belongs to; that is
     taken unless the head of `recipe` has the same tensors. A backbone changes nothing.
+
+    The preset's `nms_iou`, which is not part of the network, is taken as well, unless the user has
+    chosen one: it is among the `user_fields`, or `recipe` has a value that no preset has.
     """
     saved = state.get("recipe")
     if saved:
@@ -109,7 +127,11 @@ def recipe_of_checkpoint(recipe: Recipe, state: Mapping) -> Recipe:
     if name is None:
         return recipe
     preset = RECIPES[name]
-    return replace(recipe, **{field: getattr(preset, field) for field in PUBLISHED})
+    changes = {field: getattr(preset, field) for field in PUBLISHED}
+    preset_values = [published.nms_iou for published in RECIPES.values()]
+    if recipe.nms_iou in preset_values and "nms_iou" not in user_fields:
+        changes["nms_iou"] = preset.nms_iou
+    return replace(recipe, **changes)
 
 
 def preset_taken(recipe: Recipe, state: Mapping) -> str | None:
@@ -122,12 +144,12 @@ def preset_taken(recipe: Recipe, state: Mapping) -> str | None:
     return name
 
 
-def note_on_preset(recipe: Recipe, state: Mapping) -> str:
-    """Return a line that says which preset is taken instead of `recipe`, empty where none is."""
+def note_on_preset(recipe: Recipe, state: Mapping) -> str | None:
+    """Return a line that says which preset is taken instead of `recipe`, None where none is."""
     name = preset_taken(recipe, state)
     if name is None:
-        return ""
-    return f"{name_of(state)}: has the head of --recipe={name}, which is taken\n"
+        return None
+    return f"{name_of(state)}: has the head of --recipe={name}, which is taken"
 
 
 def has_same_head(recipe: Recipe, other: Recipe) -> bool:
@@ -177,23 +199,32 @@ def mean_of(state: Mapping) -> tuple[float, float, float] | None:
 def num_classes_of(state: Mapping) -> int:
     """Return the number of foreground classes of a checkpoint's detector.
 
-    Raise UserError where it has no detection head.
+    Raise UserError where it has no detection heads.
     """
     head = network_keys(state).get("bbox_head.conv_cls.weight")
     if head is None:
-        raise UserError("the checkpoint has no detection head; give one of a trained detector")
+        raise UserError(f"{name_of(state)}: no detection heads; give a trained detector")
     return len(head)
 
 
 def named_classes(state: Mapping) -> tuple[str, ...] | None:
-    """Return the class names that a checkpoint holds, ours or MMDetection's (`meta.CLASSES`)."""
+    """Return the class names that a checkpoint holds, None where it holds none.
+
+    Ours have `classes`, MMDetection 2.x's `meta.CLASSES`, 3.x's `meta.dataset_meta.classes`.
+    """
+    meta = _mapping(state.get("meta"))
     names = state.get("classes")
-    meta = state.get("meta")
-    if not names and isinstance(meta, Mapping):
+    if not names:
         names = meta.get("CLASSES")
+    if not names:
+        names = _mapping(meta.get("dataset_meta")).get("classes")
     if isinstance(names, list | tuple):
         return tuple(names)
     return None
+
+
+def _mapping(value: object) -> Mapping:
+    return value if isinstance(value, Mapping) else {}
 
 
 def class_names_of(state: Mapping) -> tuple[str, ...]:

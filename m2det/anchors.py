@@ -10,7 +10,7 @@ from torch import Tensor
 
 from m2det.config import Recipe
 
-SMALLEST_SIDE = 1e-7  # normalised; the logarithm of a smaller side would be infinite
+SMALLEST_ENCODED_SIDE = 1e-7  # normalised; the logarithm of a smaller side would be infinite
 
 
 def make_anchors(recipe: Recipe) -> Tensor:
@@ -55,9 +55,9 @@ def _anchor_shapes(small: float, large: float, ratios: tuple[int, ...]) -> list[
     return shapes
 
 
-def anchors_per_cell(recipe: Recipe) -> int:
-    """Return the number of anchor shapes of a cell, which is the same on all maps."""
-    return 2 + 2 * len(recipe.anchor_ratios)
+def anchors_per_cell(recipe: Recipe) -> tuple[int, ...]:
+    """Return the number of anchors in a cell of each feature map: the same on all maps."""
+    return (2 + 2 * len(recipe.anchor_ratios),) * len(recipe.anchor_maps)
 
 
 def to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def encode(boxes_cxcywh: Tensor, anchors_cxcywh: Tensor, recipe: Recipe) -> Tens
     Source: SSD paper, equation 2, divided by the variances of its reference implementation.
     """
     center = boxes_cxcywh[..., :2]
-    size = boxes_cxcywh[..., 2:].clamp(min=SMALLEST_SIDE)
+    size = boxes_cxcywh[..., 2:].clamp(min=SMALLEST_ENCODED_SIDE)
     anchor_center = anchors_cxcywh[..., :2]
     anchor_size = anchors_cxcywh[..., 2:]
     center_delta = (center - anchor_center) / (anchor_size * recipe.center_variance)

@@ -22,7 +22,7 @@ VGG16_LAYERS = (
 VGG_WIDTHS = {"vgg16": 64, "vgg16_thin": 8}  # the thin one is for quick tries: nothing pretrained
 VGG_OUTPUTS = (22, 34)  # indices of the ReLUs after conv4_3 and fc7
 
-RESNET_BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+STAGES = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}  # blocks of each stage
 RESNET_WIDTHS = (64, 128, 256, 512)
 RESNET_STRIDES = (1, 2, 1, 2)  # stage 3 does not downsample: M2Det's change
 
@@ -133,7 +133,7 @@ def make_backbone(name: str) -> nn.Module:
     """
     if name in VGG_WIDTHS:
         return VGG16(VGG_WIDTHS[name])
-    if name in RESNET_BLOCKS:
-        return ResNet(RESNET_BLOCKS[name])
-    names = ", ".join([*VGG_WIDTHS, *RESNET_BLOCKS])
+    if name in STAGES:
+        return ResNet(STAGES[name])
+    names = ", ".join([*VGG_WIDTHS, *STAGES])
     raise UserError(f"--backbone {name}: is not one of {names}")

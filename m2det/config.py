@@ -7,19 +7,32 @@ of the same name (with dashes or underscores) overrides a field for one run.
 
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from common.errors import UserError
 
 # Above this total batch and learning rate, users of the original report divergence.
 SAFE_TOTAL_BATCH = 32
 SAFE_LR = 0.001
 
+NO_CROP = None  # in `crop_ious`: not to crop
 
-def option(default, help_text: str, *flags: str):
+# The fields that have a fixed set of values.
+CHOICES = {"nms": ("soft", "hard")}
+
+
+def option(default: Any, help_text: str, *flags: str) -> Any:
     """Declare a field that has a command-line flag; `flags` are further names of that flag."""
     return field(default=default, metadata={"help": help_text, "flags": flags})
 
 
 @dataclass(frozen=True)
 class Recipe:
+    """All numbers of a run, each with its unit.
+
+    Raise UserError for a value that its field does not allow.
+    """
+
     name: str = option("M2Det", "network name in logs and file names")
 
     # Network
@@ -47,8 +60,8 @@ class Recipe:
 
     # Augmentation
     augment: bool = option(True, "random crop, colour jitter, expansion and flip while training")
-    # Smallest IoU of the crop with every box; None stands for no crop, -inf for any IoU
-    crop_ious: tuple[float | None, ...] = (None, 0.1, 0.3, 0.5, 0.7, 0.9, float("-inf"))
+    # Smallest IoU of the crop with every box; -inf stands for any IoU
+    crop_ious: tuple[float | None, ...] = (NO_CROP, 0.1, 0.3, 0.5, 0.7, 0.9, float("-inf"))
     crop_trials: int = 50  # windows that are tried before another IoU is drawn
     crop_scale: tuple[float, float] = (0.3, 1.0)  # root of the crop's share of the image's area
     crop_ratio: tuple[float, float] = (0.5, 2.0)  # width over height of the crop, over the image's
@@ -105,6 +118,12 @@ class Recipe:
     max_detections: int = option(0, "largest number of detections in an image (0: no limit)")
     plus_one: bool = option(True, "COCO rows have width x2 - x1 + 1, as the original's")
 
+    def __post_init__(self):
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise UserError(f"--{name} {value}: not one of {', '.join(choices)}")
+
     def listing(self) -> str:
         """Return one line for each field, for the log."""
         lines = []
@@ -141,7 +160,8 @@ class Recipe:
         return self.lr * self.lr_factors[stage]
 
 
-_320 = Recipe(
+M2DET_512 = Recipe()  # the port's
+M2DET_320 = Recipe(
     image_size=320,
     anchor_maps=(40, 20, 10, 5, 3, 1),
     anchor_steps=(8, 16, 32, 64, 107, 320),
@@ -150,10 +170,10 @@ _320 = Recipe(
 )
 
 RECIPES: dict[str, Recipe] = {
-    "512_vgg": Recipe(),  # the port's
-    "512_vgg_original": Recipe(lr=0.004),
-    "320_vgg": _320,
-    "320_resnet101": replace(_320, backbone="resnet101", batch_size=12),
+    "512_vgg": M2DET_512,
+    "512_vgg_original": replace(M2DET_512, lr=0.004),
+    "320_vgg": M2DET_320,
+    "320_resnet101": replace(M2DET_320, backbone="resnet101", batch_size=12),
     "704_vgg": Recipe(
         image_size=704,
         anchor_maps=(88, 44, 22, 11, 6, 4),
@@ -171,11 +191,11 @@ RECIPES: dict[str, Recipe] = {
         lr=0.004,
     ),
     # Finetuning from a checkpoint: the port's numbers.
-    "finetune": Recipe(),
+    "finetune": M2DET_512,
     # For the built-in sample set, from random initialisation, in minutes on two CPU cores: a thin
     # network, small batches, and clipped gradients because nothing is pretrained.
     "quickstart": replace(
-        _320,
+        M2DET_320,
         name="M2Det-thin",
         backbone="vgg16_thin",
         planes=32,

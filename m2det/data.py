@@ -25,7 +25,14 @@ from common.npu.device import memory_format
 from common.npu.distributed import Ranks
 from common.npu.loading import loader_options
 from m2det.config import Recipe
-from m2det.geometry import Geometry, draw_geometry, draw_interpolation, keep_whole, move_boxes
+from m2det.geometry import (
+    Geometry,
+    draw_geometry,
+    draw_interpolation,
+    keep_whole,
+    move_boxes,
+    picture_box,
+)
 from m2det.resample import render, resize
 
 # By layout and split: the annotation sets, and for each the folder of its images.
@@ -44,7 +51,7 @@ LAYOUTS = {
 }
 SEED_FOLDER = "~/data/coco"  # where the original and its port look for COCO
 NO_COLOUR_JITTER = (0.0, 1.0, 0.0, 1.0)
-SMALLEST_SIDE = 1  # pixels; in an image that stays whole, smaller boxes are left out
+SMALLEST_BOX_SIDE = 1  # pixels; in an image that stays whole, smaller boxes are left out
 
 
 class Batch(NamedTuple):
@@ -54,15 +61,22 @@ class Batch(NamedTuple):
     boxes: Tensor  # (N, M, 4) float32 normalised xyxy
     labels: Tensor  # (N, M) int64 0-based classes
     valid: Tensor  # (N, M) bool
-    visible_box: Tensor  # (N, 4) float32 xyxy in pixels: where the colours are changed, if at all
-    colour_jitter: Tensor  # (N, 4) float32: grey levels added, factor of contrast, hue added (of
-    # 180), factor of saturation
+    colour_box: Tensor  # (N, 4) float32 xyxy, pixels of the network input: where colours change
+    # Grey levels added, factor of contrast, hue added (of 180), factor of saturation
+    colour_jitter: Tensor  # (N, 4) float32
     image_ids: Tensor  # (N,) int64
 
     def to(self, device: torch.device) -> "Batch":
-        """Copy all but the ids to the device, asynchronously where the memory is pinned."""
-        on_device = [tensor.to(device, non_blocking=True) for tensor in self[:-1]]
-        return Batch(*on_device, self.image_ids)
+        """Copy to the device, asynchronously from pinned memory; the ids stay on the host."""
+        return Batch(
+            images=self.images.to(device, non_blocking=True),
+            boxes=self.boxes.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            valid=self.valid.to(device, non_blocking=True),
+            colour_box=self.colour_box.to(device, non_blocking=True),
+            colour_jitter=self.colour_jitter.to(device, non_blocking=True),
+            image_ids=self.image_ids,
+        )
 
 
 def find_files(
@@ -147,7 +161,7 @@ def join_indexes(indexes: list[CocoIndex]) -> CocoIndex:
 
 @functools.cache
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return the values as a tensor that is copied to the device only once."""
+    """Return a tensor that is made once: a copy to the device in each step would wait for it."""
     return torch.tensor(values, device=device)
 
 
@@ -220,6 +234,7 @@ class TrainingSet(Dataset):
         if not self.recipe.augment:
             return self.whole_sample(image, record, interpolation="linear")
         rng = np.random.default_rng((self.seed, epoch, position))
+        # As in the original, an image without usable boxes is resized with a draw of its own.
         interpolation = draw_interpolation(self.recipe, rng)
         sample = self.augmented_sample(image, record, rng)
         if sample is None:
@@ -243,16 +258,13 @@ class TrainingSet(Dataset):
         boxes = boxes[is_large_enough]
         labels = labels[is_large_enough]
 
-        # The window covers all of the picture on the canvas.
-        window = np.array([geometry.window])
-        visible_box, _ = move_boxes(window, np.zeros(1), geometry)
-        visible_box = visible_box[0] * self.recipe.image_size
-        return self.make_sample(image, record, boxes, labels, geometry, visible_box, colour_jitter)
+        colour_box = picture_box(geometry) * self.recipe.image_size
+        return self.make_sample(image, record, boxes, labels, geometry, colour_box, colour_jitter)
 
     def whole_sample(self, image: np.ndarray, record: int, interpolation: str) -> Batch:
         """Return the image as it is, resized, with all boxes of at least a pixel."""
         boxes, labels = self.ground_truth(record)
-        is_large_enough = (boxes[:, 2:] - boxes[:, :2] >= SMALLEST_SIDE).all(axis=1)
+        is_large_enough = (boxes[:, 2:] - boxes[:, :2] >= SMALLEST_BOX_SIDE).all(axis=1)
         height, width = image.shape[:2]
         geometry = keep_whole(width, height, interpolation)
         boxes, labels = move_boxes(boxes[is_large_enough], labels[is_large_enough], geometry)
@@ -266,7 +278,7 @@ class TrainingSet(Dataset):
         boxes: np.ndarray,
         labels: np.ndarray,
         geometry: Geometry,
-        visible_box: np.ndarray,
+        colour_box: np.ndarray,
         colour_jitter: Sequence[float],
     ) -> Batch:
         """Render the image and pad its boxes (n, 4) normalised xyxy and labels (n,)."""
@@ -290,17 +302,19 @@ class TrainingSet(Dataset):
             boxes=torch.from_numpy(padded_boxes),
             labels=torch.from_numpy(padded_labels),
             valid=torch.from_numpy(valid),
-            visible_box=torch.tensor(visible_box, dtype=torch.float32),
+            colour_box=torch.tensor(colour_box, dtype=torch.float32),
             colour_jitter=torch.tensor(colour_jitter, dtype=torch.float32),
             image_ids=torch.tensor(self.records.image_ids[record]),
         )
 
 
-def epoch_order(length: int, seed: int, epoch: int, global_batch: int) -> Tensor:
-    """Return the records of an epoch: a permutation that is cut to a multiple of `global_batch`.
+def epoch_order(length: int, batch_size: int, world_size: int, seed: int, epoch: int) -> Tensor:
+    """Return the order of `length` records in an epoch: a permutation cut to full batches.
 
-    The seed is `seed + epoch`. A set smaller than one batch is repeated until it fills one.
+    A batch has `batch_size` records on each of `world_size` ranks. The seed is `seed + epoch`. A
+    set smaller than one batch is repeated until it fills one.
     """
+    global_batch = batch_size * world_size
     generator = torch.Generator().manual_seed(seed + epoch)
     order = torch.randperm(length, generator=generator)
     if length < global_batch:
@@ -328,7 +342,7 @@ class TrainingOrder(Sampler):
         if not len(records):
             raise UserError("the training set has no image; check --data_path")
         self.num_records = len(records)
-        self.global_batch = recipe.batch_size * ranks.world_size
+        self.batch_size = recipe.batch_size
         self.ranks = ranks
         self.seed = seed
         self.start = start
@@ -339,16 +353,19 @@ class TrainingOrder(Sampler):
         return self.end - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        world_size = self.ranks.world_size
+        global_batch = self.batch_size * world_size
         order = []
         order_epoch = -1
         for iteration in range(self.start, self.end):
             epoch = iteration // self.steps_per_epoch
             if epoch != order_epoch:
-                order = epoch_order(self.num_records, self.seed, epoch, self.global_batch).tolist()
+                order = epoch_order(
+                    self.num_records, self.batch_size, world_size, self.seed, epoch
+                ).tolist()
                 order_epoch = epoch
-            first = iteration % self.steps_per_epoch * self.global_batch
-            end = first + self.global_batch
-            positions = range(first + self.ranks.rank, end, self.ranks.world_size)
+            first = iteration % self.steps_per_epoch * global_batch
+            positions = range(first + self.ranks.rank, first + global_batch, world_size)
             yield [(epoch, position, order[position]) for position in positions]
 
 

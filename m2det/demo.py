@@ -5,7 +5,7 @@
     python3 demo.py                                      newest checkpoint, built-in sample
 
 Pictures keep the names of their images, below the folder that all have in common; `results.json`
-lists what is drawn. A file that cannot be read is told and left out; the exit status is 1 then.
+lists what is drawn. A file that cannot be read is reported and left out; the exit status is 1 then.
 """
 
 import sys
@@ -18,6 +18,7 @@ import common  # noqa: F401 before torch
 
 import tempfile
 import time
+from argparse import Namespace
 
 from common import flags
 from common.coco.demo_images import DemoOutput, find_images, read_images
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     recipe = flags.chosen_recipe(args, RECIPES)
     detector = Detector.from_checkpoint(state, recipe, device)
     print(f"{state['path']}: {detector.report}")
-    output = DemoOutput(args.show_dir, detector.class_names, args.min_score)
+    demo_output = DemoOutput(args.show_dir, detector.class_names, args.min_score)
     with tempfile.TemporaryDirectory() as scratch:
         inputs = args.inputs + args.img + args.directory
         if not inputs:
@@ -51,17 +52,17 @@ def main(argv: list[str] | None = None) -> int:
             for name, image, detections in zip(
                 names, images, detector.detect_batch(images), strict=True
             ):
-                output.add(name, image, *detections)
+                demo_output.add(name, image, *detections)
         seconds = time.perf_counter() - started
-    output.write()
-    count = len(output)
+    demo_output.write()
+    count = len(demo_output)
     print(
         f"{count} of {len(files)} images drawn in {args.show_dir}, {count / seconds:.1f} images/s"
     )
     return 0 if count == len(files) else 1
 
 
-def parse(argv: list[str] | None):
+def parse(argv: list[str] | None) -> Namespace:
     parser = flags.make_parser(__doc__.split("\n")[0], "data", "files", "device", recipes=RECIPES)
     parser.add_argument("inputs", nargs="*", metavar="IMAGE|FOLDER", help="default: sample images")
     parser.add_argument("--img", nargs="+", default=[], metavar="IMAGE|FOLDER", help="the same")

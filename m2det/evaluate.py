@@ -17,6 +17,7 @@ import common  # noqa: F401 before torch
 # isort: split
 
 import time
+from argparse import Namespace
 from collections.abc import Callable
 
 import numpy as np
@@ -50,7 +51,9 @@ from m2det.weights import named_classes
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    ranks, device, reason = start_process(args.device, args.device_id, args.timeout)
+    ranks, device, reason = start_process(
+        args.device, args.device_id, args.timeout, args.deterministic
+    )
     log = print if ranks.main else log_nothing
     log(reason)
 
@@ -64,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     require_num_classes(state["path"], len(detector.class_names), num_classes)
     log(f"{state['path']}: {detector.report}")
 
+    # The recipe's precision is that of training; evaluation is fp32 unless --amp is given.
     level = getattr(args, "amp", "O0")
     precision = Precision(device, level, recipe.loss_scale, args.amp_dtype)
     workers = workers_per_rank(args.num_workers, ranks.local_world_size)
@@ -89,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     log("\n".join(closing_lines))
 
 
-def parse(argv: list[str] | None):
+def parse(argv: list[str] | None) -> Namespace:
     groups = ("data", "files", "evaluation", "device", "process")
     parser = flags.make_parser(__doc__.split("\n")[0], *groups, recipes=RECIPES)
     flags.add(parser, "--format-only", False, "write results, no metrics")
@@ -97,7 +101,7 @@ def parse(argv: list[str] | None):
 
 
 def log_nothing(text: str) -> None:
-    """Only the main rank logs."""
+    """Ignore a line: only the main rank logs."""
 
 
 @torch.no_grad()

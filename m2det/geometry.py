@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from m2det.config import Recipe
+from m2det.config import NO_CROP, Recipe
 
 
 class Window(NamedTuple):
@@ -65,6 +65,7 @@ def draw_geometry(
 
 
 def draw_interpolation(recipe: Recipe, rng: np.random.Generator) -> str:
+    """Draw one of the recipe's interpolations."""
     return recipe.interpolations[rng.integers(len(recipe.interpolations))]
 
 
@@ -80,7 +81,7 @@ def crop_window(
     highest_iou = _highest_reachable_iou(boxes_xyxy, width, height, recipe)
     while True:
         min_iou = recipe.crop_ious[rng.integers(len(recipe.crop_ious))]
-        if min_iou is None:
+        if min_iou is NO_CROP:
             return Window(0, 0, width, height)
         # Most of the time would go into windows that cannot succeed, so these are not even drawn.
         if min_iou > highest_iou:
@@ -174,17 +175,32 @@ def move_boxes(
     Boxes whose centre lies outside the window are left out, the others are clipped to it.
     """
     window = geometry.window
-    canvas = geometry.canvas
     top_left = np.array([window.left, window.top])
     bottom_right = np.array([window.right, window.bottom])
     center = (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2
     is_inside = ((top_left < center) & (center < bottom_right)).all(axis=1)
 
     corners = boxes_xyxy[is_inside].reshape(-1, 2, 2)  # (n, corner, x and y)
-    corners = corners.clip(top_left, bottom_right) - top_left + (canvas.left, canvas.top)
-    boxes = corners.reshape(-1, 4)
-    if geometry.flip:
-        left, top, right, bottom = boxes.T
-        boxes = np.stack([canvas.width - right, top, canvas.width - left, bottom], axis=1)
-    boxes = boxes / (canvas.width, canvas.height, canvas.width, canvas.height)
+    corners = corners.clip(top_left, bottom_right)
+    boxes = _to_network_input(corners.reshape(-1, 4), geometry)
     return boxes, labels[is_inside]
+
+
+def picture_box(geometry: Geometry) -> np.ndarray:
+    """Return where the picture lies in the network input, (4,) normalised xyxy."""
+    return _to_network_input(np.array([geometry.window]), geometry)[0]
+
+
+def _to_network_input(boxes_xyxy: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """Return boxes (n, 4) inside the window in normalised xyxy of the network input."""
+    window = geometry.window
+    canvas = geometry.canvas
+    left, top, right, bottom = boxes_xyxy.T
+    left = left - window.left + canvas.left
+    right = right - window.left + canvas.left
+    top = top - window.top + canvas.top
+    bottom = bottom - window.top + canvas.top
+    if geometry.flip:
+        left, right = canvas.width - right, canvas.width - left
+    boxes = np.stack([left, top, right, bottom], axis=1)
+    return boxes / (canvas.width, canvas.height, canvas.width, canvas.height)

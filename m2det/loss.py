@@ -23,9 +23,9 @@ class DetectionLoss(nn.Module):
     """
 
     def __init__(self, recipe: Recipe, num_classes: int):
+        # The call is the same in all models; this loss does not need the number of classes.
         super().__init__()
         self.recipe = recipe
-        self.num_classes = num_classes
         anchors = make_anchors(recipe)
         self.register_buffer("anchors", anchors, persistent=False)
         # Stored by coordinate: the pairwise IoU reads contiguous rows.
@@ -38,31 +38,37 @@ class DetectionLoss(nn.Module):
         deltas, logits = outputs
         deltas = deltas.float()
         logits = logits.float()
-        positive, target_deltas, target_class = self.targets(boxes, labels, valid)
-        positives = positive.sum(dim=1)
-        normaliser = positives.sum().clamp(min=1)
+        positive, target_deltas, target_channels = self.targets(boxes, labels, valid)
+        num_positives = positive.sum(dim=1)
+        normaliser = num_positives.sum().clamp(min=1)
 
         box_loss = F.smooth_l1_loss(deltas, target_deltas, reduction="none").sum(dim=2)
         loss_bbox = torch.where(positive, box_loss, 0.0).sum() / normaliser
 
         # Flat, because a softmax over the middle one of three axes is much slower.
-        entropy = F.cross_entropy(logits.flatten(0, 1), target_class.flatten(), reduction="none")
-        entropy = entropy.view_as(target_class)
-        positive_loss = torch.where(positive, entropy, 0.0).sum()
-        negative_loss = self.hard_negatives(entropy, positive, positives).sum()
+        flat_cross_entropy = F.cross_entropy(
+            logits.flatten(0, 1), target_channels.flatten(), reduction="none"
+        )
+        cross_entropy = flat_cross_entropy.view_as(target_channels)
+        positive_loss = torch.where(positive, cross_entropy, 0.0).sum()
+        negative_loss = self.hard_negatives(cross_entropy, positive, num_positives).sum()
         loss_cls = (positive_loss + negative_loss) / normaliser
 
         return {"loss_cls": loss_cls, "loss_bbox": loss_bbox, "loss": loss_cls + loss_bbox}
 
-    def hard_negatives(self, entropy: Tensor, positive: Tensor, positives: Tensor) -> Tensor:
-        """Return the entropies (N, P) of the hardest negatives of each image, 0 in the others.
+    def hard_negatives(
+        self, cross_entropy: Tensor, positive: Tensor, num_positives: Tensor
+    ) -> Tensor:
+        """Return the losses (N, P) of the hardest negatives of each image in descending order.
 
-        `negative_ratio` negatives count for each positive. Each row is in descending order.
+        They are followed by zeros; columns are ranks, not anchors. `negative_ratio` negatives count
+        for each positive.
         """
-        negatives = torch.where(positive, 0.0, entropy).sort(dim=1, descending=True).values
-        rank = torch.arange(negatives.shape[1], device=negatives.device)
-        count = self.recipe.negative_ratio * positives
-        return torch.where(rank < count.unsqueeze(1), negatives, 0.0)
+        negative_loss = torch.where(positive, 0.0, cross_entropy)
+        hardest_first = negative_loss.sort(dim=1, descending=True).values
+        rank = torch.arange(hardest_first.shape[1], device=hardest_first.device)
+        num_negatives = self.recipe.negative_ratio * num_positives
+        return torch.where(rank < num_negatives.unsqueeze(1), hardest_first, 0.0)
 
     @torch.no_grad()
     def targets(
@@ -76,5 +82,5 @@ class DetectionLoss(nn.Module):
         deltas = encode(matched_boxes, self.anchors, self.recipe)
         # Anchors without a match may have been paired with padding, whose deltas can be infinite.
         deltas = torch.where(positive.unsqueeze(-1), deltas, 0.0)
-        channel = torch.where(positive, label + 1, 0)
-        return positive, deltas, channel
+        channels = torch.where(positive, label + 1, 0)
+        return positive, deltas, channels

@@ -66,8 +66,8 @@ class TUM(nn.Module):
     ):
         super().__init__()
 
-        def conv(inputs: int, kernel_size: int, stride: int, padding: int) -> BasicConv:
-            return BasicConv(inputs, planes, kernel_size, stride, padding, bn_momentum)
+        def conv(in_channels: int, kernel_size: int, stride: int, padding: int) -> BasicConv:
+            return BasicConv(in_channels, planes, kernel_size, stride, padding, bn_momentum)
 
         downs = [conv(in_channels, 3, stride=2, padding=1)]
         for _ in range(scales - 3):
@@ -155,11 +155,11 @@ class M2Det(nn.Module):
         leach = Leach(3 * planes, leached, uses=self.num_levels, bn_momentum=momentum)
         self.leach = nn.ModuleList([leach] * self.num_levels)
 
-        shapes = anchors_per_cell(recipe)
-        head_inputs = planes * self.num_levels
-        self.loc = _make_heads(head_inputs, shapes * COORDINATES, scales)
-        self.conf = _make_heads(head_inputs, shapes * self.logit_channels, scales)
-        self.sfam_module = SFAM(head_inputs, scales) if recipe.sfam else None
+        num_shapes = anchors_per_cell(recipe)
+        head_channels = planes * self.num_levels
+        self.loc = _make_heads(head_channels, num_shapes, COORDINATES)
+        self.conf = _make_heads(head_channels, num_shapes, self.logit_channels)
+        self.sfam_module = SFAM(head_channels, scales) if recipe.sfam else None
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         deltas = []
@@ -199,14 +199,16 @@ class M2Det(nn.Module):
         return maps
 
 
-def _make_heads(in_channels: int, out_channels: int, scales: int) -> nn.ModuleList:
-    """Return a 3x3 convolution for each scale.
+def _make_heads(
+    in_channels: int, num_shapes: tuple[int, ...], channels_per_anchor: int
+) -> nn.ModuleList:
+    """Return a 3x3 convolution for each scale, which has so many anchors in a cell.
 
     As in the original, the weights keep PyTorch's default.
     """
     heads = nn.ModuleList()
-    for _ in range(scales):
-        head = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+    for shapes in num_shapes:
+        head = nn.Conv2d(in_channels, shapes * channels_per_anchor, 3, padding=1)
         nn.init.zeros_(head.bias)
         heads.append(head)
     return heads

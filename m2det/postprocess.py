@@ -96,7 +96,8 @@ def _detect_in_image(
 
 
 @functools.cache
-def _anchors(recipe: Recipe, device: torch.device) -> Tensor:
+def anchors_on(device: torch.device, recipe: Recipe) -> Tensor:
+    """Return the anchors (P, 4) `cxcywh` on a device, where they stay for the next call."""
     return make_anchors(recipe).to(device)
 
 
@@ -136,7 +137,7 @@ def _likeliest(
     chosen = chosen.sort(dim=1).values
 
     image = torch.arange(len(chosen), device=chosen.device).unsqueeze(1)
-    anchors = _anchors(recipe, logits.device)
+    anchors = anchors_on(logits.device, recipe)
     chosen_outputs = (deltas[image, chosen], logits[image, chosen])
     boxes, scores = decode_outputs(chosen_outputs, anchors[chosen], recipe)
     num_passing = can_pass.sum(dim=1).to(boxes.dtype)  # (N,), exact: far below 2**24
@@ -184,23 +185,26 @@ def soft_nms(
     taken = []
     taken_scores = []
     for _ in range(limit):
-        best = row, scores.argmax(axis=1, keepdims=True)  # of equal scores the first
-        if not scores[best].any():
+        best_column = scores.argmax(axis=1, keepdims=True)  # of equal scores the first
+        best_scores = scores[row, best_column]  # (classes, 1)
+        if not best_scores.any():
             break
-        taken.append(index[best])
-        taken_scores.append(scores[best])
-        overlap_width = np.minimum(x2, x2[best]) - np.maximum(x1, x1[best])
-        overlap_height = np.minimum(y2, y2[best]) - np.maximum(y1, y1[best])
+        taken.append(index[row, best_column])
+        taken_scores.append(best_scores)
+        overlap_right = np.minimum(x2, x2[row, best_column])
+        overlap_bottom = np.minimum(y2, y2[row, best_column])
+        overlap_width = overlap_right - np.maximum(x1, x1[row, best_column])
+        overlap_height = overlap_bottom - np.maximum(y1, y1[row, best_column])
         overlap = np.maximum(overlap_width, 0) * np.maximum(overlap_height, 0)
-        iou = overlap / (areas + areas[best] - overlap)
+        iou = overlap / (areas + areas[row, best_column] - overlap)
         scores *= np.where(iou > iou_threshold, 1 - iou, 1)
-        scores[best] = 0
+        scores[row, best_column] = 0
         scores[scores < min_score] = 0
-    taken = np.concatenate(taken)
-    taken_scores = np.concatenate(taken_scores)
+    all_taken = np.concatenate(taken)
+    all_scores = np.concatenate(taken_scores)
     # The best score of a class of which no box is left is 0.
-    is_real = taken_scores > 0
-    return taken[is_real], taken_scores[is_real]
+    is_real = all_scores > 0
+    return all_taken[is_real], all_scores[is_real]
 
 
 def _rank_in_class(labels: np.ndarray) -> np.ndarray:

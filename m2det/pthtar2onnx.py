@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Export M2Det to ONNX, checked with onnxruntime against torch on real images.
 
-    python3 pthtar2onnx.py --checkpoint FILE             offsets (N, P, 4), logits (N, P, C)
-    python3 pthtar2onnx.py --checkpoint FILE --decoded   boxes (N, P, 4), scores (N, P, C)
+    python3 pthtar2onnx.py --checkpoint FILE             raw outputs
+    python3 pthtar2onnx.py --checkpoint FILE --decoded   boxes and scores
 
-Input: `image` (N, 3, S, S) float32, N free; P is the number of anchors. How to prepare it, the
-class names and the numbers of the NMS are in the file's metadata.
+Input: `image` (N, 3, S, S) float32, N free. Raw outputs: `offsets` (N, P, 4), the deltas of
+anchors.py, and `logits` (N, P, 1 + classes); P is the number of anchors. Decoded: `boxes` (N, P, 4)
+and `scores` (N, P, 1 + classes). Channel 0 of logits and scores is the background. How to prepare
+the input, the class names and the numbers of the NMS are in the file's metadata.
 """
 
 import sys
@@ -18,6 +20,7 @@ import common  # noqa: F401 before torch
 
 import functools
 import json
+from argparse import Namespace
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +51,10 @@ DEPLOYED_FIELDS = (
 
 
 class Decoded(nn.Module):
-    """The network with boxes (N, P, 4) normalised xyxy and scores (N, P, 1 + classes)."""
+    """The network with boxes (N, P, 4) normalised xyxy and scores (N, P, 1 + classes).
+
+    Channel 0 of the scores is the background.
+    """
 
     def __init__(self, network: nn.Module, recipe: Recipe):
         super().__init__()
@@ -87,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{args.output_file}: {mebibytes:.1f} MiB, opset {args.opset}")
 
 
-def parse(argv: list[str] | None):
+def parse(argv: list[str] | None) -> Namespace:
     parser = flags.make_parser(__doc__.split("\n")[0], "files", recipes=RECIPES)
     flags.add(parser, "--output-file", Path("m2det.onnx"), "file to write")
     flags.add(parser, "--decoded", False, "boxes and scores instead of raw outputs")
@@ -104,8 +110,9 @@ def deployment_notes(recipe: Recipe, class_names: tuple[str, ...]) -> dict[str, 
         "preprocessing": "BGR in 0..255, resized without keeping the aspect (bilinear, no "
         "antialias), minus mean",
         "boxes": "left, top, right, bottom, 0..1 of the image",
-        "offsets": "centre shift / prior size / variance, log of size ratio / variance",
+        "offsets": "centre shift / anchor size / variance, log of size ratio / variance",
         "logits": "background, then the classes; softmax over them gives scores",
+        "scores": "probabilities: background, then the classes",
     }
 
 

@@ -20,7 +20,7 @@ CHANNELS = 3
 class Taps(NamedTuple):
     """For each of R pixels of a result the K pixels of the source whose weighted sum it is."""
 
-    positions: np.ndarray  # (R, K) int64, ascending in both axes
+    positions: np.ndarray  # (R, K) int64, neighbouring pixels of the source in each row
     weights: np.ndarray  # (R, K) float32
 
 

@@ -16,6 +16,8 @@ import common  # noqa: F401 before torch
 
 # isort: split
 
+from argparse import SUPPRESS
+
 from torch import nn
 
 from common import flags
@@ -24,6 +26,7 @@ from common.coco.index import CocoIndex
 from common.errors import UserError
 from common.fps.progress import Progress
 from common.npu import distributed, entry
+from common.npu.checkpoint import load as load_checkpoint
 from common.npu.device import memory_format
 from common.npu.loading import repeat_first_batch
 from common.npu.precision import build_sgd, set_learning_rate
@@ -56,11 +59,18 @@ def main(argv: list[str] | None = None) -> int | None:
     # All that the run needs is read and built first. A former run's folder is moved only after
     # that, by `open_output`: a run that is refused changes nothing.
     run = Run.start(args, recipe)
-    args.pretrained = args.pretrained or default_backbone(args.recipe, recipe)
-    weights = [] if run.resumed else flags.starting_weights(args, run.ranks)
-    for checkpoint in weights:
+    if run.resumed is None:
+        weights = flags.starting_weights(args, run.ranks)
+        if not weights:
+            weights = default_backbone(recipe)
+        trained = weights
+    else:
+        weights = []
+        trained = [run.resumed]
+    for checkpoint in trained:
         requested = recipe
         recipe = recipe_of_checkpoint(requested, checkpoint)
+        flags.require_agreement(args, recipe, checkpoint)
         run.log_network_change(checkpoint, requested, recipe)
     train_set = read_records(train_files, classes=run.resumed_classes)
     val_set = read_records(val_files, classes=train_set.class_names)
@@ -73,7 +83,7 @@ def main(argv: list[str] | None = None) -> int | None:
     model = build_model(recipe, num_classes)
     for checkpoint in weights:
         run.log.info(f"{checkpoint['path']}: {load_weights(model, checkpoint)}")
-    if not weights and not run.resumed:
+    if not weights and run.resumed is None:
         run.log.info(
             "weights: random; --pretrained takes vgg16_reducedfc.pth (or torchvision's ResNet)"
         )
@@ -91,8 +101,8 @@ def main(argv: list[str] | None = None) -> int | None:
     steps_per_epoch = iterations_per_epoch(train_set, recipe, world_size)
     total_steps = recipe.epochs * steps_per_epoch
     progress = Progress(run, recipe, LOSSES, steps_per_epoch, total_steps, REMEDY)
-    network = {"backbone": recipe.backbone, "image size": recipe.image_size}
-    state = RunState(run, model, optimizer, progress, recipe, train_set, val_set, network)
+    identity = {"backbone": recipe.backbone, "image size": recipe.image_size}
+    state = RunState(run, model, optimizer, progress, recipe, train_set, val_set, identity)
     state.restore()
     parallel_model, optimizer = run.parallel(model, optimizer)
     parallel_model.train()
@@ -143,17 +153,17 @@ def main(argv: list[str] | None = None) -> int | None:
 
 def parse(argv: list[str] | None):
     parser = flags.make_parser(__doc__.split("\n")[0], *flags.TRAINING_GROUPS, recipes=RECIPES)
-    flags.add(parser, "--pth-path", "", "the same as --checkpoint")
-    args = parser.parse_args(argv)
-    args.checkpoint = args.checkpoint or args.pth_path
-    return args
+    parser.add_argument(
+        "--pth-path", dest="checkpoint", default=SUPPRESS, help="the same as --checkpoint"
+    )
+    return parser.parse_args(argv)
 
 
-def default_backbone(preset: str, recipe: Recipe) -> str:
-    """Return the port's file of ImageNet weights where it is there and fits, else nothing."""
-    if preset == "finetune" or recipe.backbone != "vgg16" or not PRETRAINED.is_file():
-        return ""
-    return str(PRETRAINED)
+def default_backbone(recipe: Recipe) -> list[dict]:
+    """Load the port's file of ImageNet weights where it is there and fits, else nothing."""
+    if recipe.backbone != "vgg16" or not PRETRAINED.is_file():
+        return []
+    return [load_checkpoint(PRETRAINED)]
 
 
 def require_trainable(recipe: Recipe) -> None:
@@ -178,7 +188,7 @@ def evaluate(
         evaluation = None
         if result_rows is not None:
             evaluation = evaluate_and_save(
-                result_rows, val_set, recipe, run.output_dir, run.evaluation, run.log.info
+                result_rows, val_set, recipe, run.output_dir, run.evaluation_options, run.log.info
             )
         if progress.add_evaluation(evaluation):
             state.save_best()

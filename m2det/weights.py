@@ -85,9 +85,9 @@ def num_classes_of(state: Mapping) -> int:
     deltas_bias = tensors.get("loc.0.bias")
     logits_bias = tensors.get("conf.0.bias")
     if deltas_bias is None or logits_bias is None:
-        raise UserError("the checkpoint has no detection heads; give one of a trained detector")
-    shapes = len(deltas_bias) // COORDINATES
-    return len(logits_bias) // shapes - 1  # without background
+        raise UserError(f"{name_of(state)}: no detection heads; give a trained detector")
+    num_shapes = len(deltas_bias) // COORDINATES
+    return len(logits_bias) // num_shapes - 1  # without background
 
 
 def named_classes(state: Mapping) -> tuple[str, ...] | None:

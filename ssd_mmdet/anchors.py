@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssd_mmdet.config import Recipe
 
-SMALLEST_SIDE = 1e-7  # pixels; the logarithm of a smaller side would be infinite
+SMALLEST_ENCODED_SIDE = 1e-7  # pixels; the logarithm of a side of 0 would be infinite
 
 
 def make_anchors(recipe: Recipe) -> Tensor:
@@ -65,7 +65,7 @@ def encode(boxes_xyxy: Tensor, anchors_xyxy: Tensor, recipe: Recipe) -> Tensor:
     center, size = _center_and_size(boxes_xyxy)
     anchor_center, anchor_size = _center_and_size(anchors_xyxy)
     center_delta = (center - anchor_center) / anchor_size / recipe.center_variance
-    size = size.clamp(min=SMALLEST_SIDE)
+    size = size.clamp(min=SMALLEST_ENCODED_SIDE)
     size_delta = (size / anchor_size).log() / recipe.size_variance
     return torch.cat([center_delta, size_delta], dim=-1)
 

@@ -7,17 +7,21 @@ underscores) overrides a field for one run.
 
 from bisect import bisect_right
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 IMAGES_OF_LR = 64  # the global batch size for which `lr` is given: eight devices of eight images
+NO_CROP = 1  # in `crop_ious`: not to crop
 
 
-def option(default, help_text: str, *flags: str):
+def option(default: Any, help_text: str, *flags: str) -> Any:
     """Declare a field that has a command-line flag; `flags` are further names of that flag."""
     return field(default=default, metadata={"help": help_text, "flags": flags})
 
 
 @dataclass(frozen=True)
 class Recipe:
+    """All numbers of a run, each with its unit."""
+
     name: str = option("SSD", "network name in logs and file names")
 
     # Network
@@ -47,7 +51,7 @@ class Recipe:
     hue: float = 18.0  # degrees added, from -hue to +hue
     expand_probability: float = 0.5
     expand_ratio: tuple[float, float] = (1.0, 4.0)  # side of the canvas over side of the image
-    crop_ious: tuple[float, ...] = (1, 0.1, 0.3, 0.5, 0.7, 0.9, 0)  # 1 stands for no crop
+    crop_ious: tuple[float, ...] = (NO_CROP, 0.1, 0.3, 0.5, 0.7, 0.9, 0)  # smallest IoU of a crop
     crop_trials: int = 50  # windows that are tried before another IoU is drawn
     crop_scale: float = 0.3  # smallest side of the crop over side of the image
     crop_ratio: tuple[float, float] = (0.5, 2.0)  # height over width of the crop, both in pixels
@@ -65,7 +69,7 @@ class Recipe:
     repeat: int = option(5, "passes over the training set in an epoch")
     lr: float = option(2e-3, "learning rate for a global batch of 64 images")
     lr_decay_epochs: tuple[int, ...] = option(
-        (16, 22), "epochs at whose start the learning rate decays"
+        (16, 22), "epochs (from 0) at whose start the learning rate decays"
     )
     lr_decay_factor: float = option(0.1, "factor on the learning rate at each decay")
     warmup: int = option(500, "iterations of warm-up (0: no warm-up)")

@@ -33,7 +33,9 @@ from ssd_mmdet.geometry import (
 
 NO_COLOUR_JITTER = (0.0, 1.0, 1.0, 0.0)
 RGB = (0, 1, 2)  # the channel order that changes nothing
-SMALLEST_IMAGE = 32  # pixels; the original does not train on images with a shorter side
+# The original trains neither on images nor on boxes with a shorter side, in pixels.
+SMALLEST_IMAGE_SIDE = 32
+SMALLEST_BOX_SIDE = 1
 
 
 class Batch(NamedTuple):
@@ -46,34 +48,44 @@ class Batch(NamedTuple):
     labels: Tensor  # (N, M) int64 0-based classes
     valid: Tensor  # (N, M) bool
     flip: Tensor  # (N,) bool
-    colour_jitter: Tensor  # (N, 4) float32: grey levels added; factors of contrast and saturation;
-    # degrees of hue added
+    # Grey levels added, factors of contrast and saturation, degrees of hue added
+    colour_jitter: Tensor  # (N, 4) float32
     channel_order: Tensor  # (N, 3) int64: which channel comes first, second and third
     image_ids: Tensor  # (N,) int64
 
     def to(self, device: torch.device) -> "Batch":
-        """Copy all but the ids to the device, asynchronously where the memory is pinned."""
-        on_device = [tensor.to(device, non_blocking=True) for tensor in self[:-1]]
-        return Batch(*on_device, self.image_ids)
+        """Copy to the device, asynchronously from pinned memory; the ids stay on the host."""
+        return Batch(
+            images=self.images.to(device, non_blocking=True),
+            visible_box=self.visible_box.to(device, non_blocking=True),
+            window_size=self.window_size.to(device, non_blocking=True),
+            boxes=self.boxes.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            valid=self.valid.to(device, non_blocking=True),
+            flip=self.flip.to(device, non_blocking=True),
+            colour_jitter=self.colour_jitter.to(device, non_blocking=True),
+            channel_order=self.channel_order.to(device, non_blocking=True),
+            image_ids=self.image_ids,
+        )
 
 
 def training_records(index: CocoIndex) -> CocoIndex:
     """Return the images to train on: those with an annotation, be it a crowd, and not tiny."""
     is_annotated = np.diff(index.offsets) > 0
-    is_large_enough = index.sizes.min(axis=1) >= SMALLEST_IMAGE
+    is_large_enough = index.sizes.min(axis=1) >= SMALLEST_IMAGE_SIDE
     return index.subset(is_annotated & is_large_enough)
 
 
 @functools.cache
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return the values as a tensor that is copied to the device only once."""
+    """Return a tensor that is made once: a copy to the device in each step would wait for it."""
     return torch.tensor(values, device=device)
 
 
 def normalise(images: Tensor, recipe: Recipe) -> Tensor:
     """Subtract the mean from images (N, H, W, 3) in 0..255.
 
-    Returns (N, 3, H, W) float32 in the memory format of the device.
+    Return (N, 3, H, W) float32 in the memory format of the device.
     """
     images = images.float() - constant(recipe.mean, images.device)
     images = images.permute(0, 3, 1, 2)
@@ -87,18 +99,12 @@ def prepare_image(image: np.ndarray, recipe: Recipe) -> Tensor:
     return normalise(batch, recipe).squeeze(0)
 
 
-class ColourDraws(NamedTuple):
-    """The random numbers of a sample's colour jitter, as a Batch has them."""
+def draw_colour_jitter(recipe: Recipe, rng: random.Random) -> tuple[float, float, float, float]:
+    """Draw the colour jitter of a sample, as a Batch has it.
 
-    colour_jitter: tuple[float, float, float, float] = NO_COLOUR_JITTER
-    channel_order: tuple[int, int, int] = RGB
-
-
-def draw_colours(recipe: Recipe, rng: random.Random) -> ColourDraws:
-    """Draw the colour jitter of a sample; each of its five changes has probability 1/2.
-
-    The original changes the contrast at random before or after saturation and hue. Both orders give
-    the same image, so here the contrast always comes before.
+    Each of its four changes has probability 1/2. The original changes the contrast at random before
+    or after saturation and hue. Both orders give the same image, so here the contrast always comes
+    before.
     """
 
     def draw_or_keep(low: float, high: float, neutral: float) -> float:
@@ -110,10 +116,14 @@ def draw_colours(recipe: Recipe, rng: random.Random) -> ColourDraws:
     contrast = draw_or_keep(*recipe.contrast, neutral=1.0)
     saturation = draw_or_keep(*recipe.saturation, neutral=1.0)
     hue = draw_or_keep(-recipe.hue, recipe.hue, neutral=0.0)
-    channel_order = RGB
+    return brightness, contrast, saturation, hue
+
+
+def draw_channel_order(rng: random.Random) -> tuple[int, int, int]:
+    """Draw the order of a sample's channels, which with probability 1/2 stays RGB."""
     if rng.randrange(2):
-        channel_order = tuple(rng.sample(range(3), 3))
-    return ColourDraws((brightness, contrast, saturation, hue), channel_order)
+        return tuple(rng.sample(range(3), 3))
+    return RGB
 
 
 class TrainingSet(Dataset):
@@ -131,7 +141,7 @@ class TrainingSet(Dataset):
         size = table.box_xywh[:, 2:]
         boxes_xyxy = np.concatenate([top_left, top_left + size], axis=1).astype(np.float32)
         has_area = ~(table.area <= 0)  # the area is NaN where the file has none
-        is_used = (size >= 1).all(axis=1) & has_area & ~table.ignore
+        is_used = (size >= SMALLEST_BOX_SIDE).all(axis=1) & has_area & ~table.ignore
         is_object = is_used & ~table.crowd
         is_crowd = is_used & table.crowd
         self.boxes = boxes_xyxy[is_object]
@@ -161,17 +171,19 @@ class TrainingSet(Dataset):
         boxes, labels, crowd_boxes = self.ground_truth(record)
 
         window = Window(0, 0, width, height)
-        colours = ColourDraws()
+        colour_jitter = NO_COLOUR_JITTER
+        channel_order = RGB
         flip = False
         if recipe.augment:
             # Python's generator hashes a text by SHA-512: similar texts give unrelated numbers.
             rng = random.Random(f"{self.seed} {epoch} {position}")
-            colours = draw_colours(recipe, rng)
-            window = canvas_around(width, height, recipe, rng)
+            colour_jitter = draw_colour_jitter(recipe, rng)
+            channel_order = draw_channel_order(rng)
+            canvas = canvas_around(width, height, recipe, rng)
             all_boxes = boxes.tolist() + crowd_boxes.tolist()
-            crop = crop_window(window, all_boxes, recipe, rng)
+            crop = crop_window(canvas, all_boxes, recipe, rng)
+            window = canvas if crop is None else crop
             if crop is not None:
-                window = crop
                 is_inside = [crop.has_center_of(box) for box in all_boxes[: len(boxes)]]
                 is_inside = np.array(is_inside, dtype=bool)
                 boxes = boxes[is_inside]
@@ -194,8 +206,8 @@ class TrainingSet(Dataset):
             labels=torch.from_numpy(padded_labels),
             valid=torch.from_numpy(valid),
             flip=torch.tensor(flip),
-            colour_jitter=torch.tensor(colours.colour_jitter, dtype=torch.float32),
-            channel_order=torch.tensor(colours.channel_order),
+            colour_jitter=torch.tensor(colour_jitter, dtype=torch.float32),
+            channel_order=torch.tensor(channel_order),
             image_ids=torch.tensor(self.records.image_ids[record]),
         )
 
@@ -215,7 +227,7 @@ def _offsets_of_subset(offsets: np.ndarray, is_kept: np.ndarray) -> np.ndarray:
     return kept_before[offsets]
 
 
-def aspect_groups(records: CocoIndex, recipe: Recipe) -> list[np.ndarray]:
+def orientation_groups(records: CocoIndex, recipe: Recipe) -> list[np.ndarray]:
     """Return the positions of upright (or square) and of landscape images in an epoch.
 
     An epoch is `repeat` passes over the R records: position p stands for record p modulo R. As in
@@ -230,48 +242,49 @@ def aspect_groups(records: CocoIndex, recipe: Recipe) -> list[np.ndarray]:
 def iterations_per_epoch(records: CocoIndex, recipe: Recipe, world_size: int) -> int:
     """Return the steps of an epoch, in which each group fills whole batches on all ranks."""
     global_batch = recipe.batch_size * world_size
-    return sum(ceil_div(len(group), global_batch) for group in aspect_groups(records, recipe))
+    groups = orientation_groups(records, recipe)
+    return sum(ceil_div(len(group), global_batch) for group in groups)
 
 
 def epoch_order(
-    groups: list[np.ndarray], batch_size: int, world_size: int, seed: int
+    groups: list[np.ndarray], batch_size: int, world_size: int, seed: int, epoch: int
 ) -> np.ndarray:
     """Return the positions of an epoch in shuffled order, batches of one group each.
 
     Rank r takes the r-th of `world_size` equal sections. As in the original, a single process draws
-    from numpy's legacy generator and several draw from torch's.
+    from numpy's legacy generator and several draw from torch's, with the seed `seed + epoch`.
     """
     if world_size == 1:
-        return _order_for_one_process(groups, batch_size, seed)
-    return _order_for_ranks(groups, batch_size, world_size, seed)
+        return _order_for_one_process(groups, batch_size, seed + epoch)
+    return _order_for_ranks(groups, batch_size, world_size, seed + epoch)
 
 
 def _order_for_one_process(groups: list[np.ndarray], batch_size: int, seed: int) -> np.ndarray:
     """Shuffle each group, fill it up with random repeats, and shuffle the batches."""
-    generator = np.random.RandomState(seed % 2**32)
+    rng = np.random.RandomState(seed % 2**32)
     filled_groups = []
     for group in groups:
         missing = round_up(len(group), batch_size) - len(group)
         shuffled = group.copy()
-        generator.shuffle(shuffled)
-        repeats = generator.choice(shuffled, missing)
+        rng.shuffle(shuffled)
+        repeats = rng.choice(shuffled, missing)
         filled_groups += [shuffled, repeats]
     batches = np.concatenate(filled_groups).reshape(-1, batch_size)
-    return batches[generator.permutation(len(batches))].reshape(-1)
+    return batches[rng.permutation(len(batches))].reshape(-1)
 
 
 def _order_for_ranks(
     groups: list[np.ndarray], batch_size: int, world_size: int, seed: int
 ) -> np.ndarray:
     """Shuffle each group, fill it up from its beginning, and shuffle the batches."""
-    generator = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     filled_groups = []
     for group in groups:
-        permutation = torch.randperm(len(group), generator=generator).numpy()
+        permutation = torch.randperm(len(group), generator=rng).numpy()
         filled_length = round_up(len(group), batch_size * world_size)
         filled_groups.append(np.resize(group[permutation], filled_length))
     batches = np.concatenate(filled_groups).reshape(-1, batch_size)
-    permutation = torch.randperm(len(batches), generator=generator).numpy()
+    permutation = torch.randperm(len(batches), generator=rng).numpy()
     return batches[permutation].reshape(-1)
 
 
@@ -285,15 +298,18 @@ class TrainingOrder(Sampler):
         self, records: CocoIndex, recipe: Recipe, ranks: Ranks, seed: int, start: int, end: int
     ):
         if not len(records):
-            raise UserError("no image of the training set has an annotation; check --data_path")
-        self.groups = aspect_groups(records, recipe)
+            raise UserError(
+                "no image of the training set has an annotation and sides of "
+                f"{SMALLEST_IMAGE_SIDE} pixels; check --data_path"
+            )
+        self.groups = orientation_groups(records, recipe)
         self.num_records = len(records)
         self.batch_size = recipe.batch_size
         self.ranks = ranks
         self.seed = seed
         self.start = start
         self.end = end
-        self.iters_per_epoch = iterations_per_epoch(records, recipe, ranks.world_size)
+        self.steps_per_epoch = iterations_per_epoch(records, recipe, ranks.world_size)
 
     def __len__(self) -> int:
         return self.end - self.start
@@ -301,15 +317,15 @@ class TrainingOrder(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         order = None
         order_epoch = -1
-        first_batch_of_rank = self.ranks.rank * self.iters_per_epoch
+        first_batch_of_rank = self.ranks.rank * self.steps_per_epoch
         for iteration in range(self.start, self.end):
-            epoch = iteration // self.iters_per_epoch
+            epoch = iteration // self.steps_per_epoch
             if epoch != order_epoch:
                 order = epoch_order(
-                    self.groups, self.batch_size, self.ranks.world_size, self.seed + epoch
+                    self.groups, self.batch_size, self.ranks.world_size, self.seed, epoch
                 )
                 order_epoch = epoch
-            batch = first_batch_of_rank + iteration % self.iters_per_epoch
+            batch = first_batch_of_rank + iteration % self.steps_per_epoch
             first = batch * self.batch_size
             keys = []
             for position in range(first, first + self.batch_size):
@@ -352,7 +368,7 @@ def build_loader(
 
     In training it yields the Batches of the iterations `start` to `end` (by default the end of the
     run); in evaluation it yields (images, sizes, image ids) of each of the rank's images once.
-    Raises UserError where there is nothing to train on.
+    Raise UserError where there is nothing to train on.
     """
     ranks = ranks or Ranks()
     options = loader_options(workers, pin_memory)

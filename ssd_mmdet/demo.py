@@ -5,7 +5,7 @@
     python3 demo.py                                      newest checkpoint, built-in sample
 
 Pictures keep the names of their images, below the folder that all have in common; `results.json`
-lists what is drawn. A file that cannot be read is told and left out; the exit status is 1 then.
+lists what is drawn. A file that cannot be read is reported and left out; the exit status is 1 then.
 """
 
 import sys
@@ -18,6 +18,8 @@ import common  # noqa: F401 before torch
 
 import tempfile
 import time
+from argparse import Namespace
+from dataclasses import replace
 
 from common import flags
 from common.coco.demo_images import DemoOutput, find_images, read_images
@@ -34,12 +36,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     device, reason = setup_device(args.device, args.device_id)
     print(reason)
-    if args.config:
-        print(f"--config {args.config}: not needed, the checkpoint says which network it is")
     state = flags.checkpoint_to_use(args)
-    detector = Detector.from_checkpoint(state, RECIPES["1p"], device)
+    recipe = replace(RECIPES["1p"], eval_batch_size=args.batch_size)
+    detector = Detector.from_checkpoint(state, recipe, device)
     print(f"{state['path']}: {detector.report}")
-    output = DemoOutput(args.show_dir, detector.class_names, args.min_score)
+    demo_output = DemoOutput(args.show_dir, detector.class_names, args.min_score)
     with tempfile.TemporaryDirectory() as scratch:
         inputs = args.inputs + args.img
         if not inputs:
@@ -52,26 +53,31 @@ def main(argv: list[str] | None = None) -> int:
             for name, image, detections in zip(
                 names, images, detector.detect_batch(images), strict=True
             ):
-                output.add(name, image, *detections)
+                demo_output.add(name, image, *detections)
         seconds = time.perf_counter() - started
-    output.write()
-    count = len(output)
+    demo_output.write()
+    count = len(demo_output)
     print(
         f"{count} of {len(files)} images drawn in {args.show_dir}, {count / seconds:.1f} images/s"
     )
     return 0 if count == len(files) else 1
 
 
-def parse(argv: list[str] | None):
+def parse(argv: list[str] | None) -> Namespace:
     parser = flags.make_parser(__doc__.split("\n")[0], "files", "device")
     parser.add_argument("inputs", nargs="*", metavar="IMAGE|FOLDER", help="default: sample images")
     parser.add_argument("--img", nargs="+", default=[], metavar="IMAGE|FOLDER", help="the same")
-    flags.add(parser, "--show-dir", Path("show_dir"), "folder of the pictures")
+    flags.add(parser, "--show-dir", Path("demo_output"), "folder of the pictures")
     flags.add(parser, "--min-score --score-thr", 0.3, "lowest score that is drawn")
     flags.add(parser, "-b --batch-size", 8, "images that go through the network at once")
-    flags.add(parser, "--config", "", "of old commands; the checkpoint says which network it is")
-    flags.add(parser, "--show", False, "of old commands; no window opens beside --show_dir")
-    return parser.parse_args(argv)
+    flags.add(parser, "--config", "", "no effect: the checkpoint shows its network")
+    flags.add(parser, "--show", False, "no effect: pictures are written, see --show-dir")
+    args = parser.parse_args(argv)
+    if args.config:
+        print("--config has no effect: the checkpoint shows its network")
+    if args.show:
+        print(f"--show has no effect: the pictures will be in {args.show_dir}")
+    return args
 
 
 if __name__ == "__main__":

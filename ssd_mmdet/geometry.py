@@ -12,10 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ssd_mmdet.config import Recipe
+from ssd_mmdet.config import NO_CROP, Recipe
 
 Box = Sequence[float]  # left, top, right, bottom
-NO_CROP = 1  # the entry of `Recipe.crop_ious` that stands for no crop
 # A cut-out begins at a whole pixel up to this error, in pixels; it shifts the picture unnoticeably.
 ALIGNMENT_TOLERANCE = 1 / 64
 
@@ -171,13 +170,17 @@ def cut_and_resize(
     if visible.shape[:2] == (window.height, window.width):
         return resize(visible, size, size), visible_box
 
-    x = _place_on_axis(visible_box[0], visible_box[2], window.width, size)
-    y = _place_on_axis(visible_box[1], visible_box[3], window.height, size)
-    source_height = y.black_before + len(visible) + y.black_after
-    source_width = x.black_before + visible.shape[1] + x.black_after
+    result = np.zeros((size, size, 3), np.uint8)
+    x = _placement_on_axis(visible_box[0], visible_box[2], window.width, size)
+    y = _placement_on_axis(visible_box[1], visible_box[3], window.height, size)
+    if x.first == x.end or y.first == y.end:  # the image reaches no pixel of the result
+        return result, visible_box
+    visible_height, visible_width = visible.shape[:2]
+    source_height = y.black_before + visible_height + y.black_after
+    source_width = x.black_before + visible_width + x.black_after
     source = np.zeros((source_height, source_width, 3), np.uint8)
-    source_rows = slice(y.black_before, y.black_before + visible.shape[0])
-    source_columns = slice(x.black_before, x.black_before + visible.shape[1])
+    source_rows = slice(y.black_before, y.black_before + visible_height)
+    source_columns = slice(x.black_before, x.black_before + visible_width)
     source[source_rows, source_columns] = visible
     resized = resize(
         source,
@@ -185,7 +188,6 @@ def cut_and_resize(
         width=x.end - x.origin,
         scales=(size / window.height, size / window.width),
     )
-    result = np.zeros((size, size, 3), np.uint8)
     result[y.first : y.end, x.first : x.end] = resized[y.first - y.origin :, x.first - x.origin :]
     return result, visible_box
 
@@ -200,12 +202,14 @@ class AxisPlacement(NamedTuple):
     black_after: int  # black pixels of the source after the image
 
 
-def _place_on_axis(image_start: int, image_end: int, window_length: int, size: int):
-    """Return the AxisPlacement of an image that covers these pixels of the window's axis.
+def _placement_on_axis(
+    image_start: int, image_end: int, window_length: int, size: int
+) -> AxisPlacement:
+    """Return the placement of an image that covers these pixels of the window's axis.
 
     Pixel p of the result has its centre at (p + 0.5) * scale - 0.5 in the window and blends the two
     pixels around it, so it shows the image if that centre lies between `image_start` - 1 and
-    `image_end`.
+    `image_end`. Where there is no such pixel, `first` is `end`.
     """
     scale = window_length / size
     first = max(0, math.floor((image_start - 0.5) / scale - 0.5) + 1)

@@ -34,30 +34,34 @@ class DetectionLoss(nn.Module):
         deltas, logits = outputs
         deltas = deltas.float()
         logits = logits.float()
-        positive, target_deltas, target_class = self.targets(boxes, labels, valid)
-        positives = positive.sum(dim=1)
-        normaliser = positives.clamp(min=1).sum()
+        positive, target_deltas, target_channels = self.targets(boxes, labels, valid)
+        num_positives = positive.sum(dim=1)
+        normaliser = num_positives.clamp(min=1).sum()
 
         box_loss = F.smooth_l1_loss(deltas, target_deltas, reduction="none").sum(dim=2)
         loss_bbox = torch.where(positive, box_loss, 0.0).sum() / normaliser
 
         # Flat, because a softmax over the middle one of three axes is much slower.
-        entropy = F.cross_entropy(logits.flatten(0, 1), target_class.flatten(), reduction="none")
-        entropy = entropy.view_as(target_class)
-        positive_loss = torch.where(positive, entropy, 0.0).sum()
-        negative_loss = self.hard_negatives(entropy, positive, positives).sum()
+        flat_logits = logits.flatten(0, 1)
+        cross_entropy = F.cross_entropy(flat_logits, target_channels.flatten(), reduction="none")
+        cross_entropy = cross_entropy.view_as(target_channels)
+        positive_loss = torch.where(positive, cross_entropy, 0.0).sum()
+        negative_loss = self.hard_negatives(cross_entropy, positive, num_positives).sum()
         loss_cls = (positive_loss + negative_loss) / normaliser
 
         return {"loss_cls": loss_cls, "loss_bbox": loss_bbox, "loss": loss_cls + loss_bbox}
 
-    def hard_negatives(self, entropy: Tensor, positive: Tensor, positives: Tensor) -> Tensor:
-        """Return the entropies (N, P) of the hardest negatives of each image, 0 in the others.
+    def hard_negatives(
+        self, cross_entropy: Tensor, positive: Tensor, num_positives: Tensor
+    ) -> Tensor:
+        """Return the losses (N, P) of the hardest negatives of each image.
 
-        `negative_ratio` negatives count for each positive. Each row is in descending order.
+        They are in descending order, followed by zeros: columns are ranks, not anchors.
+        `negative_ratio` negatives count for each of the `num_positives` (N,).
         """
-        negatives = torch.where(positive, 0.0, entropy).sort(dim=1, descending=True).values
+        negatives = torch.where(positive, 0.0, cross_entropy).sort(dim=1, descending=True).values
         rank = torch.arange(negatives.shape[1], device=negatives.device)
-        count = self.recipe.negative_ratio * positives
+        count = self.recipe.negative_ratio * num_positives
         return torch.where(rank < count.unsqueeze(1), negatives, 0.0)
 
     @torch.no_grad()
@@ -70,5 +74,5 @@ class DetectionLoss(nn.Module):
         deltas = encode(matched_boxes, self.anchors, self.recipe)
         # Anchors without a match may have been paired with padding, whose deltas can be infinite.
         deltas = torch.where(positive.unsqueeze(-1), deltas, 0.0)
-        channel = torch.where(positive, label, self.background)
-        return positive, deltas, channel
+        channels = torch.where(positive, label, self.background)
+        return positive, deltas, channels

@@ -19,6 +19,7 @@ VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512
 FIRST_LEVEL_CHANNELS = 512
 FIRST_LEVEL_LAYER = 22  # index in `features` of the ReLU whose normalised output is level 0
 FC7_CHANNELS = 1024  # VGG16's layers fc6 and fc7 as convolutions
+INITIAL_LENGTH = 20.0  # of level 0's normalised vectors; SSD paper, section 3.1
 
 
 class ExtraLevel(NamedTuple):
@@ -49,11 +50,14 @@ EXTRA_LEVELS = {  # by the size of the network input
 
 
 class L2Norm(nn.Module):
-    """Scale the channel vector of each cell to length `weight`, in fp32 whatever the input."""
+    """Scale the channel vector of each cell to length 1, then each channel by its `weight`.
+
+    Computed in fp32 whatever the input.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.full((channels,), 20.0))
+        self.weight = nn.Parameter(torch.full((channels,), INITIAL_LENGTH))
 
     def forward(self, x: Tensor) -> Tensor:
         x_fp32 = x.float()
@@ -141,8 +145,8 @@ class Head(nn.Module):
     def __init__(self, recipe: Recipe, level_channels: list[int], class_channels: int):
         super().__init__()
         self.class_channels = class_channels
-        self.reg_convs = _level_convolutions(recipe, level_channels, outputs=4)
-        self.cls_convs = _level_convolutions(recipe, level_channels, outputs=class_channels)
+        self.reg_convs = _make_heads(recipe, level_channels, outputs=4)
+        self.cls_convs = _make_heads(recipe, level_channels, outputs=class_channels)
         for layer in [*self.reg_convs, *self.cls_convs]:
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -151,23 +155,26 @@ class Head(nn.Module):
         deltas = []
         logits = []
         for level, convolution in zip(levels, self.reg_convs, strict=True):
-            deltas.append(_by_anchor(convolution(level), 4))
+            deltas.append(_rows_of_anchors(convolution(level), 4))
         for level, convolution in zip(levels, self.cls_convs, strict=True):
-            logits.append(_by_anchor(convolution(level), self.class_channels))
+            logits.append(_rows_of_anchors(convolution(level), self.class_channels))
         return torch.cat(deltas, dim=1), torch.cat(logits, dim=1)
 
 
-def _level_convolutions(recipe: Recipe, level_channels: list[int], outputs: int) -> nn.ModuleList:
+def _make_heads(recipe: Recipe, level_channels: list[int], outputs: int) -> nn.ModuleList:
     """Return a 3x3 convolution for each feature map that has `outputs` channels for each anchor."""
-    convolutions = nn.ModuleList()
-    for channels, anchors in zip(level_channels, anchors_per_cell(recipe), strict=True):
-        convolutions.append(nn.Conv2d(channels, anchors * outputs, 3, padding=1))
-    return convolutions
+    heads = nn.ModuleList()
+    for in_channels, shapes in zip(level_channels, anchors_per_cell(recipe), strict=True):
+        heads.append(nn.Conv2d(in_channels, shapes * outputs, 3, padding=1))
+    return heads
 
 
-def _by_anchor(raw: Tensor, outputs: int) -> Tensor:
-    """Rearrange (N, anchors of a cell * outputs, H, W) to (N, anchors of the level, outputs)."""
-    return raw.permute(0, 2, 3, 1).reshape(raw.shape[0], -1, outputs)
+def _rows_of_anchors(output: Tensor, channels: int) -> Tensor:
+    """Return a head's output (N, shapes * channels, H, W) as (N, H * W * shapes, channels).
+
+    The rows are in the order of the anchors: row, column, shape.
+    """
+    return output.permute(0, 2, 3, 1).reshape(output.shape[0], -1, channels)
 
 
 class SSD(nn.Module):
@@ -189,7 +196,7 @@ class SSD(nn.Module):
 def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
     """Return the network for `num_classes` foreground classes, with random weights.
 
-    Raises UserError for an image size for which there is no SSD.
+    Raise UserError for an image size for which there is no SSD.
     """
     if recipe.image_size not in EXTRA_LEVELS:
         sizes = ", ".join(str(size) for size in EXTRA_LEVELS)

@@ -54,7 +54,7 @@ def detect(outputs: tuple[Tensor, Tensor], sizes: Tensor, recipe: Recipe) -> lis
     class, in fp32 and in pixels of the original image. The `max_detections` best survivors are
     returned.
     """
-    anchors = _anchors_on(outputs[0].device, recipe)
+    anchors = anchors_on(outputs[0].device, recipe)
     boxes, scores = decode_outputs(outputs, anchors, recipe)
     detections = []
     for index, image_candidates in enumerate(candidates(boxes, scores, recipe)):
@@ -71,7 +71,8 @@ def detect(outputs: tuple[Tensor, Tensor], sizes: Tensor, recipe: Recipe) -> lis
 
 
 @functools.cache
-def _anchors_on(device: torch.device, recipe: Recipe) -> Tensor:
+def anchors_on(device: torch.device, recipe: Recipe) -> Tensor:
+    """Return the anchors (P, 4) xyxy on a device, where they stay for the next call."""
     return make_anchors(recipe).to(device)
 
 
@@ -104,9 +105,10 @@ def device_candidates(boxes: Tensor, scores: Tensor, recipe: Recipe) -> list[Can
     passed_scores = torch.where(scores > recipe.score_threshold, scores, 0.0).flatten(1)
     count = min(MAX_DEVICE_CANDIDATES, passed_scores.shape[1])
     best_scores, position = passed_scores.topk(count, dim=1)  # (N, count)
-    anchor = torch.div(position, classes, rounding_mode="floor")
-    label = position - anchor * classes
+    anchor = position // classes
+    label = position % classes
     best_boxes = boxes.gather(1, anchor.unsqueeze(-1).expand(-1, -1, 4))
+    # A label is exact as float32 below 2**24.
     scores_and_labels = torch.stack([best_scores, label.float()], dim=-1)
     packed = torch.cat([best_boxes, scores_and_labels], dim=2)  # (N, count, 6)
     image_candidates = []

@@ -18,6 +18,7 @@ import common  # noqa: F401 before torch
 
 import functools
 import json
+from argparse import Namespace
 
 import torch
 from torch import Tensor, nn
@@ -56,22 +57,22 @@ nms (float[1, {anchors}, 4] all_boxes, float[1, {anchors}, {classes}] all_scores
     => (float[n, 4] boxes, float[n] scores, int64[n] labels)
 {{
     by_class = Transpose <perm = [0, 2, 1]> (all_scores)
-    most = Constant <value = int64[1] {{{max_detections}}}> ()
+    limit = Constant <value = int64[1] {{{max_detections}}}> ()
     iou = Constant <value = float[1] {{{iou}}}> ()
     threshold = Constant <value = float[1] {{{threshold}}}> ()
-    found = NonMaxSuppression (all_boxes, by_class, most, iou, threshold)
-    found_scores = GatherND (by_class, found)
-    count = Shape (found_scores)
-    kept = Min (count, most)
-    scores, order = TopK <axis = 0> (found_scores, kept)
-    best = Gather <axis = 0> (found, order)
+    selected = NonMaxSuppression (all_boxes, by_class, limit, iou, threshold)
+    selected_scores = GatherND (by_class, selected)
+    count_selected = Shape (selected_scores)
+    count_kept = Min (count_selected, limit)
+    scores, order = TopK <axis = 0> (selected_scores, count_kept)
+    best = Gather <axis = 0> (selected, order)
     class_column = Constant <value = int64 {{1}}> ()
     anchor_column = Constant <value = int64 {{2}}> ()
     labels = Gather <axis = 1> (best, class_column)
-    rows = Gather <axis = 1> (best, anchor_column)
-    first = Constant <value = int64[1] {{0}}> ()
-    image_boxes = Squeeze (all_boxes, first)
-    boxes = Gather <axis = 0> (image_boxes, rows)
+    anchor_indices = Gather <axis = 1> (best, anchor_column)
+    batch_axis = Constant <value = int64[1] {{0}}> ()
+    image_boxes = Squeeze (all_boxes, batch_axis)
+    boxes = Gather <axis = 0> (image_boxes, anchor_indices)
 }}
 """
 
@@ -92,8 +93,6 @@ class Decoded(nn.Module):
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     require_packages()
-    if args.config:
-        print(f"--config {args.config}: not needed, the checkpoint says which network it is")
     state = flags.checkpoint_to_use(args)
     detector = Detector.from_checkpoint(state, RECIPES["1p"], torch.device("cpu"))
     recipe = detector.recipe
@@ -121,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"Successfully exported ONNX model: {args.output_file}")
 
 
-def parse(argv: list[str] | None):
+def parse(argv: list[str] | None) -> Namespace:
     parser = flags.make_parser(__doc__.split("\n")[0], "files")
     flags.add(parser, "--output-file", Path("ssd300.onnx"), "file to write")
     flags.add(parser, "--nms", True, "detections, not all boxes and scores")
@@ -129,13 +128,18 @@ def parse(argv: list[str] | None):
     flags.add(parser, "--shape", (), "side, or height and width; checked only")
     flags.add(parser, "--mean", RECIPES["1p"].mean, "checked only: `image` has it subtracted")
     flags.add(parser, "--std", NO_STD, "checked only: `image` is not divided")
-    flags.add(parser, "--config", "", "of old commands; the checkpoint says which network it is")
-    flags.add(parser, "--show", False, "of old commands; no window opens")
-    flags.add(parser, "--verify", True, "of old commands; every export is verified")
+    flags.add(parser, "--config", "", "no effect: the checkpoint shows its network")
+    flags.add(parser, "--show", False, "no effect: no window opens")
+    flags.add(parser, "--verify", True, "no effect: what is written has always been verified")
     parser.add_argument(
         "--images", "--input-img", nargs="+", help="to check with; default: sample images"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.config:
+        print("--config has no effect: the checkpoint shows its network")
+    if args.show:
+        print("--show has no effect: no window opens")
+    return args
 
 
 def require_input(recipe: Recipe, shape: list[int], mean: list[float], std: list[float]) -> None:
@@ -151,7 +155,10 @@ def require_input(recipe: Recipe, shape: list[int], mean: list[float], std: list
 
 
 def with_nms(graph, recipe: Recipe, num_classes: int):
-    """Return the decoded graph, of one image, followed by NMS and a cut to the best detections."""
+    """Return the decoded graph followed by NMS and a cut to the best detections.
+
+    Both are for one image: the batch of `graph` itself becomes 1.
+    """
     import onnx
 
     nms = onnx.parser.parse_model(

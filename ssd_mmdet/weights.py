@@ -96,7 +96,7 @@ def num_classes_of(state: Mapping) -> int:
     """
     head = network_keys(state).get("bbox_head.cls_convs.0.bias")
     if head is None:
-        raise UserError("the checkpoint has no detection heads; give one of a trained detector")
+        raise UserError(f"{name_of(state)}: no detection heads; give a trained detector")
     channels = len(head) // SHAPES_OF_FIRST_MAP
     return channels - 1  # without background
 
@@ -107,8 +107,11 @@ def named_classes(state: Mapping) -> tuple[str, ...] | None:
     Ours have `classes`, MMDetection 2.x's `meta.CLASSES`, 3.x's `meta.dataset_meta.classes`.
     """
     meta = _mapping(state.get("meta"))
-    dataset_meta = _mapping(meta.get("dataset_meta"))
-    names = state.get("classes") or meta.get("CLASSES") or dataset_meta.get("classes")
+    names = state.get("classes")
+    if not names:
+        names = meta.get("CLASSES")
+    if not names:
+        names = _mapping(meta.get("dataset_meta")).get("classes")
     if isinstance(names, list | tuple):
         return tuple(names)
     return None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssd_resnet34.config import Recipe
 
-MIN_BOX_SIZE = 1e-7  # the logarithm of a vanishing box would be infinite
+SMALLEST_ENCODED_SIDE = 1e-7  # normalised; the logarithm of a smaller side would be infinite
 
 
 def make_anchors(recipe: Recipe) -> Tensor:
@@ -81,7 +81,7 @@ def encode(boxes_cxcywh: Tensor, anchors_cxcywh: Tensor, recipe: Recipe) -> Tens
     """
     anchor_center = anchors_cxcywh[..., :2]
     anchor_size = anchors_cxcywh[..., 2:]
-    size = boxes_cxcywh[..., 2:].clamp(min=MIN_BOX_SIZE)
+    size = boxes_cxcywh[..., 2:].clamp(min=SMALLEST_ENCODED_SIDE)
     shift = (boxes_cxcywh[..., :2] - anchor_center) / anchor_size / recipe.center_variance
     log_scale = (size / anchor_size).log() / recipe.size_variance
     return torch.cat([shift, log_scale], dim=-1)

@@ -12,7 +12,7 @@ from common.npu.device import chunk_size
 from ssd_resnet34.config import Recipe
 from ssd_resnet34.data import Batch, normalise
 
-# The operations by number: columns of a batch's `jitter`, values of its `order`.
+# The operations by number: columns of a batch's `colour_jitter`, values of its `operation_order`.
 BRIGHTNESS = 0
 CONTRAST = 1
 SATURATION = 2
@@ -26,14 +26,17 @@ MIN_CHROMA = 1e-6  # grey has chroma 0, and any hue
 
 
 def augment(batch: Batch, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Return the network input (N, 3, H, W) float32 and the boxes (N, M, 4) of a batch."""
+    """Return the network input (N, 3, H, W) float32 of a batch, and its boxes (N, M, 4).
+
+    The boxes are normalised xyxy.
+    """
     if not recipe.augment:
         return normalise(batch.images, recipe), batch.boxes
     images = []
     # On a CPU one image at a time, which fits its cache: 13 ms an image, a batch of 32 at once 27.
     for chunk in batch.split(chunk_size(batch.images)):
         flipped = flip_images(chunk.images, chunk.flip)
-        images.append(jitter_colours(flipped, chunk.jitter, chunk.order))
+        images.append(jitter_colours(flipped, chunk.colour_jitter, chunk.operation_order))
     return normalise(torch.cat(images), recipe), flip_boxes(batch.boxes, batch.flip)
 
 
@@ -49,37 +52,38 @@ def flip_boxes(boxes_xyxy: Tensor, flip: Tensor) -> Tensor:
     return torch.where(flip.view(-1, 1, 1), flipped, boxes_xyxy)
 
 
-def jitter_colours(images: Tensor, jitter: Tensor, order: Tensor) -> Tensor:
+def jitter_colours(images: Tensor, colour_jitter: Tensor, operation_order: Tensor) -> Tensor:
     """Apply the four operations to images (N, H, W, 3) in 0..255, to each in its own order.
 
-    `jitter` (N, 4) holds the factors, `order` (N, 4) the operations from first to last.
+    `colour_jitter` (N, 4) holds the factors, `operation_order` (N, 4) the operations from first to
+    last.
 
     All images go through the same steps, whatever their order: up to three blends, the shift of
     hue, up to three blends. Where an image's hue comes second, for example, only the first of the
     blends before it and the last two of those behind it are active.
     """
     channels = images.permute(3, 0, 1, 2).float().contiguous()  # (3, N, H, W)
-    positions = torch.arange(OPERATIONS, device=order.device)
-    hue_position = (positions * (order == HUE)).sum(dim=1)  # (N,)
+    positions = torch.arange(OPERATIONS, device=operation_order.device)
+    hue_position = (positions * (operation_order == HUE)).sum(dim=1)  # (N,)
     for position in range(OPERATIONS - 1):
         active = hue_position > position
-        channels = blend(channels, order[:, position], jitter, active)
-    channels = shift_hue(channels, jitter[:, HUE])
+        channels = blend(channels, operation_order[:, position], colour_jitter, active)
+    channels = shift_hue(channels, colour_jitter[:, HUE])
     for position in range(1, OPERATIONS):
         active = hue_position < position
-        channels = blend(channels, order[:, position], jitter, active)
+        channels = blend(channels, operation_order[:, position], colour_jitter, active)
     return channels.permute(1, 2, 3, 0)
 
 
-def blend(channels: Tensor, operation: Tensor, jitter: Tensor, active: Tensor) -> Tensor:
+def blend(channels: Tensor, operation: Tensor, colour_jitter: Tensor, active: Tensor) -> Tensor:
     """Change brightness, contrast or saturation of images (3, N, H, W), each by its operation.
 
     All three mix the image with another one: brightness with black, contrast with the mean grey
-    level, saturation with the grey image. `operation` (N,) says which, `jitter` (N, 4) holds the
-    factors. An image that is not `active` (N,) stays as it is.
+    level, saturation with the grey image. `operation` (N,) says which, `colour_jitter` (N, 4)
+    holds the factors. An image that is not `active` (N,) stays as it is.
     """
     column = operation.clamp(max=SATURATION).unsqueeze(1)  # for hue any will do: it is not active
-    factor = jitter.gather(1, column).squeeze(1)
+    factor = colour_jitter.gather(1, column).squeeze(1)
     factor = torch.where(active, factor, 1.0).view(-1, 1, 1)
     operation = operation.view(-1, 1, 1)
 
@@ -98,11 +102,10 @@ def shift_hue(channels: Tensor, turns: Tensor) -> Tensor:
     chroma = value - torch.minimum(torch.minimum(red, green), blue)
     scale = 1 / chroma.clamp(min=MIN_CHROMA)
     # The hue in sixths of a turn: 0 is red, 2 green, 4 blue.
-    sector = torch.where(
-        value == red,
-        (green - blue) * scale,
-        torch.where(value == green, (blue - red) * scale + 2, (red - green) * scale + 4),
-    )
+    sector_if_green = (blue - red) * scale + 2
+    sector_if_blue = (red - green) * scale + 4
+    sector = torch.where(value == green, sector_if_green, sector_if_blue)
+    sector = torch.where(value == red, (green - blue) * scale, sector)
     sector = sector + 6 * turns.view(-1, 1, 1)
 
     shifted = []

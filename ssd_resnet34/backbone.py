@@ -16,14 +16,14 @@ class BasicBlock(nn.Module):
 
     expansion = 1  # output channels / width
 
-    def __init__(self, inputs: int, width: int, stride: int):
+    def __init__(self, in_channels: int, width: int, stride: int):
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, width, 3, stride, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = make_shortcut(inputs, width, stride)
+        self.downsample = make_shortcut(in_channels, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
@@ -39,17 +39,17 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int):
+    def __init__(self, in_channels: int, width: int, stride: int):
         super().__init__()
-        outputs = self.expansion * width
-        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
+        out_channels = self.expansion * width
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, outputs, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(outputs)
+        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = make_shortcut(inputs, outputs, stride)
+        self.downsample = make_shortcut(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
@@ -61,20 +61,20 @@ class Bottleneck(nn.Module):
         return self.relu(out + shortcut)
 
 
-class Layout(NamedTuple):
-    """What distinguishes the ResNets."""
+class Stages(NamedTuple):
+    """The three stages of a ResNet, in which the ResNets differ."""
 
     block: type[nn.Module]
-    depths: tuple[int, int, int]  # blocks of the three stages
+    depths: tuple[int, int, int]  # blocks of each stage
     width: int  # of the first stage; it doubles with each stage
 
 
 # There are published weights for all but resnet10, which is of half width.
-LAYOUTS = {
-    "resnet10": Layout(BasicBlock, (1, 1, 1), 32),
-    "resnet18": Layout(BasicBlock, (2, 2, 2), 64),
-    "resnet34": Layout(BasicBlock, (3, 4, 6), 64),
-    "resnet50": Layout(Bottleneck, (3, 4, 6), 64),
+STAGES = {
+    "resnet10": Stages(BasicBlock, (1, 1, 1), 32),
+    "resnet18": Stages(BasicBlock, (2, 2, 2), 64),
+    "resnet34": Stages(BasicBlock, (3, 4, 6), 64),
+    "resnet50": Stages(Bottleneck, (3, 4, 6), 64),
 }
 STRIDES = (1, 2, 1)  # of the three stages
 
@@ -86,21 +86,21 @@ def make_backbone(name: str) -> tuple[nn.Sequential, int]:
     are the keys of published checkpoints: 0 conv1, 1 bn1, 2 pool, 3 to 5 the stages. Raise
     UserError for an unknown name.
     """
-    if name not in LAYOUTS:
-        raise UserError(f"--backbone {name}: is not one of {', '.join(LAYOUTS)}")
-    layout = LAYOUTS[name]
+    if name not in STAGES:
+        raise UserError(f"--backbone {name}: is not one of {', '.join(STAGES)}")
+    stages = STAGES[name]
     backbone = nn.Sequential(
-        nn.Conv2d(3, layout.width, 7, stride=2, padding=3, bias=False),
-        nn.BatchNorm2d(layout.width),
+        nn.Conv2d(3, stages.width, 7, stride=2, padding=3, bias=False),
+        nn.BatchNorm2d(stages.width),
         nn.Sequential(nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1)),
     )
-    channels = layout.width
-    width = layout.width
-    for depth, stride in zip(layout.depths, STRIDES, strict=True):
+    channels = stages.width
+    width = stages.width
+    for depth, stride in zip(stages.depths, STRIDES, strict=True):
         stage = nn.Sequential()
         for index in range(depth):
-            stage.append(layout.block(channels, width, stride if index == 0 else 1))
-            channels = width * layout.block.expansion
+            stage.append(stages.block(channels, width, stride if index == 0 else 1))
+            channels = width * stages.block.expansion
         backbone.append(stage)
         width *= 2
     for module in backbone.modules():
@@ -109,11 +109,11 @@ def make_backbone(name: str) -> tuple[nn.Sequential, int]:
     return backbone, channels
 
 
-def make_shortcut(inputs: int, outputs: int, stride: int) -> nn.Module | None:
+def make_shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module | None:
     """Return the projection of a shortcut, or None where the shape stays the same."""
-    if stride == 1 and inputs == outputs:
+    if stride == 1 and in_channels == out_channels:
         return None
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 1, stride, bias=False),
-        nn.BatchNorm2d(outputs),
+        nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
+        nn.BatchNorm2d(out_channels),
     )

@@ -5,15 +5,21 @@ as its Ascend port runs it. A field with a help text is also a flag, which overr
 """
 
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+IMAGES_OF_LR = 32  # the global batch size for which `lr` is given
+NO_CROP = None  # in `crop_ious`: not to crop
 
 
-def option(default, help_text, *flags):
-    """Return a field of a recipe that is a flag: `--its-name`, and further names in `flags`."""
+def option(default: Any, help_text: str, *flags: str) -> Any:
+    """Declare a field that has a command-line flag; `flags` are further names of that flag."""
     return field(default=default, metadata={"help": help_text, "flags": flags})
 
 
 @dataclass(frozen=True)
 class Recipe:
+    """All numbers of a run, each with its unit."""
+
     name: str = option("SSD-ResNet34", "network name in logs and file names")
 
     # Network
@@ -35,8 +41,8 @@ class Recipe:
 
     # Augmentation
     augment: bool = option(True, "random crop, flip and colour while training")
-    # A crop overlaps every box by more than an IoU drawn from these. None: no crop.
-    crop_ious: tuple[float | None, ...] = (None, 0.1, 0.3, 0.5, 0.7, 0.9, float("-inf"))
+    # A crop overlaps every box by more than an IoU drawn from these.
+    crop_ious: tuple[float | None, ...] = (NO_CROP, 0.1, 0.3, 0.5, 0.7, 0.9, float("-inf"))
     crop_scale: tuple[float, float] = (0.3, 1.0)  # side of the crop / side of the image
     crop_ratio: tuple[float, float] = (0.5, 2.0)  # width / height, each relative to the image's
     flip_probability: float = 0.5
@@ -53,14 +59,16 @@ class Recipe:
     batch_size: int = option(32, "images per process", "-b")
     epochs: int = option(90, "passes over the training set", "-e")
     lr: float = option(2.68e-3, "learning rate for 32 images, before rounding to lr_step")
-    lr_step: float = option(2.5e-3, "the scaled rate is rounded to a multiple of this; 0: not")
+    lr_step: float = option(
+        2.5e-3, "the scaled rate is rounded to a multiple of this (0: no rounding)"
+    )
     lr_decay_epochs: tuple[int, ...] = option((45, 58, 84), "epochs that start with a decay")
     lr_decay_factor: float = option(0.1, "factor of a decay")
-    warmup: int = option(0, "warm-up iterations; 0: none")
+    warmup: int = option(0, "iterations of warm-up (0: no warm-up)")
     warmup_factor: int = option(1, "warm-up starts at 1 - 2**-factor of the rate")
     momentum: float = option(0.9, "momentum of SGD")
     weight_decay: float = option(5e-4, "decay of every parameter, BN and biases too", "--wd")
-    clip_norm: float = option(0.0, "clip the gradient's global norm; 0: not")
+    clip_norm: float = option(0.0, "largest global norm of the gradient (0: no clipping)")
     amp: str = option("O2", "precision on npu and cuda: O0, O1, O2")
     loss_scale: str = option("32", "'dynamic' or a number; used with fp16 only")
 
@@ -68,7 +76,7 @@ class Recipe:
     evaluation: tuple[int, ...] = option(
         (60, 65, 70, 75, 80, 85), "evaluate after these epochs; the last one always"
     )
-    threshold: float = option(0.23, "stop when AP reaches this; 0: never", "-t")
+    threshold: float = option(0.23, "stop as soon as AP reaches this (0: never)", "-t")
     eval_batch_size: int = option(32, "images per process in evaluation")
     score_threshold: float = option(0.05, "a detection scores more than this")
     nms_iou: float = option(0.5, "a box overlapping a better one by more is dropped")
@@ -85,7 +93,7 @@ class Recipe:
         It is proportional to the global batch of `world_size * batch_size` images, then rounded to
         a multiple of `lr_step`, but never to 0.
         """
-        scaled = self.lr * (world_size * batch_size) / 32
+        scaled = self.lr * (world_size * batch_size) / IMAGES_OF_LR
         if not self.lr_step:
             return scaled
         steps = max(1, round(scaled / self.lr_step))

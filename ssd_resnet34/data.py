@@ -23,7 +23,9 @@ from common.errors import UserError
 from common.npu.device import memory_format
 from common.npu.distributed import Ranks
 from common.npu.loading import loader_options
-from ssd_resnet34.config import Recipe
+from ssd_resnet34.config import NO_CROP, Recipe
+
+NO_COLOUR_JITTER = (1.0, 1.0, 1.0, 0.0)
 
 
 class Batch(NamedTuple):
@@ -37,14 +39,23 @@ class Batch(NamedTuple):
     labels: Tensor  # (N, M) int64 0-based classes
     valid: Tensor  # (N, M) bool
     flip: Tensor  # (N,) bool
-    jitter: Tensor  # (N, 4) float32: brightness, contrast, saturation factor; hue shift in turns
-    order: Tensor  # (N, 4) int64: the columns of `jitter` in the order in which they apply
+    # Factors of brightness, contrast and saturation; shift of hue in turns
+    colour_jitter: Tensor  # (N, 4) float32
+    operation_order: Tensor  # (N, 4) int64: columns of `colour_jitter` in the order of their use
     image_ids: Tensor  # (N,) int64
 
     def to(self, device: torch.device) -> "Batch":
-        """Copy to the device, without waiting where memory is pinned; the ids stay on the host."""
-        copies = [tensor.to(device, non_blocking=True) for tensor in self[:-1]]
-        return Batch(*copies, self.image_ids)
+        """Copy to the device, asynchronously from pinned memory; the ids stay on the host."""
+        return Batch(
+            images=self.images.to(device, non_blocking=True),
+            boxes=self.boxes.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            valid=self.valid.to(device, non_blocking=True),
+            flip=self.flip.to(device, non_blocking=True),
+            colour_jitter=self.colour_jitter.to(device, non_blocking=True),
+            operation_order=self.operation_order.to(device, non_blocking=True),
+            image_ids=self.image_ids,
+        )
 
     def split(self, size: int) -> list["Batch"]:
         """Split into batches of `size` samples."""
@@ -52,7 +63,7 @@ class Batch(NamedTuple):
         return [Batch(*tensors) for tensors in zip(*fields, strict=True)]
 
 
-class Window(NamedTuple):
+class NormalisedWindow(NamedTuple):
     """The part of an image that a crop keeps, normalised to the image's width and height."""
 
     left: float
@@ -94,16 +105,16 @@ class TrainingSet(Dataset):
         image = read_image(self.records.path(record))
         boxes, labels = self.ground_truth(record)
         flip = False
-        jitter = [1.0, 1.0, 1.0, 0.0]  # which changes nothing
-        order = [0, 1, 2, 3]
+        colour_jitter = NO_COLOUR_JITTER
+        operation_order = [0, 1, 2, 3]
         if self.recipe.augment:
             rng = random.Random(f"{self.seed} {epoch} {position}")  # a text is hashed by SHA-512
             window = crop_window(boxes, self.recipe, rng)
             if window is not None:
                 image, boxes, labels = apply_crop(image, boxes, labels, window)
             flip = rng.random() < self.recipe.flip_probability
-            order = rng.sample(range(4), 4)
-            jitter = draw_jitter(self.recipe, rng)
+            operation_order = rng.sample(range(4), 4)
+            colour_jitter = draw_colour_jitter(self.recipe, rng)
 
         num_boxes = len(boxes)
         padded_boxes = np.zeros((self.max_boxes, 4), dtype=np.float32)
@@ -116,8 +127,8 @@ class TrainingSet(Dataset):
             labels=torch.from_numpy(padded_labels),
             valid=torch.from_numpy(np.arange(self.max_boxes) < num_boxes),
             flip=torch.from_numpy(np.array(flip)),
-            jitter=torch.from_numpy(np.array(jitter, dtype=np.float32)),
-            order=torch.from_numpy(np.array(order)),
+            colour_jitter=torch.from_numpy(np.array(colour_jitter, dtype=np.float32)),
+            operation_order=torch.from_numpy(np.array(operation_order)),
             image_ids=torch.from_numpy(np.array(self.records.image_ids[record])),
         )
 
@@ -134,16 +145,18 @@ def normalised_boxes(records: CocoIndex) -> np.ndarray:
     return np.stack([left, top, right, bottom], axis=1).astype(np.float32)
 
 
-def draw_jitter(recipe: Recipe, rng: random.Random) -> list[float]:
-    """Draw the factors of brightness, contrast and saturation, and the shift of hue."""
+def draw_colour_jitter(recipe: Recipe, rng: random.Random) -> tuple[float, float, float, float]:
+    """Draw the colour jitter of a sample, as a Batch has it."""
     brightness = rng.uniform(1 - recipe.brightness, 1 + recipe.brightness)
     contrast = rng.uniform(1 - recipe.contrast, 1 + recipe.contrast)
     saturation = rng.uniform(1 - recipe.saturation, 1 + recipe.saturation)
     hue = rng.uniform(-recipe.hue, recipe.hue)
-    return [brightness, contrast, saturation, hue]
+    return brightness, contrast, saturation, hue
 
 
-def crop_window(boxes_xyxy: np.ndarray, recipe: Recipe, rng: random.Random) -> Window | None:
+def crop_window(
+    boxes_xyxy: np.ndarray, recipe: Recipe, rng: random.Random
+) -> NormalisedWindow | None:
     """Draw a crop that suits the boxes (n, 4), or None for the whole image.
 
     Every box must overlap the window by more than the drawn IoU, and at least one must have its
@@ -154,7 +167,7 @@ def crop_window(boxes_xyxy: np.ndarray, recipe: Recipe, rng: random.Random) -> W
     min_ratio, max_ratio = recipe.crop_ratio
     while True:
         min_iou = rng.choice(recipe.crop_ious)
-        if min_iou is None:
+        if min_iou is NO_CROP:
             return None
         width = rng.uniform(*recipe.crop_scale)
         height = rng.uniform(*recipe.crop_scale)
@@ -162,13 +175,13 @@ def crop_window(boxes_xyxy: np.ndarray, recipe: Recipe, rng: random.Random) -> W
             continue
         left = rng.uniform(0, 1 - width)
         top = rng.uniform(0, 1 - height)
-        window = Window(left, top, left + width, top + height)
+        window = NormalisedWindow(left, top, left + width, top + height)
         overlapping = all(window_iou(window, box) > min_iou for box in boxes)
         if overlapping and any(has_center_inside(window, box) for box in boxes):
             return window
 
 
-def window_iou(window: Window, box: list[float]) -> float:
+def window_iou(window: NormalisedWindow, box: list[float]) -> float:
     """Return the IoU of a window and a box xyxy."""
     left, top, right, bottom = box
     width = min(window.right, right) - max(window.left, left)
@@ -179,7 +192,7 @@ def window_iou(window: Window, box: list[float]) -> float:
     return overlap / (box_area + window_area - overlap)
 
 
-def has_center_inside(window: Window, box: list[float]) -> bool:
+def has_center_inside(window: NormalisedWindow, box: list[float]) -> bool:
     """Return whether the centre of a box xyxy lies inside a window."""
     left, top, right, bottom = box
     center_x = (left + right) / 2
@@ -188,7 +201,7 @@ def has_center_inside(window: Window, box: list[float]) -> bool:
 
 
 def apply_crop(
-    image: np.ndarray, boxes_xyxy: np.ndarray, labels: np.ndarray, window: Window
+    image: np.ndarray, boxes_xyxy: np.ndarray, labels: np.ndarray, window: NormalisedWindow
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cut image (H, W, 3), boxes (n, 4) and labels (n,) to a window.
 
@@ -204,7 +217,7 @@ def apply_crop(
     return cut_pixels(image, window), boxes, labels[keep]
 
 
-def cut_box(box: list[float], window: Window) -> list[float]:
+def cut_box(box: list[float], window: NormalisedWindow) -> list[float]:
     """Clip a box xyxy to a window and normalise it to that."""
     left, top, right, bottom = box
     width = window.right - window.left
@@ -217,7 +230,7 @@ def cut_box(box: list[float], window: Window) -> list[float]:
     ]
 
 
-def cut_pixels(image: np.ndarray, window: Window) -> np.ndarray:
+def cut_pixels(image: np.ndarray, window: NormalisedWindow) -> np.ndarray:
     """Return a view of the pixels of an image (H, W, 3) in a window, at least one of them."""
     height, width = image.shape[:2]
     left = int(window.left * width)
@@ -252,7 +265,7 @@ def normalise(images: Tensor, recipe: Recipe) -> Tensor:
 
 @functools.cache
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return a tensor on a device, made once: to make it in each step would wait for the device."""
+    """Return a tensor that is made once: a copy to the device in each step would wait for it."""
     return torch.tensor(values, device=device)
 
 
@@ -268,11 +281,15 @@ def iterations_per_epoch(records: CocoIndex, recipe: Recipe, world_size: int) ->
     return ceil_div(len(records), global_batch)
 
 
-def epoch_order(length: int, seed: int, epoch: int, multiple: int) -> Tensor:
-    """Return an epoch's order of `length` records, extended from its beginning to a multiple."""
+def epoch_order(length: int, batch_size: int, world_size: int, seed: int, epoch: int) -> Tensor:
+    """Return the order of `length` records in an epoch: a permutation that fills its last batch.
+
+    A batch has `batch_size` records on each of `world_size` ranks; the last one is filled from the
+    beginning of the order. The seed is `seed + epoch`.
+    """
     generator = torch.Generator().manual_seed(seed + epoch)
     order = torch.randperm(length, generator=generator)
-    extended_length = round_up(length, multiple)
+    extended_length = round_up(length, batch_size * world_size)
     return order.repeat(ceil_div(extended_length, length))[:extended_length]
 
 
@@ -283,15 +300,18 @@ class TrainingOrder(Sampler):
     world-size-th position of an epoch, beginning with r.
     """
 
-    def __init__(self, length: int, batch_size: int, ranks: Ranks, seed: int, start: int, end: int):
-        if length == 0:
+    def __init__(
+        self, records: CocoIndex, recipe: Recipe, ranks: Ranks, seed: int, start: int, end: int
+    ):
+        if not len(records):
             raise UserError("no image of the training set has an annotation; check --data_path")
-        self.length = length
-        self.batch_size = batch_size
+        self.num_records = len(records)
+        self.batch_size = recipe.batch_size
         self.ranks = ranks
         self.seed = seed
         self.start = start
         self.end = end
+        self.steps_per_epoch = iterations_per_epoch(records, recipe, ranks.world_size)
 
     def __len__(self) -> int:
         return self.end - self.start
@@ -299,17 +319,18 @@ class TrainingOrder(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         world_size = self.ranks.world_size
         global_batch = self.batch_size * world_size
-        per_epoch = ceil_div(self.length, global_batch)
-        epoch = None
+        order = []
+        order_epoch = -1
         for iteration in range(self.start, self.end):
-            if iteration // per_epoch != epoch:
-                epoch = iteration // per_epoch
-                order = epoch_order(self.length, self.seed, epoch, global_batch).tolist()
-            first = iteration % per_epoch * global_batch
-            batch = []
-            for position in range(first + self.ranks.rank, first + global_batch, world_size):
-                batch.append((epoch, position, order[position]))
-            yield batch
+            epoch = iteration // self.steps_per_epoch
+            if epoch != order_epoch:
+                order = epoch_order(
+                    self.num_records, self.batch_size, world_size, self.seed, epoch
+                ).tolist()
+                order_epoch = epoch
+            first = iteration % self.steps_per_epoch * global_batch
+            positions = range(first + self.ranks.rank, first + global_batch, world_size)
+            yield [(epoch, position, order[position]) for position in positions]
 
 
 class EvaluationSet(Dataset):
@@ -353,8 +374,7 @@ def build_loader(
         shard = records.subset(np.arange(ranks.rank, len(records), ranks.world_size))
         return DataLoader(EvaluationSet(shard, recipe), recipe.eval_batch_size, **options)
 
-    batch_size = recipe.batch_size
     if end is None:
         end = recipe.epochs * iterations_per_epoch(records, recipe, ranks.world_size)
-    order = TrainingOrder(len(records), batch_size, ranks, seed, start, end)
+    order = TrainingOrder(records, recipe, ranks, seed, start, end)
     return DataLoader(TrainingSet(records, recipe, seed), batch_sampler=order, **options)

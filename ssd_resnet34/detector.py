@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from common.coco.images import to_array
@@ -29,6 +30,8 @@ from ssd_resnet34.weights import (
     num_classes_of,
     recipe_of_checkpoint,
 )
+
+ImageLike = str | Path | Image.Image | np.ndarray  # an array is (H, W, 3) uint8 RGB
 
 
 class Detector:
@@ -56,7 +59,8 @@ class Detector:
     def load(path: str | Path, device: str = "auto") -> "Detector":
         """Load a checkpoint, ours or the port's, onto a device ("auto", "npu", "cuda", "cpu").
 
-        Raise UserError for a file that is no whole detector and for a device that does not work.
+        Raise UserError for a file that lacks weights of the detector and for a device that does not
+        work.
         """
         chosen_device, _ = setup_device(device)
         return Detector.from_checkpoint(checkpoint.load(path), RECIPES["1p"], chosen_device)
@@ -70,7 +74,7 @@ class Detector:
         model.to(device, memory_format=memory_format(device)).eval()
         return Detector(model, recipe, class_names_of(state), device, report)
 
-    def __call__(self, images):
+    def __call__(self, images: ImageLike | list[ImageLike]) -> Detections | list[Detections]:
         """Detect on an image, or on a list of them, which gives a list of Detections.
 
         An image is a path, a PIL image or an array (H, W, 3) uint8 RGB.
@@ -79,9 +83,19 @@ class Detector:
             return self.detect_batch([to_array(images)])[0]
         return self.detect_batch([to_array(image) for image in images])
 
-    @torch.no_grad()
     def detect_batch(self, images: list[np.ndarray]) -> list[Detections]:
-        """Return the detections of images (H, W, 3) uint8 RGB, run through the network at once."""
+        """Return the detections of images (H, W, 3) uint8 RGB.
+
+        At most `eval_batch_size` of them go through the network at once.
+        """
+        batch_size = self.recipe.eval_batch_size
+        detections = []
+        for first in range(0, len(images), batch_size):
+            detections += self._detect_at_once(images[first : first + batch_size])
+        return detections
+
+    @torch.no_grad()
+    def _detect_at_once(self, images: list[np.ndarray]) -> list[Detections]:
         resized = [resize(image, self.recipe.image_size) for image in images]
         sizes = torch.tensor([image.shape[:2] for image in images])
         batch = torch.stack(resized).to(self.device)

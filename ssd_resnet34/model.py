@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from ssd_resnet34.anchors import anchors_per_cell
-from ssd_resnet34.backbone import LAYOUTS, make_backbone
+from ssd_resnet34.backbone import STAGES, make_backbone
 from ssd_resnet34.config import Recipe
 
 COORDINATES = 4
 
 
 class ExtraBlock(NamedTuple):
-    """A 1x1 convolution to `middle` channels, then a 3x3 one to `outputs`."""
+    """A 1x1 convolution to `middle_channels`, then a 3x3 one to `out_channels`."""
 
-    middle: int
-    outputs: int
+    middle_channels: int
+    out_channels: int
     stride: int  # of the 3x3 convolution
     padding: int
 
@@ -33,7 +33,7 @@ EXTRA_BLOCKS = (
     ExtraBlock(128, 256, stride=1, padding=0),
 )
 STANDARD_WIDTH = 64  # the backbone's width that the channels above are for
-LAST_OUTPUTS = {"resnet18": 128}  # its last block is narrower, as in NVIDIA's SSD example
+LAST_OUT_CHANNELS = {"resnet18": 128}  # its last block is narrower, as in NVIDIA's SSD example
 
 
 class SSD(nn.Module):
@@ -51,13 +51,13 @@ class SSD(nn.Module):
         self.additional_blocks = nn.ModuleList()
         for block in extra_blocks(recipe.backbone):
             self.additional_blocks.append(make_extra_block(channels, block))
-            channels = block.outputs
+            channels = block.out_channels
             map_channels.append(channels)
 
         self.mbox = nn.ModuleList()
         for channels, num_shapes in zip(map_channels, anchors_per_cell(recipe), strict=True):
-            outputs = num_shapes * (self.num_channels + COORDINATES)
-            self.mbox.append(nn.Conv2d(channels, outputs, 3, padding=1))
+            out_channels = num_shapes * (self.num_channels + COORDINATES)
+            self.mbox.append(nn.Conv2d(channels, out_channels, 3, padding=1))
 
         # Xavier over each head as a whole, as in the port. Biases keep PyTorch's default.
         for module in [*self.additional_blocks.modules(), *self.mbox]:
@@ -97,21 +97,23 @@ class SSD(nn.Module):
 def extra_blocks(backbone: str) -> list[ExtraBlock]:
     """Return the extra blocks behind a backbone, which are narrower if the backbone is."""
     blocks = list(EXTRA_BLOCKS)
-    blocks[-1] = blocks[-1]._replace(outputs=LAST_OUTPUTS.get(backbone, blocks[-1].outputs))
-    width = LAYOUTS[backbone].width
+    last_out_channels = LAST_OUT_CHANNELS.get(backbone, blocks[-1].out_channels)
+    blocks[-1] = blocks[-1]._replace(out_channels=last_out_channels)
+    width = STAGES[backbone].width
     scaled = []
     for block in blocks:
-        middle = block.middle * width // STANDARD_WIDTH
-        outputs = block.outputs * width // STANDARD_WIDTH
-        scaled.append(block._replace(middle=middle, outputs=outputs))
+        middle_channels = block.middle_channels * width // STANDARD_WIDTH
+        out_channels = block.out_channels * width // STANDARD_WIDTH
+        scaled.append(block._replace(middle_channels=middle_channels, out_channels=out_channels))
     return scaled
 
 
-def make_extra_block(inputs: int, block: ExtraBlock) -> nn.Sequential:
+def make_extra_block(in_channels: int, block: ExtraBlock) -> nn.Sequential:
+    """Return the layers of an extra block behind a map of `in_channels`."""
     return nn.Sequential(
-        nn.Conv2d(inputs, block.middle, 1),
+        nn.Conv2d(in_channels, block.middle_channels, 1),
         nn.ReLU(inplace=True),
-        nn.Conv2d(block.middle, block.outputs, 3, block.stride, block.padding),
+        nn.Conv2d(block.middle_channels, block.out_channels, 3, block.stride, block.padding),
         nn.ReLU(inplace=True),
     )
 

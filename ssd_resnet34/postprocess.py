@@ -40,9 +40,9 @@ def detect(outputs: tuple[Tensor, Tensor], sizes: Tensor, recipe: Recipe) -> lis
     anchors = anchors_on(outputs[0].device, recipe)
     boxes, scores = decode_outputs(outputs, anchors, recipe)
     if in_host_memory(scores.device):
-        candidates_of_images = sparse_candidates(boxes, scores, recipe)
+        candidates_of_images = host_candidates(boxes, scores, recipe)
     else:
-        candidates_of_images = dense_candidates(boxes, scores, recipe)
+        candidates_of_images = device_candidates(boxes, scores, recipe)
 
     detections = []
     for candidates, (height, width) in zip(candidates_of_images, sizes.tolist(), strict=True):
@@ -83,7 +83,7 @@ def decode_outputs(
     return to_xyxy(boxes), probabilities[:, 1:]
 
 
-def sparse_candidates(boxes: Tensor, scores: Tensor, recipe: Recipe) -> Iterator[Candidates]:
+def host_candidates(boxes: Tensor, scores: Tensor, recipe: Recipe) -> Iterator[Candidates]:
     """Select the candidates of each image on the host, where few scores pass the threshold."""
     for image_boxes, image_scores in zip(boxes.numpy(), scores.numpy(), strict=True):
         # Of the flat array: np.nonzero of two axes takes several times as long.
@@ -103,7 +103,7 @@ def best_of_each_class(scores: np.ndarray, labels: np.ndarray, limit: int) -> np
     return order[rank_in_class < limit]
 
 
-def dense_candidates(boxes: Tensor, scores: Tensor, recipe: Recipe) -> Iterator[Candidates]:
+def device_candidates(boxes: Tensor, scores: Tensor, recipe: Recipe) -> Iterator[Candidates]:
     """Select the same candidates on an accelerator: with fixed shapes, and one copy to the host."""
     num_classes, num_anchors = scores.shape[1:]
     limit = min(recipe.max_per_class, num_anchors)

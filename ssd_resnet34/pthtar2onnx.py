@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Export SSD300-ResNet34 to ONNX, checked with onnxruntime against torch on real images.
 
-    python3 pthtar2onnx.py --checkpoint FILE             offsets (N, 4, 8732), logits (N, C, 8732)
-    python3 pthtar2onnx.py --checkpoint FILE --decoded   boxes (N, 8732, 4), scores (N, C-1, 8732)
+    python3 pthtar2onnx.py --checkpoint FILE             raw outputs
+    python3 pthtar2onnx.py --checkpoint FILE --decoded   boxes and scores
 
-Input: `image` (N, 3, 300, 300) float32, N free. How to prepare it, the class names and the numbers
-of the NMS are in the file's metadata.
+Input: `image` (N, 3, 300, 300) float32, N free. Raw outputs: `offsets` (N, 4, 8732), the deltas of
+anchors.py, and `logits` (N, 1 + classes, 8732), whose channel 0 is the background. Decoded: `boxes`
+(N, 8732, 4) and `scores` (N, classes, 8732), without the background. How to prepare the input, the
+class names and the numbers of the NMS are in the file's metadata.
 """
 
 import sys
@@ -18,6 +20,7 @@ import common  # noqa: F401 before torch
 
 import functools
 import json
+from argparse import Namespace
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{args.output_file}: {mebibytes:.1f} MiB, opset {args.opset}")
 
 
-def parse(argv: list[str] | None):
+def parse(argv: list[str] | None) -> Namespace:
     parser = flags.make_parser(__doc__.split("\n")[0], "files")
     flags.add(parser, "--output-file", Path("ssd300_resnet34.onnx"), "file to write")
     flags.add(parser, "--decoded", False, "boxes and scores instead of raw outputs")
@@ -101,7 +104,7 @@ def deployment_notes(recipe: Recipe, class_names: tuple[str, ...]) -> dict[str, 
         "preprocessing": "RGB, resized without keeping the aspect (bilinear, antialias), "
         "divided by 255, minus mean, divided by std",
         "boxes": "left, top, right, bottom, 0..1 of the image",
-        "offsets": "centre shift / prior size / variance, log of size ratio / variance",
+        "offsets": "centre shift / anchor size / variance, log of size ratio / variance",
         "logits": "background, then the classes; softmax over them gives scores",
     }
 

@@ -11,20 +11,16 @@ from torch import Tensor
 def assign(
     anchors_xyxy: Tensor, boxes_xyxy: Tensor, labels: Tensor, valid: Tensor, match_iou: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Decide which ground-truth box each anchor learns.
+    """Return which ground truth each anchor learns.
 
-    An anchor is matched with the box of highest IoU, the first of equals, and is positive if that
-    IoU is above `match_iou`. In addition, every box claims its best anchor, which is then positive.
+    The inputs are `anchors_xyxy` (P, 4), `boxes_xyxy` (N, M, 4), both normalised, `labels` (N, M)
+    of 0-based classes and `valid` (N, M) bool. The results are `positive` (N, P) bool, `matched`
+    (N, P) int64, the column of each anchor's ground truth, and `label` (N, P), its class; `matched`
+    and `label` are meaningless where `positive` is false.
 
-    Args:
-        anchors_xyxy: (P, 4) normalised.
-        boxes_xyxy: (N, M, 4) normalised.
-        labels: (N, M) classes.
-        valid: (N, M) bool, False for padding.
-
-    Returns:
-        `positive` (N, P) bool; `matched` (N, P) int64, the index of each anchor's box; `label`
-        (N, P), the class of that box. The last two have a meaning only where an anchor is positive.
+    An anchor takes the ground truth of the highest IoU (the first of equals) and is positive if
+    that IoU is above `match_iou`. Every ground truth also claims its best anchor, which is then
+    positive.
     """
     # An empty box overlaps nothing, so padding never matches.
     real_boxes = torch.where(valid.unsqueeze(-1), boxes_xyxy, 0.0)

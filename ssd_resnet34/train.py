@@ -55,10 +55,16 @@ def main(argv: list[str] | None = None) -> int | None:
     # All that the run needs is read and built first. A former run's folder is moved only after
     # that, by `open_output`: a run that is refused changes nothing.
     run = Run.start(args, recipe)
-    weights = [] if run.resumed else flags.starting_weights(args, run.ranks)
-    for checkpoint in weights:
+    if run.resumed is None:
+        weights = flags.starting_weights(args, run.ranks)
+        trained = weights
+    else:
+        weights = []
+        trained = [run.resumed]
+    for checkpoint in trained:
         requested = recipe
         recipe = recipe_of_checkpoint(requested, checkpoint)
+        flags.require_agreement(args, recipe, checkpoint)
         run.log_network_change(checkpoint, requested, recipe)
     train_set = training_records(read_index(*train_files, classes=run.resumed_classes))
     val_set = read_index(*val_files, classes=train_set.class_names)
@@ -70,7 +76,7 @@ def main(argv: list[str] | None = None) -> int | None:
     model = build_model(recipe, num_classes)
     for checkpoint in weights:
         run.log.info(f"{checkpoint['path']}: {load_weights(model, checkpoint)}")
-    if not weights and not run.resumed:
+    if not weights and run.resumed is None:
         run.log.info("weights: random; --pretrained takes torchvision's ImageNet file")
     model.to(run.device, memory_format=memory_format(run.device))
     criterion = DetectionLoss(recipe, num_classes).to(run.device)
@@ -86,8 +92,8 @@ def main(argv: list[str] | None = None) -> int | None:
     steps_per_epoch = iterations_per_epoch(train_set, recipe, world_size)
     total_steps = recipe.epochs * steps_per_epoch
     progress = Progress(run, recipe, LOSSES, steps_per_epoch, total_steps, REMEDY)
-    network = {"network": recipe.name, "backbone": recipe.backbone}
-    state = RunState(run, model, optimizer, progress, recipe, train_set, val_set, network)
+    identity = {"network": recipe.name, "backbone": recipe.backbone}
+    state = RunState(run, model, optimizer, progress, recipe, train_set, val_set, identity)
     state.restore()
     parallel_model, optimizer = run.parallel(model, optimizer)
     parallel_model.train()
@@ -165,7 +171,7 @@ def evaluate(
         evaluation = None
         if result_rows is not None:
             evaluation = evaluate_and_save(
-                result_rows, val_set, recipe, run.output_dir, run.evaluation, run.log.info
+                result_rows, val_set, recipe, run.output_dir, run.evaluation_options, run.log.info
             )
         if progress.add_evaluation(evaluation):
             state.save_best()

@@ -33,9 +33,10 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
     """
     state = source if isinstance(source, Mapping) else checkpoint.load(source)
     tensors = network_keys(state)
-    if any(key.startswith("class_net.") for key in tensors) and not hasattr(model, "class_net"):
+    if any(key.startswith("class_net.") for key in tensors):
         raise UserError(
-            f"{name_of(state)}: a detector of the TFRecord recipe, whose padding and heads differ"
+            f"{name_of(state)}: a detector of the TFRecord recipe, whose padding and heads differ; "
+            "use ssd_resnet34/tfrecord"
         )
     report = load_matching(model, tensors)
     if not any(key.endswith("weight") for key in report.loaded):
@@ -73,7 +74,7 @@ def num_classes_of(state: Mapping) -> int:
     """
     head = network_keys(state).get("mbox.0.weight")
     if head is None:
-        raise UserError("the checkpoint has no detection heads; give one of a trained detector")
+        raise UserError(f"{name_of(state)}: no detection heads; give a trained detector")
     # For each anchor shape a channel per class, for background, and for each coordinate.
     channels = len(head) // SHAPES_OF_FIRST_MAP
     return channels - COORDINATES - 1

@@ -58,11 +58,11 @@ def main() -> None:
     batches_of_keys = list(order)  # a key is (epoch, position, record)
     keys = [key for batch in batches_of_keys for key in batch]
 
-    def read_samples(batch: list[tuple[int, int, int]]) -> list[Sample]:
+    def make_samples(batch: list[tuple[int, int, int]]) -> list[Sample]:
         return [dataset[key] for key in batch]
 
     def make_batch(batch: list[tuple[int, int, int]]) -> Batch:
-        return dataset.collate(read_samples(batch))
+        return dataset.collate(make_samples(batch))
 
     def make_batches() -> None:
         for batch in batches_of_keys:
@@ -74,7 +74,7 @@ def main() -> None:
 
     def decode_and_resize() -> None:
         for batch in batches_of_keys:
-            read_samples(batch)
+            make_samples(batch)
 
     def make_inputs() -> None:
         for batch in batches_of_keys:

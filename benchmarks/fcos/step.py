@@ -33,11 +33,12 @@ from common.npu.device import setup_device
 from common.npu.precision import Precision, build_sgd
 from fcos.augment import augment
 from fcos.config import RECIPES, Recipe
-from fcos.data import Batch, TrainingSet, orientation, training_records
+from fcos.data import Batch, TrainingSet, orientation_groups, training_records
 from fcos.loss import DetectionLoss
 from fcos.model import build_model, param_groups
 
 CLASSES = 80
+TORCHVISION = "torchvision fcos_resnet50_fpn"
 
 
 def main() -> None:
@@ -60,15 +61,15 @@ def main() -> None:
     for name, precision in precisions(device).items():
         model = placed(torchvision_model(recipe), device, fast=False)
         step = torchvision_peer(model, recipe, batch, precision)
-        peers["torchvision fcos_resnet50_fpn", name] = step
-    print_steps(f"Training step, images of {args.img_scale}", peers, args, device)
+        peers[TORCHVISION, name] = step
+    print_steps(f"Training step, images of {args.img_scale}", peers, args, device, TORCHVISION)
 
 
 def landscape_batch(data_path: str, recipe: Recipe, batch_size: int) -> Batch:
     """Return a batch of the first images of the training set that are wider than high."""
     annotation_file, image_dir = find_coco(data_path, "train")
     records = training_records(read_index(annotation_file, image_dir))
-    landscape = np.flatnonzero(orientation(records)).tolist()
+    landscape = orientation_groups(records)[1].tolist()
     dataset = TrainingSet(records, recipe, seed=0)
     samples = []
     for position in range(batch_size):
@@ -131,7 +132,7 @@ def torchvision_peer(
     device = precision.device
     images = []
     targets = []
-    for i, (height, width) in enumerate(batch.sizes.tolist()):
+    for i, (height, width) in enumerate(batch.resized_sizes.tolist()):
         image = batch.images[i, :height, :width].permute(2, 0, 1)
         images.append(image.float().div(255).to(device))
         valid = batch.valid[i]

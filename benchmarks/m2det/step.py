@@ -26,7 +26,7 @@ from torch.utils.data import default_collate
 from benchmarks.m2det.reference import ReferenceM2Det
 from benchmarks.steps import LR, arguments, clock, placed, precisions, synchronize
 from benchmarks.timing import print_table, race, ratio
-from common.npu.device import memory_mib, setup_device
+from common.npu.device import in_host_memory, memory_mib, setup_device
 from common.npu.precision import Precision, build_sgd
 from m2det.augment import augment
 from m2det.config import RECIPES, Recipe
@@ -59,7 +59,7 @@ def main() -> None:
         steps = {}
         leaches = {}
         for name, model in models.items():
-            steps[name] = training_step(model, recipe, batch, precision)
+            steps[name] = our_step(model, recipe, batch, precision)
             leaches[name] = leach_step(model, recipe, args.batch_size, precision)
         for what, peers in (("step", steps), ("base feature to leach and back", leaches)):
             times = race(peers, args.rounds)
@@ -73,7 +73,7 @@ def main() -> None:
                 speed = ratio(original_seconds, seconds)
                 cells = (what, name, precision_name, f"{milliseconds:.0f}", f"{speed:.2f}", memory)
                 rows.append(cells)
-    unit = "CPU ms" if device.type == "cpu" else "ms"
+    unit = "CPU ms" if in_host_memory(device) else "ms"
     header = (
         "",
         "",
@@ -140,7 +140,7 @@ def kept_bytes(model: M2Det, recipe: Recipe, batch: Batch, precision: Precision)
     return sum(kept.values())
 
 
-def training_step(
+def our_step(
     model: M2Det, recipe: Recipe, batch: Batch, precision: Precision
 ) -> Callable[[], None]:
     """Return a training step as train.py makes it, which reads the loss at its end."""

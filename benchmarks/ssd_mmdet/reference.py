@@ -19,7 +19,7 @@ from common.coco.index import CocoIndex
 from ssd_mmdet.anchors import decode, encode, make_anchors
 from ssd_mmdet.config import Recipe
 
-MANY_CANDIDATES = 10_000  # from this number on NMS runs class by class
+MAX_JOINT_NMS = 10_000  # candidates; from so many on, NMS runs class by class
 
 
 class ReferenceSet(Dataset):
@@ -58,25 +58,25 @@ class ReferenceSet(Dataset):
 
     def jitter_colours(self, image: np.ndarray) -> np.ndarray:
         recipe = self.recipe
-        draw = np.random
-        if draw.randint(2):
-            image += draw.uniform(-recipe.brightness, recipe.brightness)
-        contrast_first = draw.randint(2)
-        if contrast_first and draw.randint(2):
-            image *= draw.uniform(*recipe.contrast)
+        rng = np.random
+        if rng.randint(2):
+            image += rng.uniform(-recipe.brightness, recipe.brightness)
+        contrast_first = rng.randint(2)
+        if contrast_first and rng.randint(2):
+            image *= rng.uniform(*recipe.contrast)
         hsv = cv2.cvtColor(image, cv2.COLOR_BGR2HSV)
-        if draw.randint(2):
-            hsv[..., 1] *= draw.uniform(*recipe.saturation)
-        if draw.randint(2):
+        if rng.randint(2):
+            hsv[..., 1] *= rng.uniform(*recipe.saturation)
+        if rng.randint(2):
             hue = hsv[..., 0]  # a view: changes go into `hsv`
-            hue += draw.uniform(-recipe.hue, recipe.hue)
+            hue += rng.uniform(-recipe.hue, recipe.hue)
             hue[hue > 360] -= 360
             hue[hue < 0] += 360
         image = cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)
-        if not contrast_first and draw.randint(2):
-            image *= draw.uniform(*recipe.contrast)
-        if draw.randint(2):
-            image = image[..., draw.permutation(3)]
+        if not contrast_first and rng.randint(2):
+            image *= rng.uniform(*recipe.contrast)
+        if rng.randint(2):
+            image = image[..., rng.permutation(3)]
         return image
 
     def expand(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -96,21 +96,21 @@ class ReferenceSet(Dataset):
         self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, crowd_boxes: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         recipe = self.recipe
-        draw = np.random
+        rng = np.random
         height, width = image.shape[:2]
         all_boxes = np.concatenate([crowd_boxes, boxes])
         while True:
-            min_iou = draw.choice(recipe.crop_ious)
+            min_iou = rng.choice(recipe.crop_ious)
             if min_iou == 1:
                 return image, boxes, labels
             for _ in range(recipe.crop_trials):
-                crop_width = draw.uniform(recipe.crop_scale * width, width)
-                crop_height = draw.uniform(recipe.crop_scale * height, height)
+                crop_width = rng.uniform(recipe.crop_scale * width, width)
+                crop_height = rng.uniform(recipe.crop_scale * height, height)
                 lowest, highest = recipe.crop_ratio
                 if not lowest <= crop_height / crop_width <= highest:
                     continue
-                left = draw.uniform(width - crop_width)
-                top = draw.uniform(height - crop_height)
+                left = rng.uniform(width - crop_width)
+                top = rng.uniform(height - crop_height)
                 x1 = int(left)
                 y1 = int(top)
                 x2 = int(left + crop_width)
@@ -233,7 +233,7 @@ def reference_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: 
     """Return the indices of the boxes (n, 4) that survive the NMS of their class, best first."""
     # Each class is shifted to an area where no other class has boxes.
     shifted = boxes + (labels * (boxes.max() + 1)).unsqueeze(1)
-    if len(boxes) < MANY_CANDIDATES:
+    if len(boxes) < MAX_JOINT_NMS:
         return nms(shifted, scores, iou_threshold)
     survives = torch.zeros(len(boxes), dtype=torch.bool)
     for label in labels.unique():

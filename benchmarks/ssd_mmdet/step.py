@@ -33,6 +33,7 @@ from ssd_mmdet.loss import DetectionLoss
 from ssd_mmdet.model import build_model
 
 CLASSES = 80
+TORCHVISION = "torchvision ssd300_vgg16"
 
 
 def main() -> None:
@@ -53,8 +54,8 @@ def main() -> None:
     for name, precision in precisions(device).items():
         model = placed(torchvision_model(), device, fast=False)
         step = torchvision_peer(model, recipe, batch, precision)
-        peers["torchvision ssd300_vgg16", name] = step
-    print_steps("Training step", peers, args, device)
+        peers[TORCHVISION, name] = step
+    print_steps("Training step", peers, args, device, TORCHVISION)
 
 
 def first_batch(data_path: str, recipe: Recipe, batch_size: int) -> Batch:

@@ -55,15 +55,15 @@ def main() -> None:
     criterion = DetectionLoss(recipe, len(records.class_names))
     epochs = itertools.count()  # each round draws anew
 
-    def read_samples() -> list[Batch]:
+    def make_samples() -> list[Batch]:
         epoch = next(epochs)
         return [dataset[epoch, record, record] for record in range(num_images)]
 
-    def read_batch() -> Batch:
-        return default_collate(read_samples())
+    def make_batch() -> Batch:
+        return default_collate(make_samples())
 
-    def read_batch_and_prepare_step() -> None:
-        batch = read_batch()
+    def make_batch_and_prepare_step() -> None:
+        batch = make_batch()
         _, boxes = augment(batch, recipe)
         criterion.targets(boxes, batch.labels, batch.valid)
 
@@ -88,11 +88,11 @@ def main() -> None:
             reference[record]
 
     peers = {
-        "ours: a sample": read_samples,
-        "ours: a sample, collated into its batch": read_batch,
+        "ours: a sample": make_samples,
+        "ours: a sample, collated into its batch": make_batch,
         "part of ours: read and decode": decode,
         "part of ours: crop and resize": crop_and_resize,
-        "ours and the device's work (flip, colour, normalise, match)": read_batch_and_prepare_step,
+        "ours and the device's work (flip, colour, normalise, match)": make_batch_and_prepare_step,
         "original, re-implemented: all of it in the worker": original,
     }
     times = race(peers, args.rounds)

@@ -20,7 +20,7 @@ from common.coco.index import CocoIndex
 from ssd_resnet34.anchors import make_anchors, to_cxcywh, to_xyxy
 from ssd_resnet34.config import Recipe
 
-CLAIMED = 2.0  # in place of an IoU: above all of them
+CLAIMED_IOU = 2.0  # in place of an IoU: above all of them
 
 
 def pairwise_iou(boxes_xyxy: Tensor, others_xyxy: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class Encoder:
         iou = pairwise_iou(boxes_xyxy, self.anchors_xyxy)
         best_iou, matched = iou.max(dim=0)
         for box, anchor in enumerate(iou.argmax(dim=1)):
-            best_iou[anchor] = CLAIMED
+            best_iou[anchor] = CLAIMED_IOU
             matched[anchor] = box
         positive = best_iou > self.recipe.match_iou
         dense_labels = torch.zeros(len(self.anchors), dtype=torch.int64)

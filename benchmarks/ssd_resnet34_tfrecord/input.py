@@ -2,7 +2,7 @@
 """Records and input pipeline of the TFRecord recipe on real images, on one core.
 
 Reading is compared with plain reading of the same files; a training sample with its steps and with
-a sample of the first recipe, which reads a folder of JPEG files. The folder is converted first.
+a sample of the COCO recipe, which reads a folder of JPEG files. The folder is converted before.
 """
 
 import argparse
@@ -23,8 +23,8 @@ import torch
 from benchmarks.timing import print_speeds, print_table, race, ratio
 from common.coco.images import decode_image
 from common.coco.index import find_coco, read_index
-from ssd_resnet34 import config as first_config
-from ssd_resnet34 import data as first_recipe
+from ssd_resnet34 import config as coco_config
+from ssd_resnet34 import data as coco_data
 from ssd_resnet34.tfrecord import index as record_index
 from ssd_resnet34.tfrecord.coco_to_tfrecord import convert
 from ssd_resnet34.tfrecord.config import RECIPES, Recipe
@@ -40,7 +40,7 @@ from ssd_resnet34.tfrecord.records import match_files, read_records
 
 PASSES = 20  # over the files in a round: one alone is too short to time
 PLAIN_READING = "plain reading of the files"
-FIRST_RECIPE = "first recipe: a sample from a folder of JPEG files"
+COCO_RECIPE = "COCO recipe: a sample from a folder of JPEG files"
 
 
 def main() -> None:
@@ -83,9 +83,7 @@ def measure_reading(pattern: str, rounds: int) -> None:
         PLAIN_READING: several_passes(read_plainly),
         "records in file order, checksums verified": several_passes(read_in_file_order),
         "records one by one, verified and parsed, as in training": several_passes(read_one_by_one),
-        "index at the start of a run: headers verified, records parsed": several_passes(
-            read_the_index
-        ),
+        "index at the start of a run: all read and parsed": several_passes(read_the_index),
     }
     times = race(peers, rounds)
     rows = []
@@ -111,18 +109,18 @@ def measure_samples(pattern: str, annotation_file: str, image_dir: str, rounds: 
     """Print the time of a training sample of both recipes, and of the steps of ours."""
     recipe = RECIPES["port"]
     records = training_records(record_index.read_index(pattern, "pattern"))
-    images = first_recipe.training_records(read_index(annotation_file, image_dir))
+    images = coco_data.training_records(read_index(annotation_file, image_dir))
     if len(images) != len(records):
         raise SystemExit("the two recipes do not train on the same images of this folder")
-    first_set = first_recipe.TrainingSet(images, first_config.RECIPES["1p"], seed=0)
+    coco_set = coco_data.TrainingSet(images, coco_config.RECIPES["1p"], seed=0)
     peers = {
-        FIRST_RECIPE: draw_epochs(first_set),
-        "this recipe: a sample from records": draw_epochs(TrainingSet(records, recipe, seed=0)),
+        COCO_RECIPE: draw_epochs(coco_set),
+        "TFRecord recipe: a sample from records": draw_epochs(TrainingSet(records, recipe, seed=0)),
         **steps_of_a_sample(records, recipe),
     }
     times = race(peers, rounds, warmup=2)
     title = f"Input pipeline, {len(records)} images"
-    print_speeds(title, times, len(records), FIRST_RECIPE, "first recipe")
+    print_speeds(title, times, len(records), COCO_RECIPE, "COCO recipe")
 
 
 def draw_epochs(dataset: torch.utils.data.Dataset) -> Callable[[], None]:

@@ -78,10 +78,10 @@ def to_result_rows(image_id: int, boxes_xyxy, scores, labels, category_ids) -> n
 
 
 def gather_result_rows(result_rows: Sequence[np.ndarray], ranks) -> np.ndarray | None:
-    """Return all ranks' result rows by image id on rank 0, each image once; None on other ranks.
+    """Return all ranks' result rows by image id on rank 0; None on other ranks.
 
-    result_rows: one array of `to_result_rows` for each image of this rank. Ranks may have repeated
-    images of others to fill their batches.
+    result_rows: one array of `to_result_rows` for each image of this rank. An image that several
+    have counts once.
     """
     gathered = ranks.all_gather_objects(result_rows)
     if not ranks.main:

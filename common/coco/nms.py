@@ -2,11 +2,12 @@
 
 import functools
 import itertools
-import sys
 from collections.abc import Callable
 
 import numpy as np
 import torch
+
+from common.npu.device import has_torchvision_operators
 
 # Takes the boxes (n, 4) of one class, best first, and the IoU threshold; returns the positions of
 # the survivors.
@@ -43,7 +44,7 @@ def class_nms(
 
 def _survives(boxes: np.ndarray, labels: np.ndarray, iou_threshold: float) -> np.ndarray:
     """True for the boxes (n, 4), best first, that survive among those of their class."""
-    nms_of_one_class = torchvision_nms() or greedy_nms
+    nms_of_one_class = fastest_nms()
     by_class = np.argsort(labels, kind="stable")
     boxes = boxes[by_class]
     class_starts = np.flatnonzero(np.diff(labels[by_class])) + 1
@@ -56,24 +57,18 @@ def _survives(boxes: np.ndarray, labels: np.ndarray, iou_threshold: float) -> np
 
 
 @functools.cache
-def torchvision_nms() -> NmsOfOneClass | None:
-    """Return torchvision's suppression.
+def fastest_nms() -> NmsOfOneClass:
+    """Return torchvision's suppression, or our own where that cannot be used."""
+    if has_torchvision_operators():
+        return torchvision_nms
+    return greedy_nms
 
-    None where torchvision is absent or built for another torch, and beside torch_npu.
-    """
-    if "torch_npu" in sys.modules:
-        return None
-    try:
-        import torchvision  # noqa: F401 registers the operator
-    except (ImportError, RuntimeError):
-        return None
 
-    def nms_of_one_class(boxes: np.ndarray, iou_threshold: float) -> np.ndarray:
-        falling_scores = torch.arange(0.0, -len(boxes), -1.0)
-        boxes = torch.from_numpy(boxes)
-        return torch.ops.torchvision.nms(boxes, falling_scores, iou_threshold).numpy()
-
-    return nms_of_one_class
+def torchvision_nms(boxes: np.ndarray, iou_threshold: float) -> np.ndarray:
+    """Return what `greedy_nms` does, by torchvision's operator."""
+    falling_scores = torch.arange(0.0, -len(boxes), -1.0)
+    boxes = torch.from_numpy(boxes)
+    return torch.ops.torchvision.nms(boxes, falling_scores, iou_threshold).numpy()
 
 
 @np.errstate(all="ignore")  # 0 / 0, of boxes without area, suppresses nothing

@@ -53,7 +53,7 @@ def read_panels(log_json_paths: Sequence[str | Path]) -> list[Panel]:
             if entry.get("mode") == "train":
                 train[entry["step"]] = entry
             elif entry.get("mode") == "val":
-                val[entry["epoch"] * entry["iter"]] = entry
+                val[steps_before_evaluation(entry)] = entry
     panels = [
         Panel("loss", train, loss_terms(train), scale="log"),
         Panel("learning rate", train, ["lr"]),
@@ -63,6 +63,12 @@ def read_panels(log_json_paths: Sequence[str | Path]) -> list[Panel]:
         scores = ["bbox_mAP", "bbox_mAP_50", "bbox_mAP_75"]
         panels.append(Panel("COCO AP", val, scores, from_zero=True))
     return panels
+
+
+def steps_before_evaluation(entry: dict) -> int:
+    """Return the steps of the run before an evaluation; older logs name only its epoch."""
+    end_of_epoch = entry["epoch"] * entry["iter"]
+    return entry.get("steps_done", end_of_epoch)
 
 
 def loss_terms(train: dict[int, dict]) -> list[str]:

@@ -23,10 +23,10 @@ class Progress:
     """Counts the steps of a run, logs them, and knows what is due.
 
     `recipe` gives `lr_at`, `batch_size`, `evaluation` (epochs), `threshold` and `name`; `terms` are
-    the names of the losses, the total `loss` last. A run has `steps_per_epoch` and ends after
-    `total_steps`, or after `--max_iters`. Log lines follow every `--log_interval` steps; the count
-    begins anew every `log_period` steps, by default an epoch. `remedy` ends the message on a loss
-    that is not finite.
+    the names of what is logged, the total `loss` after its summands. A run has `steps_per_epoch`
+    and ends after `total_steps`, or after `--max_iters`. Log lines follow every `--log_interval`
+    steps; the count begins anew every `log_period` steps, by default an epoch. `remedy` ends the
+    message on a loss that is not finite.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Progress:
         if run.settings.max_iters:
             self.end = min(total_steps, run.settings.max_iters)
         self.remedy = remedy
-        self.log_period = log_period or steps_per_epoch
+        self.log_period = steps_per_epoch if log_period is None else log_period
         # At least two lines an epoch and two a run, however short they are.
         self.log_interval = max(
             1, min(run.settings.log_interval, self.log_period // 2, self.end // 2)
@@ -149,8 +149,10 @@ class Progress:
         """Return whether an evaluation is wanted after this step and not done."""
         if not self.run.settings.evaluate or self._evaluated_at == self.steps_done:
             return False
-        epoch = self.steps_done / self.steps_per_epoch
-        return self.steps_done == self.end or epoch in self.recipe.evaluation
+        if self.steps_done == self.end:
+            return True
+        epochs_done, steps_of_next = divmod(self.steps_done, self.steps_per_epoch)
+        return steps_of_next == 0 and epochs_done in self.recipe.evaluation
 
     def paused(self) -> AbstractContextManager[None]:
         """Stop the clock for evaluation or checkpoint writing; log first what is on its way."""

@@ -21,7 +21,7 @@ DECIMALS = 5  # of numbers in the JSON log, as MMDetection writes them; a rate i
 
 
 class RunLog:
-    """Writes `train_<device_id>.log` (and stdout), `<time>.log.json`, `tensorboard/` in a folder.
+    """Writes `train_<name>.log` (and stdout), `<time>.log.json`, `tensorboard/` in a folder.
 
     Until `open` names the folder, lines go to stdout and wait for the file. Ranks but the main one
     write nothing but the exception that leaves the `with`. Call `begin` before `train` and `val`.
@@ -39,10 +39,10 @@ class RunLog:
         self._steps = 0
         self._per_epoch = 1
 
-    def open(self, folder: Path, device_id: int | str) -> None:
+    def open(self, folder: Path, name: int | str) -> None:
         """Begin the files in `folder`, with the lines logged so far."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.text_path = folder / f"train_{device_id}.log"
+        self.text_path = folder / f"train_{name}.log"
         self.json_path = folder / f"{datetime.now():%Y%m%d_%H%M%S}.log.json"
         for line in self._waiting_lines:
             _append(self.text_path, line)
@@ -61,7 +61,7 @@ class RunLog:
     def header(self, **about: str | int) -> None:
         """Write the first JSON line: env_info, config, seed, exp_name.
 
-        It has no `mode`, for which readers of the log skip it.
+        Readers of the log skip it because it has no `mode`.
         """
         self._record(about, step=0)
         self.info("\n".join(f"{key}: {value}" for key, value in about.items()))
@@ -89,7 +89,7 @@ class RunLog:
     ) -> None:
         """Write the line after `step` steps of the run.
 
-        `losses` are means over the window, the total `loss` last.
+        `losses` are means over the window: the total `loss` after its summands.
         """
         epoch = ceil_div(step, self._per_epoch)
         iteration = step - (epoch - 1) * self._per_epoch
@@ -106,7 +106,8 @@ class RunLog:
             "step": step,
         }
         self._record(entry, step)
-        seconds_a_step = window.time * window.fps / window.fps_average
+        images_a_step = window.time * window.fps
+        seconds_a_step = images_a_step / window.fps_average
         eta = timedelta(seconds=int((self._steps - step) * seconds_a_step))
         warm_up = " (warm-up)" if window.warming_up else ""
         text = (
@@ -130,7 +131,15 @@ class RunLog:
     def val(self, step: int, lr: float, metrics: dict[str, float | str]) -> None:
         """Write the line of an evaluation after `step` steps."""
         epoch = ceil_div(step, self._per_epoch)
-        entry = {"mode": "val", "epoch": epoch, "iter": self._per_epoch, "lr": lr, **metrics}
+        entry = {
+            "mode": "val",
+            "epoch": epoch,
+            "iter": self._per_epoch,
+            "lr": lr,
+            **metrics,
+            # Not "step": MMDetection 3.x would count it as one of a train line.
+            "steps_done": step,
+        }
         self._record(entry, step)
         self.info(f"Epoch(val) [{epoch}][{self._per_epoch}]\t{_fields(metrics)}")
 
@@ -139,7 +148,7 @@ class RunLog:
 
     def __exit__(self, kind, error, traceback) -> None:
         self.bar.close()
-        with suppress(OSError):  # of a full disk: the first error is the one to be told
+        with suppress(OSError):  # of a full disk: the first error is the one to report
             if error is not None:
                 self._write("ERROR", f"rank {self.ranks.rank}: {kind.__name__}: {error}")
             if self._events is not None:

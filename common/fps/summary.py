@@ -26,8 +26,9 @@ def write_summary(
 ) -> list[str]:
     """Write `<CaseName>.log` and, of the logged total losses, `train_<CaseName>_loss.txt`.
 
-    `batch_size` is that of a rank, `kind` is "acc", "perf" or "eval", `seconds` is the time of the
-    whole run. Return the closing lines, to be printed. A figure that is None has no line.
+    `batch_size` is that of a rank, `kind` is "acc", "perf" or "eval", `seconds` is the time
+    since this start of the run. Return the closing lines, to be printed. A figure that is None has
+    no line. The losses before a resume are in the run's earlier `.log.json`.
     """
     case_name = f"{network}_bs{batch_size}_{num_ranks}p_{kind}"
     values = {

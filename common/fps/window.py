@@ -57,7 +57,8 @@ class LossWindow:
     def first_not_finite(self) -> NotFinite | None:
         """Return the first step with a loss that is not finite, None where all are.
 
-        Of terms that fail in the same step it names the first, a summand before the total.
+        Of terms that fail in the same step it names the first: `names` have the total after its
+        summands.
         """
         _, finite_steps = self._fetched()
         fewest = int(min(finite_steps))

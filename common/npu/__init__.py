@@ -1,4 +1,4 @@
-"""The environment a run stands on: device, ranks, precision, checkpoint files, flags, signals.
+"""The environment a run stands on: device, ranks, precision, files, start-up, resume, signals.
 
 Everything that is special to the Ascend NPU lives here and nowhere else.
 """

@@ -15,6 +15,7 @@ from common.npu.foreign import placeholder_classes
 
 DIRECTORY = 0x10  # in the external attributes of a zip archive's entry
 PREFIX = "iter_"  # of a checkpoint's file name, before the number of steps
+SUPERSEDED = ".superseded"  # end of the name of a checkpoint that a resumed run left behind
 
 
 def save(path: Path, state: dict) -> None:
@@ -40,11 +41,16 @@ def load(path: str | Path) -> dict:
     except pickle.UnpicklingError:
         reason = "holds more than tensors and plain values, or is damaged; save its state dict"
         raise UserError(f"checkpoint {path} {reason}") from None
+    except FileNotFoundError:
+        raise UserError(f"checkpoint {path} does not exist; check the path") from None
     except Exception as error:  # there is no end to what damage can lead to
-        reason = f"is missing, cut short or damaged ({error!r:.120}); use another copy"
+        reason = f"is cut short or damaged ({error!r:.120}); use another copy"
         raise UserError(f"checkpoint {path} {reason}") from None
     if not isinstance(state, dict):
-        raise UserError(f"checkpoint {path} holds a {type(state).__name__}, not a dictionary")
+        raise UserError(
+            f"checkpoint {path} holds a {type(state).__name__}, not a dictionary; give a "
+            "checkpoint of train.py or a state dict"
+        )
     return {**state, "path": str(path)}
 
 
@@ -102,12 +108,20 @@ def load_resume_state(resume: str, folder: Path) -> dict | None:
     return state
 
 
-def delete_old(folder: Path, last_step: int, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints up to `last_step`, and unfinished files.
+def set_aside_later(folder: Path, last_step: int) -> list[Path]:
+    """Rename the checkpoints after `last_step`, from which a resumed run goes on; return them.
 
-    Later checkpoints come from a former start and are damaged, for else the run would have been
-    resumed from them. They do not count, and this run will overwrite them.
+    They are damaged or belong to another course: `--resume=auto` must not take them any more.
     """
+    kept = checkpoints_newest_first(folder, last_step)
+    later = [path for path in checkpoints_newest_first(folder) if path not in kept]
+    for path in later:
+        path.rename(path.with_name(path.name + SUPERSEDED))
+    return later
+
+
+def delete_old(folder: Path, last_step: int, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints up to `last_step`, and unfinished files."""
     superseded = checkpoints_newest_first(folder, last_step)[max(1, keep) :]
     unfinished = list(folder.glob("*.pt.*.tmp"))
     for path in superseded + unfinished:

@@ -34,10 +34,14 @@ def setup_device(name: str = "auto", index: int = 0) -> tuple[torch.device, str]
         obstacle = _obstacle(kind)
         if obstacle is not None:
             raise UserError(f"--device {kind}: {obstacle}")
+    reason = "; ".join(obstacles) if obstacles else "as asked"
     if kind == "cpu":
-        reason = "; ".join(obstacles) or "as asked"
         return torch.device("cpu"), f"device: cpu, {torch.get_num_threads()} threads ({reason})"
-    return _setup_accelerator(kind, index)
+    device = _setup_accelerator(kind, index)
+    name = getattr(torch, kind).get_device_name(index)
+    if not obstacles:
+        return device, f"device: {device} {name}"
+    return device, f"device: {device} {name} ({reason})"
 
 
 def _first_usable_kind() -> tuple[str, list[str]]:
@@ -76,18 +80,21 @@ def _obstacle_to_npu() -> str | None:
     return None
 
 
-def _setup_accelerator(kind: str, index: int) -> tuple[torch.device, str]:
+def _setup_accelerator(kind: str, index: int) -> torch.device:
     module = getattr(torch, kind)
     count = module.device_count()
     if index >= count:
-        raise UserError(f"--device_id {index}: {count} {kind} devices here; use fewer processes")
+        raise UserError(
+            f"--device_id {index}: {count} {kind} devices here; give a smaller --device_id or "
+            "start fewer processes"
+        )
     module.set_device(index)
     if kind == "npu":
         # Prebuilt kernels and plain layouts: one compilation less a shape, nothing to cast back.
         torch.npu.set_compile_mode(jit_compile=False)
         torch.npu.config.allow_internal_format = False
     torch.backends.cudnn.benchmark = True  # every shape of a training step is fixed
-    return torch.device(kind, index), f"device: {kind}:{index} {module.get_device_name(index)}"
+    return torch.device(kind, index)
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -113,6 +120,21 @@ def has_infinity(device: torch.device) -> bool:
     import torch_npu
 
     return torch_npu.npu.utils.is_support_inf_nan()
+
+
+def has_torchvision_operators() -> bool:
+    """Return whether torchvision's operators are there and can be used.
+
+    They are not where it is absent or built for another torch. Beside torch_npu it is not loaded:
+    its wheels are built for torch's CUDA build, whose libraries the CPU build does not have.
+    """
+    if "torch_npu" in sys.modules:
+        return False
+    try:
+        import torchvision  # noqa: F401 registers the operators
+    except (ImportError, RuntimeError):
+        return False
+    return True
 
 
 def has_fused_sgd(device: torch.device) -> bool:

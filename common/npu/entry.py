@@ -33,8 +33,7 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except OSError as error:  # such as a full or read-only disk
-        reason = error.strerror or error
-        status = f"{_error_label()}: {reason}: {error.filename or 'see --output_dir'}"
+        status = f"{_error_label()}: {_reason(error)}"
     except RuntimeError as error:
         advice = _advice(error)
         if advice is None:
@@ -47,6 +46,11 @@ def run(main: Callable[[], int | None]) -> None:
     sys.exit(status)
 
 
+def _reason(error: OSError) -> str:
+    reason = error.strerror or str(error)
+    return f"{reason}: {error.filename}" if error.filename else reason
+
+
 def _error_label() -> str:
     rank = os.environ.get("RANK")
     return "error" if rank is None else f"error (rank {rank})"
@@ -56,7 +60,7 @@ def _advice(error: RuntimeError) -> str | None:
     """Return what a user can do about an error of another library, None for a mistake of ours."""
     message = str(error)
     if KILLED_WORKER.search(message):
-        return "often for want of memory or /dev/shm; lower --num_workers"
+        return "often because memory or /dev/shm is full; lower --num_workers"
     if dist.is_initialized() and LOST_RANK.search(message):
         return "another rank has ended or does not answer, see its own message"
     return None
@@ -70,6 +74,7 @@ def _leave_process_group() -> None:
 
 def _kill_workers() -> None:
     """Kill loader workers that an error left behind, which outlive a SIGTERM."""
+    # torch's handler would raise a RuntimeError for the workers killed here.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in multiprocessing.active_children():
         worker.kill()

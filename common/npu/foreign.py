@@ -1,4 +1,9 @@
-"""Objects of foreign classes in checkpoints of other projects: inert stand-ins, no code is run."""
+"""Objects of foreign classes in checkpoints of other projects: inert stand-ins, no code is run.
+
+A file is read twice. NameCollector unpickles it without tensors and makes a Placeholder class of
+every name; an object that the pickle fills like a list or a dictionary notes that in its class. In
+the second pass torch.load takes these classes, and builds plain lists and dictionaries of those.
+"""
 
 import io
 import pickle
@@ -73,6 +78,7 @@ def placeholder_classes(path: str | Path) -> list[type]:
 
 def _pickles(path: str | Path) -> list[io.BytesIO]:
     if not zipfile.is_zipfile(path):
+        # The same open file: each pickle begins where the one before it has ended.
         file = io.BytesIO(Path(path).read_bytes())
         return [file] * PICKLES_BEFORE_TORCH_1_6
     with zipfile.ZipFile(path) as archive:

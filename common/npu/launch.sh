@@ -10,7 +10,7 @@ _usage() {
     done <"$1"
     cat <<'TEXT'
 Flags of all launch scripts, as --name=value; any other flag goes through to the program:
-  --data_path=DIR        COCO folder: annotations/, train2017/, val2017/ (required)
+  --data_path=DIR        COCO folder: annotations/, train2017/, val2017/ (required; m2det: ~/data/coco)
   --device_id=N          card of a one-device run; name of the output folder
   --batch_size=N         images a device
   --nproc_per_node=N     devices of this node, instead of the script's number
@@ -46,15 +46,18 @@ launch() {
         esac
     done
     if [ -z "$data" ]; then
+        # The old scripts' words: whoever searches for them finds the answer.
         echo '[Error] para "data_path" must be confing: give --data_path=DIR, the COCO folder' >&2
         exit 1
     fi
-    case "/$ranks/$nodes/$node/" in
-        *//* | *[!0-9/]* | */0/*/*/)
-            _refuse "--nproc_per_node=$ranks --nnodes=$nodes --node_rank=$node: give whole numbers" ;;
-    esac
-    [ "$node" -lt "$nodes" ] || _refuse "--node_rank=$node: of --nnodes=$nodes the last is $((nodes - 1))"
-    # As the old scripts: one device takes the card of the environment first, several are "8".
+    _require_whole_number --nproc_per_node "$ranks" 1
+    _require_whole_number --nnodes "$nodes" 1
+    _require_whole_number --node_rank "$node" 0
+    if [ "$node" -ge "$nodes" ]; then
+        _refuse "--node_rank=$node: of --nnodes=$nodes the last is $((nodes - 1))"
+    fi
+    # As in the old scripts: one device takes the card of the environment first, several devices take
+    # their number.
     if [ "$((ranks * nodes))" = 1 ]; then
         id=${ASCEND_DEVICE_ID:-${id:-0}}
     else
@@ -62,16 +65,29 @@ launch() {
     fi
 
     export ONESTAGE_LAUNCH_TIME=${ONESTAGE_LAUNCH_TIME:-$(date +%s)}
-    [ "${etp_running_flag:-}" = true ] || source "$(dirname "${BASH_SOURCE[0]}")/env_npu.sh"
+    if [ "${etp_running_flag:-}" != true ]; then
+        source "$(dirname "${BASH_SOURCE[0]}")/env_npu.sh"
+    fi
     local venv=$model/../.venv/bin/python
-    [ -n "${PYTHON:-}" ] || { [ -x "$venv" ] && PYTHON=$venv || PYTHON=python3; }
-    "$PYTHON" -c 'import sys; from importlib.util import find_spec; sys.exit(not find_spec("torch"))' \
-        2>/dev/null || _refuse "PYTHON=$PYTHON is not there or has no torch; bash quickstart.sh makes .venv"
+    if [ -z "${PYTHON:-}" ]; then
+        PYTHON=python3
+        if [ -x "$venv" ]; then
+            PYTHON=$venv
+        fi
+    fi
+    local has_torch='import sys; from importlib.util import find_spec; sys.exit(not find_spec("torch"))'
+    if ! "$PYTHON" -c "$has_torch" 2>/dev/null; then
+        _refuse "PYTHON=$PYTHON is not there or has no torch; bash quickstart.sh makes .venv"
+    fi
     local command=("$PYTHON")
     if [ "$((ranks * nodes))" != 1 ]; then
         # A free port, so that two runs on one host do not meet; several nodes must agree on one.
-        [ "$nodes" != 1 ] && port=${port:-23333}
-        port=${port:-$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
+        if [ -z "$port" ] && [ "$nodes" != 1 ]; then
+            port=23333
+        elif [ -z "$port" ]; then
+            local free_port='import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
+            port=$("$PYTHON" -c "$free_port")
+        fi
         command+=(-W ignore::FutureWarning -m torch.distributed.launch --use_env
             "--nproc_per_node=$ranks" "--nnodes=$nodes" "--node_rank=$node"
             "--master_addr=$master" "--master_port=$port")
@@ -80,6 +96,16 @@ launch() {
         "--output_dir=${output:-$model/test/output/$id}" "${flags[@]}")
     echo "${command[*]}"
     exec "${command[@]}"
+}
+
+_require_whole_number() {
+    local name=$1 value=$2 least=$3
+    case $value in
+        '' | *[!0-9]*) _refuse "$name=$value: give a whole number" ;;
+    esac
+    if [ "$value" -lt "$least" ]; then
+        _refuse "$name=$value: give at least $least"
+    fi
 }
 
 _refuse() {
@@ -93,5 +119,7 @@ _address() {
     export HCCL_IF_IP=$1
     local name
     name=$(ip -o addr 2>/dev/null | awk -v own="$1" '{ split($4, at, "/") } at[1] == own { print $2 }' || true)
-    [ -z "$name" ] || export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$name}
+    if [ -n "$name" ]; then
+        export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$name}
+    fi
 }

@@ -11,26 +11,26 @@ LOCK_FILE = ".lock"
 _held_locks = []  # open files: a lock lasts as long as its file is open
 
 
-def claim_output_folder(folder: Path, resumed: bool) -> str | None:
+def claim_output_folder(folder: Path, goes_on: bool) -> list[str]:
     """Take a folder for this process alone.
 
-    Unless the run is `resumed`, a folder that a former run has filled is renamed with its time
-    stamp; return a line that says so, or None. Raise UserError where another process works in the
-    folder or it cannot be made.
+    Unless the run `goes_on` there, a folder that a former run has filled is renamed with its time
+    stamp; return the lines that say so. Raise UserError where another process works in the folder
+    or it cannot be made.
     """
-    message = None
+    messages = []
     try:
-        if not resumed and _holds_a_run(folder):
+        if not goes_on and _holds_a_run(folder):
             _lock(folder)
             moved = folder.rename(_name_with_time(folder))
-            message = f"the former run in {folder} is now {moved}"
+            messages.append(f"the former run in {folder} is now {moved}")
         folder.mkdir(parents=True, exist_ok=True)
         _lock(folder)
     except BlockingIOError:
         raise UserError(f"--output_dir {folder}: a running process uses it; name another") from None
     except OSError as error:
         raise UserError(f"--output_dir {folder} cannot be made: {error}") from None
-    return message
+    return messages
 
 
 def release_output_folders() -> None:

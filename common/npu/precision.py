@@ -23,7 +23,7 @@ class Precision:
     """What a training step does differently by precision: autocast, backward, step.
 
     `dtype` is that of the network; `reduce_dtype` is what gradients travel in between ranks, None
-    for their own.
+    for their own. The dynamic scale of apex is not saved: a resumed run begins it anew.
     """
 
     def __init__(
@@ -172,14 +172,18 @@ def _half_dtype(device: torch.device, requested: str) -> torch.dtype:
 
     `requested` is "auto", "fp16" or "bf16". Raise UserError where the device cannot use it.
     """
-    on_cpu = in_host_memory(device)
-    if not on_cpu and requested != "bf16":
-        return torch.float16
-    if requested == "fp16" or not (on_cpu or has_bf16(device)):
-        raise UserError(
-            f"--amp_dtype {requested}: of no use on this {device.type}; leave it to auto"
-        )
-    return torch.bfloat16
+    refusal = UserError(
+        f"--amp_dtype {requested}: of no use on this {device.type}; leave it to auto"
+    )
+    if in_host_memory(device):
+        if requested == "fp16":
+            raise refusal
+        return torch.bfloat16
+    if requested == "bf16":
+        if not has_bf16(device):
+            raise refusal
+        return torch.bfloat16
+    return torch.float16
 
 
 def _import_apex():

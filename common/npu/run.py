@@ -4,7 +4,7 @@ import dataclasses
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -23,6 +23,9 @@ from common.npu.output import claim_output_folder
 from common.npu.precision import Precision, default_level
 from common.npu.weights import weights_on_cpu
 
+if TYPE_CHECKING:
+    from common.fps.progress import Progress
+
 
 class Process(NamedTuple):
     """What every program runs on."""
@@ -33,17 +36,24 @@ class Process(NamedTuple):
 
 
 def start_process(
-    device_name: str, device_id: int, timeout_seconds: float, card: int | None = None
+    device_name: str,
+    device_id: int,
+    timeout_seconds: float,
+    deterministic: bool,
+    card: int | None = None,
 ) -> Process:
     """Take a device and join the other ranks.
 
     `device_id` is the card of a single process. Of several each takes the one of its local rank,
-    unless `card` names another. Raise UserError where the device cannot be used.
+    unless `card` names another. `deterministic` asks for the same bits in every run. Raise
+    UserError where the device cannot be used.
     """
     ranks = Ranks.from_environment()
     if card is None:
         card = ranks.card(device_id)
     device, reason = setup_device(device_name, card)
+    if deterministic:
+        be_deterministic(device)
     distributed.start(device, ranks, timeout_seconds)
     return Process(ranks, device, reason)
 
@@ -76,7 +86,7 @@ class Run:
     seed: int
     workers: int
     settings: RunSettings
-    evaluation: EvaluationOptions
+    evaluation_options: EvaluationOptions
     resumed: dict | None  # the checkpoint that the run goes on from
 
     @staticmethod
@@ -86,12 +96,15 @@ class Run:
         `recipe` gives the precision and the name; `card` as in `start_process`. Nothing of a former
         run is moved yet: `open_output` does that, once all that the run needs has been read.
         """
-        ranks, device, reason = start_process(args.device, args.device_id, args.timeout, card)
+        ranks, device, reason = start_process(
+            args.device, args.device_id, args.timeout, args.deterministic, card
+        )
         stop = StopRequest()
         torch.manual_seed(args.seed)
-        if args.deterministic:
-            be_deterministic(device)
-        level = getattr(args, "amp", None) or default_level(device, recipe.amp)
+        if hasattr(args, "amp"):  # the flag was given
+            level = args.amp
+        else:
+            level = default_level(device, recipe.amp)
         precision = Precision(device, level, recipe.loss_scale, args.amp_dtype, args.amp_backend)
         workers = workers_per_rank(args.num_workers, ranks.local_world_size)
         log = RunLog(ranks, workers)
@@ -120,7 +133,7 @@ class Run:
                 save=args.save,
                 evaluate=args.kind == "acc",
             ),
-            evaluation=flags.evaluation_options(args),
+            evaluation_options=flags.evaluation_options(args),
             resumed=ranks.from_main(resumed),
         )
 
@@ -130,6 +143,18 @@ class Run:
         if self.resumed is None:
             return None
         return tuple(self.resumed["classes"])
+
+    @property
+    def goes_on_in_its_folder(self) -> bool:
+        """Whether the resumed run lies in the output folder, not in another one."""
+        if self.resumed is None:
+            return False
+        folder = Path(self.resumed["path"]).resolve().parent
+        return folder == self.output_dir.resolve()
+
+    def resumed_identity(self, name: str) -> object:
+        """Return one value of the resumed run's `RunState.identity`."""
+        return self.resumed["run"][name]
 
     @property
     def pin_memory(self) -> bool:
@@ -150,13 +175,17 @@ class Run:
     def open_output(self, recipe) -> RunLog:
         """Claim the output folder and begin the log in it; return the log, for a `with`.
 
-        A former run in the folder is renamed: everything that this one needs has been read.
+        A former run in the folder is renamed: everything that this one needs has been read. A run
+        that goes on there renames the checkpoints after the one that it was resumed from.
         """
         self.ranks.barrier()
-        message = None
+        messages = []
         if self.ranks.main:
-            resumed = self.resumed is not None
-            message = claim_output_folder(self.output_dir, resumed)
+            messages += claim_output_folder(self.output_dir, self.goes_on_in_its_folder)
+            if self.goes_on_in_its_folder:
+                last_step = self.resumed["iteration"]
+                for path in checkpoint.set_aside_later(self.output_dir, last_step):
+                    messages.append(f"{path} is later than the resumed state: set aside")
         self.ranks.barrier()
         self.log.open(self.output_dir, self.log_name)
         self.log.header(
@@ -165,7 +194,7 @@ class Run:
             seed=self.seed,
             exp_name=f"{self.tag}{recipe.name}",
         )
-        if message is not None:
+        for message in messages:
             self.log.info(message)
         return self.log
 
@@ -180,8 +209,9 @@ class Run:
 class RunState:
     """Writes the state of a run, and puts a written one back: the only place that knows its form.
 
-    `progress` is a `common.fps.progress.Progress`. `network` holds what must be the same for the
-    weights of another run to fit, by the words that a message calls it.
+    `identity` holds what must be the same in a run that is resumed, by the words that a message
+    calls it; the global batch, the number of images and the seed are added. `train_set` and
+    `val_set` give the classes and their category ids.
     """
 
     def __init__(
@@ -189,11 +219,11 @@ class RunState:
         run: Run,
         model: nn.Module,
         optimizer: Optimizer,
-        progress,
+        progress: "Progress",
         recipe,
         train_set,
         val_set,
-        network: dict[str, object],
+        identity: dict[str, object],
         remedy: str = "start anew from its weights with --checkpoint_path",
     ):
         self.run = run
@@ -203,7 +233,7 @@ class RunState:
         self.remedy = remedy
         # What must be the same for a resumed run to go on where it was.
         self.identity = {
-            **network,
+            **identity,
             "global batch": recipe.batch_size * run.ranks.world_size,
             "training images": len(train_set),
             "seed": run.seed,
@@ -228,8 +258,7 @@ class RunState:
         self.model.load_state_dict(state["model"])
         rank = self.run.ranks.rank
         if len(state["windows"]) == self.run.ranks.world_size:
-            buffers = state.get("buffers") or [{}] * self.run.ranks.world_size
-            self.model.load_state_dict(buffers[rank], strict=False)
+            self.model.load_state_dict(state["buffers"][rank], strict=False)
             self.progress.window.load_state_dict(state["windows"][rank])
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:
@@ -240,7 +269,8 @@ class RunState:
 
     def _require_same_run(self, state: dict) -> None:
         for name, value in self.identity.items():
-            before = state["run"].get(name)
+            # A checkpoint of an earlier version may lack a name that came later.
+            before = state["run"].get(name, value)
             if before != value:
                 raise UserError(
                     f"--resume {state['path']}: its {name} was {before}, now {value}; "

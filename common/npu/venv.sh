@@ -7,13 +7,18 @@ find_python() {
     local root want stamp
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
     if [ -n "${PYTHON:-}" ]; then
-        command -v "$PYTHON" >/dev/null || { echo "error: PYTHON=$PYTHON does not exist" >&2; return 1; }
+        if ! command -v "$PYTHON" >/dev/null; then
+            echo "error: PYTHON=$PYTHON does not exist" >&2
+            return 1
+        fi
         return 0
     fi
     PYTHON=$root/.venv/bin/python
     want=$(cd "$root" && cat "$@" | cksum)
     stamp=$root/.venv/.installed-$(echo "$@" | tr -c 'a-z\n' '-')
-    [ -x "$PYTHON" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && return 0
+    if [ -x "$PYTHON" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$want" ]; then
+        return 0
+    fi
 
     if [ ! -x "$PYTHON" ]; then
         local base
@@ -25,10 +30,12 @@ find_python() {
             return 1
         }
     fi
-    "$PYTHON" -m uv --version >/dev/null 2>&1 || "$PYTHON" -m pip install --quiet uv || {
-        echo "error: pip cannot install uv; check the network or the package index of pip" >&2
-        return 1
-    }
+    if ! "$PYTHON" -m uv --version >/dev/null 2>&1; then
+        "$PYTHON" -m pip install --quiet uv || {
+            echo "error: pip cannot install uv; check the network or the package index of pip" >&2
+            return 1
+        }
+    fi
     local files=()
     for file in "$@"; do files+=(-r "$root/$file"); done
     echo "installing $* into $root/.venv"

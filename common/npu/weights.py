@@ -31,9 +31,9 @@ class LoadReport:
         return "; ".join(sentence for sentence in sentences if sentence)
 
     def require_complete(self, name: str) -> "LoadReport":
-        """Raise UserError, naming the file, unless every weight of the network was loaded."""
-        missing_weights = [key for key in self.missing if key.endswith("weight")]
-        if self.reinitialised or missing_weights:
+        """Raise UserError, naming the file, unless every tensor of the network was loaded."""
+        missing = [key for key in self.missing if not key.endswith(COUNTER)]
+        if self.reinitialised or missing:
             raise UserError(f"{name}: {self}; give a detector trained on these classes")
         return self
 

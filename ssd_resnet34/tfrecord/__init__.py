@@ -1,5 +1,13 @@
-"""SSD300-ResNet34, second recipe: TFRecord input and a cosine schedule, after a TensorFlow job.
+"""SSD300-ResNet34 from TFRecord files, with a cosine schedule.
 
-The files are those of a model folder. Pure functions and the backbone that the two recipes have in
-common are imported from `ssd_resnet34`.
+There are two recipes, each after a port of MLPerf's SSD to Ascend NPUs. In this folder they are
+called
+
+* the COCO recipe, in the folder above this one: it follows the PyTorch port, of NVIDIA's SSD in
+  MLPerf v0.7;
+* the TFRecord recipe, in this folder: it follows the TensorFlow port, of Google's SSD in MLPerf
+  v0.6.
+
+The files are those of a model folder. Pure functions and the backbone, which both recipes have in
+common, are imported from `ssd_resnet34`.
 """

@@ -1,17 +1,17 @@
 """Anchors and box coding of the TFRecord recipe.
 
-The anchors are those of the first recipe in another order: feature map, row, column, shape. Boxes
+The anchors are those of the COCO recipe in another order: feature map, row, column, shape. Boxes
 are normalised to the image, in one of two forms: `cxcywh` (centre and size) and `xyxy` (corners).
-Deltas are `(ty, tx, th, tw)`, the order of the port.
+Deltas are `(ty, tx, th, tw)`, the order of the TensorFlow port.
 
-As in the port, the corners are rounded once, from double precision, and centres and sizes are
-computed from the rounded corners: the last bit decides which anchor fits a small object best.
+As there, the corners are rounded once, from double precision, and centres and sizes are computed
+from the rounded corners: the last bit decides which anchor fits a small object best.
 """
 
 import torch
 from torch import Tensor
 
-from ssd_resnet34 import anchors as first_recipe
+from ssd_resnet34 import anchors as coco_anchors
 from ssd_resnet34.anchors import anchors_of_map, anchors_per_cell, to_cxcywh, to_xyxy
 from ssd_resnet34.tfrecord.config import Recipe
 
@@ -47,9 +47,9 @@ def encode(boxes_xyxy: Tensor, anchors_xyxy: Tensor, recipe: Recipe) -> Tensor:
 def decode(deltas: Tensor, anchors_xyxy: Tensor, recipe: Recipe) -> Tensor:
     """Return the boxes (..., 4) `xyxy` of deltas, not clipped.
 
-    This is the inverse of `encode` but for the epsilon, which the port leaves out here.
+    This is the inverse of `encode` but for the epsilon, which the TensorFlow port leaves out here.
     """
-    boxes = first_recipe.decode(_swap_x_and_y(deltas), to_cxcywh(anchors_xyxy), recipe)
+    boxes = coco_anchors.decode(_swap_x_and_y(deltas), to_cxcywh(anchors_xyxy), recipe)
     return to_xyxy(boxes)
 
 

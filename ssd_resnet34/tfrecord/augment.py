@@ -14,24 +14,28 @@ from ssd_resnet34.tfrecord.data import Batch
 
 
 def augment(batch: Batch, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Return the network input (N, 3, H, W) float32 of a batch, and its boxes (N, M, 4)."""
+    """Return the network input (N, 3, H, W) float32 of a batch, and its boxes (N, M, 4).
+
+    The boxes are normalised xyxy.
+    """
     images = batch.images
     boxes = batch.boxes
     if recipe.augment:
         images = flip_images(images, batch.flip)
         channels = images.permute(0, 3, 1, 2).float() / 255
-        channels = jitter_colours(channels, batch.jitter)
+        channels = jitter_colours(channels, batch.colour_jitter)
         images = channels.permute(0, 2, 3, 1) * 255
         boxes = flip_boxes(boxes, batch.flip)
     return normalise(images, recipe), boxes
 
 
-def jitter_colours(images: Tensor, jitter: Tensor) -> Tensor:
+def jitter_colours(images: Tensor, colour_jitter: Tensor) -> Tensor:
     """Change brightness, contrast, saturation and hue, in this order.
 
-    `images` (N, 3, H, W) RGB in 0..1; the result may lie outside. `jitter` (N, 4) as in a Batch.
+    `images` (N, 3, H, W) RGB in 0..1; the result may lie outside. `colour_jitter` (N, 4) is as in
+    a Batch.
     """
-    brightness, contrast, saturation, hue = jitter.view(-1, 4, 1, 1, 1).unbind(1)
+    brightness, contrast, saturation, hue = colour_jitter.view(-1, 4, 1, 1, 1).unbind(1)
     images = images + brightness
     mean = images.mean(dim=(2, 3), keepdim=True)
     images = torch.lerp(mean, images, contrast)

@@ -108,7 +108,7 @@ class Bundle:
 
 
 def _is_consistent(entry: Message, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    if min(entry.offset, entry.shard_id, *shape, 0) < 0:
+    if any(value < 0 for value in (entry.offset, entry.shard_id, *shape)):
         return False
     return entry.size == math.prod(shape) * dtype.itemsize
 
@@ -128,7 +128,10 @@ def find_prefix(path: str | Path) -> str | None:
         return None
     prefix = str(path)
     if not Path(f"{prefix}.index").is_file():
-        raise UserError(f"{prefix}: there is no {prefix}.index; give the checkpoint's prefix")
+        raise UserError(
+            f"{prefix}: neither a file nor a TensorFlow checkpoint (no {prefix}.index); "
+            "check --resnet_checkpoint"
+        )
     if not list(path.parent.glob(f"{path.name}.data-*")):
         raise UserError(f"{prefix}: there is no {prefix}.data-*; copy it beside the .index")
     return prefix

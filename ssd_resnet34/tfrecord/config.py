@@ -1,14 +1,14 @@
 """The TFRecord recipe: every number of it, and the presets by name.
 
-Source, unless a field says otherwise: the Ascend port ("port") of Google's MLPerf v0.6 SSD
-("mlperf"). Where the two differ, the default says which one it follows.
+Unless a field says otherwise, its number is that of the TensorFlow port and of what it was ported
+from, Google's SSD in MLPerf v0.6. Where the two differ, the field says which one it follows.
 """
 
 import math
 from dataclasses import asdict, dataclass
 
-from ssd_resnet34.config import Recipe as FirstRecipe
-from ssd_resnet34.config import option
+from ssd_resnet34.config import IMAGES_OF_LR, option
+from ssd_resnet34.config import Recipe as CocoRecipe
 
 # COCO uses 80 of the category ids 1 to 90. The class with label k has the k-th of them.
 UNUSED_CATEGORY_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
@@ -19,28 +19,30 @@ COCO_CATEGORY_IDS = tuple(
 
 @dataclass(frozen=True)
 class Recipe:
+    """All numbers of a run, each with its unit."""
+
     name: str = option("SSD-ResNet34-TFRecord", "network name in logs and checkpoints")
 
     category_ids: tuple[int, ...] = option(COCO_CATEGORY_IDS, "category id of each class")
 
-    # Network, anchors and normalisation: those of the first recipe
-    backbone: str = option(FirstRecipe.backbone, "resnet18, resnet34, or resnet10 for quick tries")
-    image_size: int = FirstRecipe.image_size
-    anchor_sizes: tuple[float, ...] = FirstRecipe.anchor_sizes
-    anchor_maps: tuple[int, ...] = FirstRecipe.anchor_maps
-    anchor_steps: tuple[int, ...] = FirstRecipe.anchor_steps
-    anchor_ratios: tuple[tuple[int, ...], ...] = FirstRecipe.anchor_ratios
-    center_variance: float = FirstRecipe.center_variance
-    size_variance: float = FirstRecipe.size_variance
-    mean: tuple[float, float, float] = FirstRecipe.mean
-    std: tuple[float, float, float] = FirstRecipe.std
+    # Network, anchors and normalisation: those of the COCO recipe
+    backbone: str = option(CocoRecipe.backbone, "resnet18, resnet34, or resnet10 for quick tries")
+    image_size: int = CocoRecipe.image_size
+    anchor_sizes: tuple[float, ...] = CocoRecipe.anchor_sizes
+    anchor_maps: tuple[int, ...] = CocoRecipe.anchor_maps
+    anchor_steps: tuple[int, ...] = CocoRecipe.anchor_steps
+    anchor_ratios: tuple[tuple[int, ...], ...] = CocoRecipe.anchor_ratios
+    center_variance: float = CocoRecipe.center_variance
+    size_variance: float = CocoRecipe.size_variance
+    mean: tuple[float, float, float] = CocoRecipe.mean
+    std: tuple[float, float, float] = CocoRecipe.std
 
     # Augmentation
     augment: bool = option(True, "random crop, flip and colour jitter in training")
     uncropped_probability: float = 1 / 7  # that an attempt takes the whole image
     crop_ious: tuple[float, ...] = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)  # exceeded by every box's IoU
-    crop_scale: tuple[float, float] = FirstRecipe.crop_scale
-    crop_ratio: tuple[float, float] = FirstRecipe.crop_ratio
+    crop_scale: tuple[float, float] = CocoRecipe.crop_scale
+    crop_ratio: tuple[float, float] = CocoRecipe.crop_ratio
     crop_windows: int = 50  # drawn in an attempt; the last usable one is taken
     flip_probability: float = 0.5
     brightness: float = 0.125  # largest shift of values in 0..1
@@ -52,7 +54,7 @@ class Recipe:
     match_iou: float = 0.5  # an anchor is positive from this IoU on
     negative_ratio: int = 3  # hard negatives for each positive
     extra_negatives: int = option(
-        0, "further hard negatives for each image: mlperf has 0, the port's sort keeps 1"
+        0, "further hard negatives for each image: 0 in MLPerf, 1 by the TensorFlow port's sort"
     )
 
     # Optimisation
@@ -68,7 +70,7 @@ class Recipe:
         5e-4, "weight decay of every parameter; the printed loss includes it", "--wd"
     )
     clip_norm: float = option(0.0, "largest global norm of the gradient (0: no clipping)")
-    # The port's own mixed precision has no loss scaling.
+    # The mixed precision of the TensorFlow port has no loss scaling.
     amp: str = option("O0", "precision on npu and cuda: O0, O1, O2")
     loss_scale: str = option("dynamic", "'dynamic' or a number; used with fp16 only")
 
@@ -76,14 +78,15 @@ class Recipe:
     evaluation: tuple[int, ...] = option(
         (), "epochs after which to evaluate, besides the evaluation at the end"
     )
-    threshold: float = option(0.0, "stop when AP reaches this (0: never)")
+    threshold: float = option(0.0, "stop as soon as AP reaches this (0: never)")
     eval_batch_size: int = option(32, "images per process in evaluation")
     score_threshold: float = option(0.05, "a detection scores more than this")
     nms_iou: float = 0.5  # a box is dropped if its IoU with a better one is at least this
     max_per_class: int = option(200, "candidates per class before NMS")
     max_detections: int = option(200, "detections per image")
-    # The port lifts coordinates below 0 and gives empty boxes a small extent; mlperf does not.
-    clamp_boxes: bool = option(True, "repair boxes as the port does")
+    # The TensorFlow port does: it lifts coordinates below 0 and gives empty boxes a small extent.
+    # MLPerf does not.
+    clamp_boxes: bool = option(True, "repair boxes as the TensorFlow port does")
 
     def listing(self) -> str:
         """Return one line for each field, for the log."""
@@ -100,7 +103,7 @@ class Recipe:
 
     def base_lr(self, world_size: int, batch_size: int) -> float:
         """Return the peak of the schedule for the global batch, `world_size * batch_size`."""
-        return self.lr * (world_size * batch_size) / 32
+        return self.lr * (world_size * batch_size) / IMAGES_OF_LR
 
     def lr_at(
         self, iteration: int, iters_per_epoch: int, world_size: int, batch_size: int

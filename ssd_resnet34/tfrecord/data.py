@@ -24,7 +24,7 @@ from ssd_resnet34.tfrecord.config import Recipe
 from ssd_resnet34.tfrecord.example import REMEDY
 from ssd_resnet34.tfrecord.index import RecordIndex
 
-NO_JITTER = (0, 1, 1, 0)  # the `jitter` of a Batch that changes nothing
+NO_COLOUR_JITTER = (0, 1, 1, 0)
 MIN_AREA = 1e-12  # the IoU of two empty boxes is 0
 
 
@@ -36,13 +36,21 @@ class Batch(NamedTuple):
     labels: Tensor  # (N, M) int64 0-based classes
     valid: Tensor  # (N, M) bool
     flip: Tensor  # (N,) bool
-    jitter: Tensor  # (N, 4) float32: brightness added, contrast and saturation factor, hue turns
+    # Added brightness; factors of contrast and saturation; shift of hue in turns
+    colour_jitter: Tensor  # (N, 4) float32
     image_ids: Tensor  # (N,) int64, -1 for none
 
     def to(self, device: torch.device) -> "Batch":
-        """Copy to a device, asynchronously from pinned memory; the ids stay on the host."""
-        copies = [tensor.to(device, non_blocking=True) for tensor in self[:-1]]
-        return Batch(*copies, self.image_ids)
+        """Copy to the device, asynchronously from pinned memory; the ids stay on the host."""
+        return Batch(
+            images=self.images.to(device, non_blocking=True),
+            boxes=self.boxes.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            valid=self.valid.to(device, non_blocking=True),
+            flip=self.flip.to(device, non_blocking=True),
+            colour_jitter=self.colour_jitter.to(device, non_blocking=True),
+            image_ids=self.image_ids,
+        )
 
 
 def training_records(records: RecordIndex) -> RecordIndex:
@@ -198,10 +206,10 @@ def crop_boxes(boxes_xyxy: np.ndarray, window_xyxy: np.ndarray) -> tuple[np.ndar
     return corners.reshape(-1, 4).astype(np.float32), inside
 
 
-def draw_jitter(recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
-    """Draw the colour jitter (4,) of an image, as in a Batch."""
+def draw_colour_jitter(recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
+    """Draw the colour jitter of a sample, as a Batch has it."""
     largest = (recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
-    return np.array(NO_JITTER) + rng.uniform(-1, 1, 4) * largest
+    return np.array(NO_COLOUR_JITTER) + rng.uniform(-1, 1, 4) * largest
 
 
 class TrainingSet(Dataset):
@@ -225,7 +233,7 @@ class TrainingSet(Dataset):
 
         rng = np.random.default_rng((self.seed, epoch, position))
         flip = False
-        jitter = np.array(NO_JITTER)
+        colour_jitter = np.array(NO_COLOUR_JITTER)
         if self.recipe.augment:
             window = crop_window(boxes, image.shape, self.recipe, rng)
             if window is not None:
@@ -233,7 +241,7 @@ class TrainingSet(Dataset):
                 boxes, inside = crop_boxes(boxes, window)
                 labels = labels[inside]
             flip = rng.random() < self.recipe.flip_probability
-            jitter = draw_jitter(self.recipe, rng)
+            colour_jitter = draw_colour_jitter(self.recipe, rng)
 
         padded_boxes = np.zeros((self.max_boxes, 4), np.float32)
         padded_boxes[: len(boxes)] = boxes
@@ -245,7 +253,7 @@ class TrainingSet(Dataset):
             labels=torch.from_numpy(padded_labels),
             valid=torch.arange(self.max_boxes) < len(boxes),
             flip=torch.tensor(flip),
-            jitter=torch.tensor(jitter, dtype=torch.float32),
+            colour_jitter=torch.tensor(colour_jitter, dtype=torch.float32),
             image_ids=torch.tensor(annotated.image_id),
         )
 
@@ -276,11 +284,13 @@ class TrainingOrder(Sampler):
     element, from the r-th on.
     """
 
-    def __init__(self, length: int, batch_size: int, ranks: Ranks, seed: int, start: int, end: int):
-        if length == 0:
+    def __init__(
+        self, records: RecordIndex, recipe: Recipe, ranks: Ranks, seed: int, start: int, end: int
+    ):
+        if not len(records):
             raise UserError("no record has a box; check --training_file_pattern")
-        self.length = length
-        self.batch_size = batch_size
+        self.num_records = len(records)
+        self.batch_size = recipe.batch_size
         self.ranks = ranks
         self.seed = seed
         self.start = start
@@ -292,14 +302,18 @@ class TrainingOrder(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         world_size = self.ranks.world_size
         global_batch_size = self.batch_size * world_size
-        order_epoch = None
+        order = []
+        order_epoch = -1
         for iteration in range(self.start, self.end):
             batch = []
             for index_in_batch in range(self.ranks.rank, global_batch_size, world_size):
                 index_in_run = iteration * global_batch_size + index_in_batch
-                epoch, position = divmod(index_in_run, self.length)
+                epoch, position = divmod(index_in_run, self.num_records)
                 if epoch != order_epoch:
-                    order = epoch_order(self.length, self.seed, epoch, multiple=1).tolist()
+                    # A batch of one, since an epoch is not filled up to its last batch here.
+                    order = epoch_order(
+                        self.num_records, batch_size=1, world_size=1, seed=self.seed, epoch=epoch
+                    ).tolist()
                     order_epoch = epoch
                 batch.append((epoch, position, order[position]))
             yield batch
@@ -330,5 +344,5 @@ def build_loader(
         return DataLoader(images, recipe.eval_batch_size, **options)
     if end is None:
         end = recipe.total_steps(ranks.world_size)
-    order = TrainingOrder(len(records), recipe.batch_size, ranks, seed, start, end)
+    order = TrainingOrder(records, recipe, ranks, seed, start, end)
     return DataLoader(TrainingSet(records, recipe, seed), batch_sampler=order, **options)

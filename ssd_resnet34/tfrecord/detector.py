@@ -11,23 +11,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from common.coco.images import to_array
 from common.npu import checkpoint
 from common.npu.device import memory_format, setup_device
 from common.npu.weights import LoadReport, name_of
+from ssd_resnet34.data import normalise
 from ssd_resnet34.postprocess import Detections
 from ssd_resnet34.tfrecord.config import RECIPES, Recipe
-from ssd_resnet34.tfrecord.data import prepare_image
+from ssd_resnet34.tfrecord.data import resize
+from ssd_resnet34.tfrecord.index import names_of_categories
 from ssd_resnet34.tfrecord.model import build_model
 from ssd_resnet34.tfrecord.postprocess import detect
 from ssd_resnet34.tfrecord.weights import (
-    class_names_of,
     load_weights,
     num_classes_of,
     recipe_of_checkpoint,
 )
+
+ImageLike = str | Path | Image.Image | np.ndarray  # an array is (H, W, 3) uint8 RGB
 
 
 class Detector:
@@ -55,7 +59,8 @@ class Detector:
     def load(path: str | Path, device: str = "auto") -> "Detector":
         """Load a checkpoint of this recipe onto a device ("auto", "npu", "cuda", "cpu").
 
-        Raise UserError for a file that is no whole detector and for a device that does not work.
+        Raise UserError for a file that lacks weights of the detector and for a device that does not
+        work.
         """
         chosen_device, _ = setup_device(device)
         return Detector.from_checkpoint(checkpoint.load(path), RECIPES["port"], chosen_device)
@@ -67,9 +72,9 @@ class Detector:
         model = build_model(recipe, num_classes_of(state))
         report = load_weights(model, state).require_complete(name_of(state))
         model.to(device, memory_format=memory_format(device)).eval()
-        return Detector(model, recipe, class_names_of(recipe.category_ids), device, report)
+        return Detector(model, recipe, names_of_categories(recipe.category_ids), device, report)
 
-    def __call__(self, images):
+    def __call__(self, images: ImageLike | list[ImageLike]) -> Detections | list[Detections]:
         """Detect on an image, or on a list of them, which gives a list of Detections.
 
         An image is a path, a PIL image or an array (H, W, 3) uint8 RGB.
@@ -78,11 +83,21 @@ class Detector:
             return self.detect_batch([to_array(images)])[0]
         return self.detect_batch([to_array(image) for image in images])
 
-    @torch.no_grad()
     def detect_batch(self, images: list[np.ndarray]) -> list[Detections]:
-        """Return the detections of images (H, W, 3) uint8 RGB, run through the network at once."""
-        inputs = [prepare_image(image, self.recipe) for image in images]
+        """Return the detections of images (H, W, 3) uint8 RGB.
+
+        At most `eval_batch_size` of them go through the network at once.
+        """
+        batch_size = self.recipe.eval_batch_size
+        detections = []
+        for first in range(0, len(images), batch_size):
+            detections += self._detect_at_once(images[first : first + batch_size])
+        return detections
+
+    @torch.no_grad()
+    def _detect_at_once(self, images: list[np.ndarray]) -> list[Detections]:
+        resized = [resize(image, self.recipe.image_size) for image in images]
         sizes = torch.tensor([image.shape[:2] for image in images])
-        batch = torch.stack(inputs).to(self.device, memory_format=memory_format(self.device))
-        outputs = self.model(batch)
+        batch = torch.stack(resized).to(self.device)
+        outputs = self.model(normalise(batch, self.recipe))
         return detect(outputs, sizes, self.recipe)

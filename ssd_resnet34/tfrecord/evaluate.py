@@ -4,7 +4,7 @@
     python3 evaluate.py --validation_file_pattern='tfrecord/val2017*' \\
         --val_json_file=instances_val2017.json --model_dir=result_npu
 
-The metrics are COCO's, under the port's names.
+The metrics are COCO's, under the names of the TensorFlow port.
 """
 
 import sys
@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from common import flags
 from common.coco.evaluation import (
-    STATS,
     Evaluation,
     EvaluationOptions,
     gather_result_rows,
@@ -37,6 +36,7 @@ from common.fps.runlog import RunLog
 from common.npu import checkpoint, entry
 from common.npu.distributed import Ranks
 from common.npu.loading import workers_per_rank
+from common.npu.precision import NO_SCALE, Precision
 from common.npu.run import start_process
 from ssd_resnet34.data import normalise
 from ssd_resnet34.tfrecord.config import RECIPES, Recipe
@@ -47,15 +47,30 @@ from ssd_resnet34.tfrecord.options import parse, require_files, require_ranks
 from ssd_resnet34.tfrecord.port_lines import announce
 from ssd_resnet34.tfrecord.postprocess import detect
 
-# The port's names of the twelve metrics.
-PORT_NAMES = {name: f"COCO/{name.replace('AR1', 'ARmax1')}" for name in STATS}
+# What the TensorFlow port calls COCO's twelve metrics.
+PORT_NAMES = {
+    "AP": "COCO/AP",
+    "AP50": "COCO/AP50",
+    "AP75": "COCO/AP75",
+    "APs": "COCO/APs",
+    "APm": "COCO/APm",
+    "APl": "COCO/APl",
+    "AR1": "COCO/ARmax1",
+    "AR10": "COCO/ARmax10",
+    "AR100": "COCO/ARmax100",
+    "ARs": "COCO/ARs",
+    "ARm": "COCO/ARm",
+    "ARl": "COCO/ARl",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv, __doc__.split("\n")[0])
-    require_files(args)
+    require_files(args, "eval")
     require_ranks()
-    ranks, device, reason = start_process(args.device, args.device_id, args.timeout, args.card)
+    ranks, device, reason = start_process(
+        args.device, args.device_id, args.timeout, args.deterministic, args.card
+    )
     state = None
     if ranks.main:
         state = checkpoint.load_newest(args.model_dir)
@@ -67,18 +82,21 @@ def main(argv: list[str] | None = None) -> None:
     records = validation_records(
         args.validation_file_pattern, args.val_json_file, recipe.category_ids
     )
+    # The recipe's precision is that of training; evaluation is fp32 unless --amp is given.
+    level = getattr(args, "amp", "O0")
+    precision = Precision(device, level, loss_scale=NO_SCALE, dtype=args.amp_dtype)
     workers = workers_per_rank(args.num_workers, ranks.local_world_size)
 
     with RunLog(ranks, workers) as log:
         log.open(args.model_dir, args.device_id)
         log.info(reason)
         log.info(f"{state['path']}: {detector.report}")
-        result_rows = detect_all(detector.model, recipe, records, device, ranks, workers)
+        result_rows = detect_all(detector.model, recipe, records, device, ranks, workers, precision)
         if result_rows is None:
             return
         options = flags.evaluation_options(args)
         evaluation = evaluate_and_save(
-            result_rows, len(records), args.val_json_file, args.model_dir, options, log.info
+            result_rows, records, args.val_json_file, args.model_dir, options, log.info
         )
         steps = state["iteration"]
         steps_per_epoch = recipe.iters_per_epoch(ranks.world_size)
@@ -119,18 +137,23 @@ def detect_all(
     device: torch.device,
     ranks: Ranks,
     workers: int,
+    precision: Precision | None = None,
 ) -> np.ndarray | None:
-    """Detect on every record once, in fp32, shared among the ranks.
+    """Detect on every record once, shared among the ranks.
 
-    Return the result rows of all ranks on the main one, None on the others.
+    The network runs in fp32 unless another `precision` is given. Return the result rows of all
+    ranks on the main one, None on the others.
     """
+    precision = precision or Precision(device)
     loader = build_loader(recipe, records, training=False, ranks=ranks, workers=workers)
     was_training = model.training
     model.eval()
     result_rows = []
     show_bar = ranks.main and sys.stderr.isatty()
     for images, sizes, image_ids in tqdm(loader, "evaluating", leave=False, disable=not show_bar):
-        outputs = model(normalise(images.to(device, non_blocking=True), recipe))
+        inputs = normalise(images.to(device, non_blocking=True), recipe)
+        with precision.autocast():
+            outputs = model(inputs)
         detections = detect(outputs, sizes, recipe)
         for image_id, of_image in zip(image_ids.tolist(), detections, strict=True):
             result_rows.append(to_result_rows(image_id, *of_image, records.category_ids))
@@ -140,15 +163,18 @@ def detect_all(
 
 def evaluate_and_save(
     result_rows: np.ndarray,
-    num_images: int,
+    records: RecordIndex,
     val_json_file: str,
     folder: Path,
     options: EvaluationOptions,
     log: Callable[[str], None],
 ) -> Evaluation:
-    """Evaluate result rows, log the metrics, in the port's lines too, and save them in `eval/`."""
+    """Evaluate result rows, log the metrics, and save rows and metrics in `eval/`.
+
+    The metrics are printed in the lines of the TensorFlow port, too.
+    """
     evaluation = report_results(
-        result_rows, val_json_file, num_images, folder / "eval", options, log
+        result_rows, val_json_file, len(records), folder / "eval", options, log
     )
     announce(f"Current AP: {evaluation.stats['AP']:.5f}")
     metrics = {PORT_NAMES[name]: value for name, value in evaluation.stats.items()}

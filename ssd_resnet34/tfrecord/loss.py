@@ -14,27 +14,23 @@ from ssd_resnet34.tfrecord.targets import assign
 class DetectionLoss(nn.Module):
     """The loss of raw outputs against padded ground truth, in fp32, with fixed shapes.
 
+    `outputs` are deltas (N, 4, P) and logits (N, 1 + num_classes, P), whose channel 0 is the
+    background. `boxes` (N, M, 4) are normalised xyxy, `labels` (N, M) 0-based classes and `valid`
+    (N, M) bool. The result has the scalars `loss_cls`, `loss_bbox` and their sum `loss`.
+
     The loss of an image is divided by its number of positive anchors, at least 1; the loss of a
     batch is the mean over all its images.
     """
 
     def __init__(self, recipe: Recipe, num_classes: int):
+        # The call is the same in all models; this loss does not need the number of classes.
         super().__init__()
         self.recipe = recipe
-        self.num_classes = num_classes
         self.register_buffer("anchors_xyxy", make_anchors(recipe), persistent=False)
 
     def forward(
         self, outputs: tuple[Tensor, Tensor], boxes: Tensor, labels: Tensor, valid: Tensor
     ) -> dict[str, Tensor]:
-        """Return the scalars `loss_cls`, `loss_bbox` and their sum `loss`.
-
-        Args:
-            outputs: deltas (N, 4, P) and logits (N, 1 + num_classes, P), channel 0 background.
-            boxes: (N, M, 4) normalised xyxy.
-            labels: (N, M) 0-based classes.
-            valid: (N, M) bool, False for padding.
-        """
         deltas, logits = outputs
         positive, target_deltas, target_channels = self.targets(boxes, labels, valid)
         num_positives = positive.sum(dim=1).clamp(min=1)

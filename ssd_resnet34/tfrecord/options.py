@@ -1,4 +1,4 @@
-"""The flags of the TFRecord recipe's programs, with the names that the port's users know."""
+"""The flags of the TFRecord recipe's programs, with the TensorFlow port's names."""
 
 import os
 from argparse import Namespace
@@ -15,12 +15,16 @@ FILES_OF_MODE = {
     "train": ("training_file_pattern",),
     "eval": ("validation_file_pattern", "val_json_file"),
 }
+# Flags of the other programs that are the same here.
+SHARED_FLAGS = ("-s --seed", "--save", "--num-workers", "--amp-backend")
 
 
 def parse(argv: list[str] | None, description: str) -> Namespace:
     """Parse the flags of `train.py` and `evaluate.py`, which are the same.
 
-    `card` is the device that this process was told to use, None for that of its local rank.
+    The result has `card`, the number that `--device_id` gives, or None: then a process takes the
+    device of its local rank. `device_id` is no device any more, but what `Run` and `RunLog` call
+    the log: the number that was given, else the rank.
     """
     parser = flags.make_parser(description, "evaluation", "device", "process", recipes=RECIPES)
     group = parser.add_argument_group("run")
@@ -40,17 +44,15 @@ def parse(argv: list[str] | None, description: str) -> Namespace:
     flags.add(
         group, "--resume", "auto", "auto: the newest checkpoint of --model_dir; none; or a file"
     )
-    flags.add(group, "-s --seed", 0, "seed of order and augmentation")
     flags.add(group, "--max-iters", 0, "stop after this many steps; 0: after the epochs")
     flags.add(group, "--log-interval", 100, "steps between log lines")
     flags.add(group, "--save-interval", 5000, "steps between checkpoints")
     flags.add(group, "--keep --keep-checkpoint-max", 32, "checkpoints to keep")
-    flags.add(group, "--save", True, "write checkpoints")
-    flags.add(
-        group, "--num-workers", -1, "loader processes per rank; -1: from its share of the cores"
-    )
     flags.add(group, "--check-data", False, "only read every record and image, then stop")
     flags.add(group, "--eval-samples", 5000, "accepted, without effect: every record is evaluated")
+    for flag in flags.FLAGS:
+        if flag.names in SHARED_FLAGS:
+            flags.add(group, flag.names, flag.default, flag.help, flag.choices)
     parser.set_defaults(device_id=None, tag="")
     args = parser.parse_args(argv)
     args.output_dir = args.model_dir
@@ -61,14 +63,14 @@ def parse(argv: list[str] | None, description: str) -> Namespace:
     return args
 
 
-def require_files(args: Namespace) -> None:
-    """Raise UserError where the mode lacks a flag that names a file."""
-    for name in FILES_OF_MODE[args.mode]:
+def require_files(args: Namespace, mode: str) -> None:
+    """Raise UserError where a flag is missing that names a file which the mode reads."""
+    for name in FILES_OF_MODE[mode]:
         if not getattr(args, name):
-            raise UserError(f"--mode={args.mode} needs --{name}")
+            raise UserError(f"--mode={mode} needs --{name}")
 
 
 def require_ranks() -> None:
-    """Raise UserError where the port's launcher has told the size of the job, but not the rank."""
+    """Raise UserError where the TensorFlow port's launcher has set RANK_SIZE but not RANK."""
     if "RANK" not in os.environ and os.environ.get("RANK_SIZE", "1") != "1":
         raise UserError("RANK_SIZE is set without RANK; start several ranks with run_npu_8p.sh")

@@ -1,4 +1,4 @@
-"""The lines that scripts around the port look for, which every rank prints."""
+"""The lines that scripts around the TensorFlow port look for, which every rank prints."""
 
 import os
 import time
@@ -14,7 +14,7 @@ from common.fps.window import LossWindow
 
 
 def announce(text: str) -> None:
-    """Print a line as the port does, behind `] `."""
+    """Print a line as the TensorFlow port does, behind `] `."""
     stamp = f"I{datetime.now():%m%d %H:%M:%S.%f} {os.getpid()}"
     with tqdm.external_write_mode():
         print(f"{stamp} ssd_main.py] {text}", flush=True)
@@ -23,7 +23,7 @@ def announce(text: str) -> None:
 class PortLines:
     """Prints, with each log line of the run, the step and this rank's speed, rate and loss.
 
-    The loss is that of the last step alone, with the weight-decay term, as the port's.
+    The loss is that of the last step alone, with the weight-decay term, as in the TensorFlow port.
     """
 
     def __init__(self, progress: Progress, device: torch.device):
@@ -50,7 +50,7 @@ class PortLines:
         if self._last_time is not None:
             images = (steps - self._last_steps) * self.progress.images_per_step
             images_a_second = images / (now - self._last_time)
-            # As the port: six digits of the speed, and the shortest text of a float32.
+            # As there: six digits of the speed, and the shortest text of a float32.
             lr = np.float32(self.progress.lr(steps - 1))
             loss = np.float32(window.means()["loss"])
             announce(f"FPS: {images_a_second:g}, learning rate: {lr!s}, loss: {loss!s}")

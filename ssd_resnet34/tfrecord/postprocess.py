@@ -1,4 +1,4 @@
-"""From raw outputs to detections: softmax, decoding, the port's repairs, NMS for each class."""
+"""From raw outputs to detections: softmax, decoding, repair of boxes, NMS for each class."""
 
 import functools
 import math
@@ -9,11 +9,12 @@ from torch import Tensor
 
 from common.coco.nms import class_nms
 from common.npu.device import in_host_memory
-from ssd_resnet34.postprocess import Detections, dense_candidates, sparse_candidates
+from ssd_resnet34.postprocess import Detections, device_candidates, host_candidates
 from ssd_resnet34.tfrecord.anchors import decode, make_anchors
 from ssd_resnet34.tfrecord.config import Recipe
 
-SMALLEST = 1e-5  # of the image's side: the port's value for coordinates below 0 and empty sides
+# Of a coordinate below 0 and of an empty side, in parts of the image, as in the TensorFlow port.
+CLAMPED_VALUE = 1e-5
 
 
 @torch.no_grad()
@@ -28,9 +29,9 @@ def detect(outputs: tuple[Tensor, Tensor], sizes: Tensor, recipe: Recipe) -> lis
     if recipe.clamp_boxes:
         boxes = clamp_boxes(boxes)
     if in_host_memory(scores.device):
-        candidates_of_images = sparse_candidates(boxes, scores, recipe)
+        candidates_of_images = host_candidates(boxes, scores, recipe)
     else:
-        candidates_of_images = dense_candidates(boxes, scores, recipe)
+        candidates_of_images = device_candidates(boxes, scores, recipe)
 
     # class_nms drops a box whose IoU is greater than its threshold; here equality is enough.
     nms_iou = math.nextafter(recipe.nms_iou, 0)
@@ -74,12 +75,12 @@ def decode_outputs(
 
 
 def clamp_boxes(boxes_xyxy: Tensor) -> Tensor:
-    """Repair boxes (..., 4), normalised, as the port does.
+    """Repair boxes (..., 4), normalised, as the TensorFlow port does.
 
     No coordinate is below 0 and no box is empty. Coordinates above 1 stay as they are.
     """
-    boxes_xyxy = torch.where(boxes_xyxy < 0, SMALLEST, boxes_xyxy)
+    boxes_xyxy = torch.where(boxes_xyxy < 0, CLAMPED_VALUE, boxes_xyxy)
     top_left = boxes_xyxy[..., :2]
     bottom_right = boxes_xyxy[..., 2:]
-    bottom_right = torch.where(bottom_right <= top_left, top_left + SMALLEST, bottom_right)
+    bottom_right = torch.where(bottom_right <= top_left, top_left + CLAMPED_VALUE, bottom_right)
     return torch.cat([top_left, bottom_right], dim=-1)

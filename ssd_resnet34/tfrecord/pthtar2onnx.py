@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Export the TFRecord recipe's SSD300-ResNet34 to ONNX, checked with onnxruntime against torch.
 
-    python3 pthtar2onnx.py --checkpoint FILE             offsets (N, 4, 8732), logits (N, C, 8732)
-    python3 pthtar2onnx.py --checkpoint FILE --decoded   boxes (N, 8732, 4), scores (N, C-1, 8732)
+    python3 pthtar2onnx.py --checkpoint FILE             raw outputs
+    python3 pthtar2onnx.py --checkpoint FILE --decoded   boxes and scores
 
-Input: `image` (N, 3, 300, 300) float32, N free. How to prepare it, the class names and the numbers
-of the NMS are in the file's metadata.
+Input: `image` (N, 3, 300, 300) float32, N free. Raw outputs: `offsets` (N, 4, 8732), the deltas of
+anchors.py, and `logits` (N, 1 + classes, 8732), whose channel 0 is the background. Decoded: `boxes`
+(N, 8732, 4) and `scores` (N, classes, 8732), without the background. How to prepare the input, the
+class names and the numbers of the NMS are in the file's metadata.
 """
 
 import sys
@@ -18,6 +20,7 @@ import common  # noqa: F401 before torch
 
 import functools
 import json
+from argparse import Namespace
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +33,7 @@ from ssd_resnet34.tfrecord.anchors import make_anchors
 from ssd_resnet34.tfrecord.config import RECIPES, Recipe
 from ssd_resnet34.tfrecord.data import prepare_image
 from ssd_resnet34.tfrecord.detector import Detector
-from ssd_resnet34.tfrecord.postprocess import decode_outputs
+from ssd_resnet34.tfrecord.postprocess import CLAMPED_VALUE, clamp_boxes, decode_outputs
 
 # Numbers of the recipe that a deployer needs.
 DEPLOYED_FIELDS = (
@@ -42,6 +45,7 @@ DEPLOYED_FIELDS = (
     "nms_iou",
     "max_per_class",
     "max_detections",
+    "clamp_boxes",
 )
 
 
@@ -55,7 +59,10 @@ class Decoded(nn.Module):
         self.register_buffer("anchors", make_anchors(recipe))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return decode_outputs(self.network(images), self.anchors, self.recipe)
+        boxes, scores = decode_outputs(self.network(images), self.anchors, self.recipe)
+        if self.recipe.clamp_boxes:
+            boxes = clamp_boxes(boxes)
+        return boxes, scores
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -84,27 +91,32 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{args.output_file}: {mebibytes:.1f} MiB, opset {args.opset}")
 
 
-def parse(argv: list[str] | None):
+def parse(argv: list[str] | None) -> Namespace:
     parser = flags.make_parser(__doc__.split("\n")[0], "files")
     parser.set_defaults(output_dir=Path("result_npu"))
     flags.add(parser, "--output-file", Path("ssd300_resnet34_tfrecord.onnx"), "file to write")
     flags.add(parser, "--decoded", False, "boxes and scores instead of raw outputs")
-    flags.add(parser, "--opset", 17, "version of ONNX's operator set")
+    # 18 is the lowest that torch writes the uneven padding in.
+    flags.add(parser, "--opset", 18, "version of ONNX's operator set")
     parser.add_argument("--images", nargs="+", help="to check with; default: sample images")
     return parser.parse_args(argv)
 
 
 def deployment_notes(recipe: Recipe, class_names: tuple[str, ...]) -> dict[str, str]:
     """Return what a deployer must know beside the recipe's numbers; lists are JSON."""
+    size = recipe.image_size
     return {
         "classes": json.dumps(class_names),
-        "input_size": json.dumps([recipe.image_size, recipe.image_size]),
-        "preprocessing": "RGB, resized without keeping the aspect (bilinear, no antialias), "
-        "divided by 255, minus mean, divided by std",
-        "boxes": "left, top, right, bottom, 0..1 of the image",
+        "input_size": json.dumps([size, size]),
+        "preprocessing": "RGB, resized without keeping the aspect (bilinear, no antialias, output "
+        f"pixel i at input position i * size / {size}), divided by 255, minus mean, divided by std",
+        "boxes": "left, top, right, bottom, 0..1 of the image; the output `boxes` is clamped",
+        "clamp": f"if clamp_boxes: a coordinate below 0 becomes {CLAMPED_VALUE}; then, where right "
+        f"<= left, right becomes left + {CLAMPED_VALUE}, and likewise bottom and top",
         "offsets": "y and x of the centre shift / anchor size / variance, log of height and width "
         "ratio / variance",
         "logits": "background, then the classes; softmax over them gives scores",
+        "nms": "per class; a box is dropped if its IoU with a better one is at least nms_iou",
     }
 
 

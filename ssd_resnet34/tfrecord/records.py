@@ -55,33 +55,31 @@ def describe(path: str, offset: int) -> str:
     return f"{path}: record at byte {offset}"
 
 
-def read_spans(path: str) -> Iterator[Span]:
-    """Yield the span of every record in file order; headers are verified, payloads skipped."""
-    with _open(path) as file:
-        file_size = os.fstat(file.fileno()).st_size
-        offset = 0
-        while offset < file_size:
-            file.seek(offset)
-            span = _read_header(path, offset, file, file_size)
-            yield span
-            offset += HEADER.size + span.length + FOOTER.size
-
-
-def read_record(path: str, span: Span, verify: bool = True) -> bytes:
-    """Return the payload of one record; `verify`: compare its checksum."""
+def read_record(path: str, span: Span) -> bytes:
+    """Return the payload of one record, its checksum verified."""
     with _open(path, buffering=0) as file:
         file.seek(span.offset + HEADER.size)
-        return _read_payload(path, span, file, verify)
+        return _read_payload(path, span, file, verify=True)
 
 
 def read_records(path: str) -> Iterator[bytes]:
     """Yield every payload in file order, both checksums verified; an empty file has none."""
+    for _, payload in scan_records(path, verify=True):
+        yield payload
+
+
+def scan_records(path: str, verify: bool) -> Iterator[tuple[Span, bytes]]:
+    """Yield the span and the payload of every record in file order, from one open file.
+
+    Headers are verified, payloads only if `verify` is set.
+    """
     with _open(path) as file:
         file_size = os.fstat(file.fileno()).st_size
         offset = 0
         while offset < file_size:
             span = _read_header(path, offset, file, file_size)
-            yield _read_payload(path, span, file)
+            payload = _read_payload(path, span, file, verify)
+            yield span, payload
             offset = file.tell()
 
 
@@ -107,7 +105,7 @@ def _read_header(path: str, offset: int, file: BinaryIO, file_size: int) -> Span
     return Span(offset, length)
 
 
-def _read_payload(path: str, span: Span, file: BinaryIO, verify: bool = True) -> bytes:
+def _read_payload(path: str, span: Span, file: BinaryIO, verify: bool) -> bytes:
     where = describe(path, span.offset)
     payload = file.read(span.length)
     footer = file.read(FOOTER.size)
@@ -122,7 +120,7 @@ def _read_payload(path: str, span: Span, file: BinaryIO, verify: bool = True) ->
 class RecordWriter:
     """A file of records under a temporary name, which is renamed when it is closed without error.
 
-    Raises UserError where the file cannot be written.
+    Raise UserError where the file cannot be written.
     """
 
     def __init__(self, path: str | Path):
@@ -157,5 +155,6 @@ class RecordWriter:
             yield
         except OSError as error:
             raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); give another place"
+                f"{self.path}: cannot be written ({error.strerror}); "
+                "free space or choose another folder"
             ) from None

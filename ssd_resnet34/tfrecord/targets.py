@@ -9,7 +9,7 @@ from ssd_resnet34.targets import pairwise_iou
 def assign(
     anchors_xyxy: Tensor, boxes_xyxy: Tensor, labels: Tensor, valid: Tensor, match_iou: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose the ground truth that each anchor learns; arguments and result as the first recipe's.
+    """Return which ground truth each anchor learns; inputs and results are the COCO recipe's.
 
     Two rules differ: an anchor is positive from `match_iou` on, equality included, and where two
     ground truths claim the same anchor, the earlier one gets it.

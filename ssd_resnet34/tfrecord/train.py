@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train SSD300-ResNet34 on TFRecord files: the second recipe.
+"""Train SSD300-ResNet34 on TFRecord files.
 
     python3 train.py --training_file_pattern='tfrecord/train2017*' \\
         --validation_file_pattern='tfrecord/val2017*' --val_json_file=instances_val2017.json \\
@@ -52,7 +52,11 @@ def main(argv: list[str] | None = None) -> int | None:
             "--validation_file_pattern": args.validation_file_pattern,
         }
         return check_records(patterns, recipe)
-    require_files(args)
+    if args.mode == "eval":
+        raise UserError(
+            "--mode=eval: train.py does not evaluate; use tfrecord/evaluate.py or ssd_main.py"
+        )
+    require_files(args, args.mode)
     require_ranks()
 
     # All that the run needs is read and built first. A former run's folder is moved only after
@@ -66,7 +70,7 @@ def main(argv: list[str] | None = None) -> int | None:
     train_set = training_records(
         read_index(args.training_file_pattern, "--training_file_pattern", recipe.category_ids)
     )
-    val_set = train_set
+    val_set = train_set  # RunState only needs the category ids
     if run.settings.evaluate:
         val_set = validation_records(
             args.validation_file_pattern, args.val_json_file, recipe.category_ids
@@ -92,9 +96,13 @@ def main(argv: list[str] | None = None) -> int | None:
     progress = Progress(
         run, recipe, LOSSES, steps_per_epoch, total_steps, REMEDY, log_period=total_steps
     )
-    network = {"network": recipe.name, "backbone": recipe.backbone}
+    identity = {
+        "network": recipe.name,
+        "backbone": recipe.backbone,
+        "list of category ids": recipe.category_ids,
+    }
     state = RunState(
-        run, model, optimizer, progress, recipe, train_set, val_set, network, RESUME_REMEDY
+        run, model, optimizer, progress, recipe, train_set, val_set, identity, RESUME_REMEDY
     )
     state.restore()
     parallel_model, optimizer = run.parallel(model, optimizer)
@@ -166,10 +174,10 @@ def evaluate(
         if result_rows is not None:
             evaluation = evaluate_and_save(
                 result_rows,
-                len(val_set),
+                val_set,
                 val_json_file,
                 run.output_dir,
-                run.evaluation,
+                run.evaluation_options,
                 run.log.info,
             )
         if progress.add_evaluation(evaluation):

@@ -9,13 +9,19 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from common.coco.index import COCO_CLASSES
 from common.errors import UserError
 from common.npu import checkpoint
-from common.npu.weights import COUNTER, LoadReport, load_matching, name_of, weights_on_cpu
+from common.npu.weights import (
+    COUNTER,
+    NAMES_SHOWN,
+    LoadReport,
+    load_matching,
+    name_of,
+    weights_on_cpu,
+)
 from ssd_resnet34.backbone import BasicBlock
 from ssd_resnet34.tfrecord.bundle import Bundle, find_prefix
-from ssd_resnet34.tfrecord.config import COCO_CATEGORY_IDS, Recipe
+from ssd_resnet34.tfrecord.config import Recipe
 from ssd_resnet34.weights import network_keys
 
 # TensorFlow's name for each tensor of a batch normalisation.
@@ -28,7 +34,6 @@ NORMS = {
 SCOPE = "resnet34/"  # of the backbone in a checkpoint of the whole detector
 FIRST_BLOCK = 7  # number of the first extra block
 FIRST_LEVEL = 3  # number of the first head
-NAMES_SHOWN = 5  # in a message
 # Fields of the recipe that the weights of a checkpoint belong to.
 NETWORK = ("name", "backbone")
 SHAPES_OF_FIRST_MAP = 4
@@ -37,9 +42,9 @@ SHAPES_OF_FIRST_MAP = 4
 def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> LoadReport:
     """Load a detector or a backbone: file, state dict, or TensorFlow checkpoint (prefix, folder).
 
-    What is not in the file stays as initialised, but the backbone must be there whole. Raise
+    What is not in the file stays as initialised, but the backbone must be complete. Raise
     UserError naming missing or misshapen weights, for an unreadable file, and for a detector of the
-    first recipe.
+    COCO recipe.
     """
     prefix = None if isinstance(source, Mapping) else find_prefix(source)
     if prefix is not None:
@@ -53,8 +58,8 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
         shown_names = {}
     if any(key.startswith("mbox.") for key in tensors):
         raise UserError(
-            f"{name}: a detector of the other recipe, whose padding and heads differ; "
-            "give a backbone or a checkpoint of this one"
+            f"{name}: a detector of the COCO recipe, whose padding and heads differ; "
+            "give a backbone or a detector of the TFRecord recipe"
         )
     expected = model.state_dict()
     missing = []
@@ -167,16 +172,9 @@ def num_classes_of(state: Mapping) -> int:
     """
     head = network_keys(state).get("class_net.0.weight")
     if head is None:
-        raise UserError("the checkpoint has no detection heads; give one of a trained detector")
+        raise UserError(f"{name_of(state)}: no detection heads; give a trained detector")
     channels = len(head) // SHAPES_OF_FIRST_MAP
     return channels - 1  # without background
-
-
-def class_names_of(category_ids: tuple[int, ...]) -> tuple[str, ...]:
-    """Return the names of the classes: COCO's for COCO's category ids, else the ids."""
-    if category_ids == COCO_CATEGORY_IDS:
-        return COCO_CLASSES
-    return tuple(str(category_id) for category_id in category_ids)
 
 
 def published_state_dict(model: nn.Module) -> dict[str, Tensor]:

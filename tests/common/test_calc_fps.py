@@ -37,7 +37,7 @@ def old_calc_fps(path, cards, batch):
 
 def test_a_log_of_ours_gives_what_the_original_gave(tmp_path, capsys):
     with RunLog(Ranks()) as log:
-        log.open(tmp_path, device_id=0)
+        log.open(tmp_path, name=0)
         log.header(env_info="env", config="config", seed=1, exp_name="x")
         log.begin(450, 0, per_epoch=150)
         for step in range(50, 451, 50):

@@ -179,8 +179,22 @@ def test_the_newest_whole_one_is_found_and_the_others_are_named(tmp_path, capsys
     assert checkpoint.load_newest(tmp_path)["path"] == str(tmp_path / "iter_40.pt")
     skipped = capsys.readouterr().err.splitlines()
     assert len(skipped) == 2
-    assert skipped[0].startswith(f"skipping checkpoint {cut} is missing, cut short or damaged")
-    assert skipped[1].startswith(f"skipping checkpoint {flipped} is missing, cut short or damaged")
+    assert skipped[0].startswith(f"skipping checkpoint {cut} is cut short or damaged")
+    assert skipped[1].startswith(f"skipping checkpoint {flipped} is cut short or damaged")
+
+
+def test_later_checkpoints_are_set_aside_and_not_deleted(tmp_path):
+    for iteration in (5, 40, 300):
+        checkpoint.save(tmp_path / f"iter_{iteration}.pt", state(float(iteration)))
+    later = checkpoint.set_aside_later(tmp_path, last_step=40)
+    assert [path.name for path in later] == ["iter_300.pt"]
+    assert checkpoint.load_newest(tmp_path)["path"] == str(tmp_path / "iter_40.pt")
+    assert checkpoint.load(tmp_path / "iter_300.pt.superseded")["path"]
+
+
+def test_a_file_that_is_not_there_is_not_called_damaged(tmp_path):
+    with pytest.raises(UserError, match=r"typo\.pt does not exist; check the path"):
+        checkpoint.load(tmp_path / "typo.pt")
 
 
 def test_nothing_to_resume_from(tmp_path, capsys):

@@ -57,6 +57,17 @@ def test_a_run_is_drawn_whole(tmp_path, figure):
     assert {a.get_xlim() for a in (losses, rate, fps)} == {ap.get_xlim()}
 
 
+def test_an_evaluation_stands_at_its_step(tmp_path, figure):
+    log = write_log(tmp_path / "a.log.json", range(10, 151, 10))
+    scores = {"bbox_mAP": 0.1, "bbox_mAP_50": 0.2, "bbox_mAP_75": 0.1}
+    val = {"mode": "val", "epoch": 1, "iter": 200, "lr": 0.01, **scores, "steps_done": 150}
+    with log.open("a") as file:
+        file.write(json.dumps(val) + "\n")
+    draw_curves([log], tmp_path / "curves.png")
+    ap = figure[0].axes[-1]
+    assert list(ap.lines[0].get_xdata()) == [150]
+
+
 def test_a_resumed_run_is_joined_and_the_later_log_wins(tmp_path, figure):
     first = write_log(tmp_path / "1.log.json", range(50, 501, 50), loss=lambda _: 2.0)
     second = write_log(tmp_path / "2.log.json", range(300, 801, 50), loss=lambda _: 1.0)

@@ -122,13 +122,17 @@ def test_a_card_by_its_index(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"card {index}")
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    for name in ("cuda", "auto"):
+    reasons = {"cuda": "", "auto": " (npu: torch_npu is not installed)"}
+    for name, reason in reasons.items():
         device, why = setup_device(name, 1)
         assert device == torch.device("cuda", 1)
-        assert why == "device: cuda:1 card 1"
+        assert why == f"device: cuda:1 card 1{reason}"
     assert taken == [1, 1]
     assert torch.backends.cudnn.benchmark
-    assert refusal("cuda", 2) == "--device_id 2: 2 cuda devices here; use fewer processes"
+    expected = (
+        "--device_id 2: 2 cuda devices here; give a smaller --device_id or start fewer processes"
+    )
+    assert refusal("cuda", 2) == expected
 
 
 def test_bf16_of_a_cpu_is_read_from_its_flags(tmp_path, monkeypatch):

@@ -87,12 +87,12 @@ def test_a_full_disk_and_a_killed_worker_are_told_in_one_line():
         raise error
 
     full = OSError(28, "No space left on device")
-    assert status_of(lambda: fail(full)) == "error: No space left on device: see --output_dir"
+    assert status_of(lambda: fail(full)) == "error: No space left on device"
     named = OSError(30, "Read-only file system", "out/tensorboard")
     assert status_of(lambda: fail(named)) == "error: Read-only file system: out/tensorboard"
     killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
     status = status_of(lambda: fail(killed))
-    assert status.startswith("error: often for want of memory or /dev/shm; lower --num_workers")
+    assert status.startswith("error: often because memory or /dev/shm is full; lower --num_workers")
     assert status.endswith("(DataLoader worker (pid 7) is killed by signal: Killed.)")
     assert status_of(lambda: fail(KeyboardInterrupt())) == 130
 

@@ -15,5 +15,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_bytes(b"in the way")
-    with pytest.raises(UserError, match=r"file/x cannot be written: .*; give another place"):
+    with pytest.raises(
+        UserError, match=r"file/x cannot be written: .*; free space or choose another folder"
+    ):
         write_atomically(tmp_path / "file" / "x", b"new")

@@ -167,10 +167,26 @@ def test_a_tuple_can_be_emptied_and_a_switch_put_out():
     assert recipe_of("--no_augment").augment is False
 
 
-@pytest.mark.parametrize("flag", ["--batch_size", "--eval_batch_size", "--epochs"])
-def test_counts_must_be_positive(flag):
-    with pytest.raises(UserError, match=f"{flag} 0: must be at least 1"):
+@pytest.mark.parametrize("flag", ["--batch_size", "--eval_batch_size"])
+def test_a_batch_has_an_image(flag, capsys):
+    with pytest.raises(SystemExit):
         recipe_of(f"{flag}=0")
+    assert f"{flag} 0: must be at least 1" in capsys.readouterr().err
+
+
+def test_a_run_has_an_epoch():
+    with pytest.raises(UserError, match="--epochs 0: must be above 0"):
+        recipe_of("--epochs=0")
+
+
+def test_a_flag_that_contradicts_the_checkpoint_is_refused():
+    trained = {"path": "iter_1.pt"}
+    args = parser().parse_args(["--batch_size=3"])
+    flags.require_agreement(args, flags.chosen_recipe(args, RECIPES), trained)
+    with pytest.raises(UserError, match=r"--batch_size 3: iter_1\.pt was trained with 8; omit it"):
+        flags.require_agreement(
+            args, dataclasses.replace(flags.chosen_recipe(args, RECIPES), batch_size=8), trained
+        )
 
 
 def test_undocumented_fields_have_no_flag(capsys):

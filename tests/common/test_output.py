@@ -42,11 +42,11 @@ def test_a_folder_in_use_is_refused(tmp_path, resumed):
 
 def test_a_former_run_is_renamed_and_never_deletes(tmp_path):
     folder = tmp_path / "output"
-    assert output.claim_output_folder(folder, False) is None
-    assert output.claim_output_folder(folder, False) is None
+    assert output.claim_output_folder(folder, False) == []
+    assert output.claim_output_folder(folder, False) == []
     for text in ("first", "second", "third"):
         (folder / "log").write_text(text)
-        line = output.claim_output_folder(folder, False)
+        (line,) = output.claim_output_folder(folder, False)
         assert str(folder) in line
         assert [path.name for path in folder.iterdir()] == [output.LOCK_FILE]
         assert Path(line.split()[-1], "log").read_text() == text
@@ -54,7 +54,8 @@ def test_a_former_run_is_renamed_and_never_deletes(tmp_path):
     assert {path.joinpath("log").read_text() for path in kept} == {"first", "second", "third"}
     (folder / "log").write_text("fourth")
     os.utime(folder, (1.7e9, 1.7e9))
-    clash = Path(output.claim_output_folder(folder, False).split()[-1])
+    (line,) = output.claim_output_folder(folder, False)
+    clash = Path(line.split()[-1])
     assert clash.name.startswith("output_20231114_") or clash.name.startswith("output_20231115_")
     (folder / "log").write_text("fifth")
     os.utime(folder, (1.7e9, 1.7e9))

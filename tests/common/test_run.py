@@ -56,8 +56,8 @@ def parts_of(run, recipe=RECIPE, width=3):
     model = nn.Sequential(nn.Linear(2, width), nn.BatchNorm1d(width))
     optimizer = build_sgd(list(model.parameters()), CPU, lr=0.1, momentum=0.9)
     progress = Progress(run, recipe, LOSSES, 4, recipe.epochs * 4, REMEDY)
-    network = {"width": width}
-    state = RunState(run, model, optimizer, progress, recipe, RECORDS, RECORDS, network)
+    identity = {"width": width}
+    state = RunState(run, model, optimizer, progress, recipe, RECORDS, RECORDS, identity)
     return state, progress
 
 
@@ -121,6 +121,39 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
     assert found["optimizer"]["state"].keys() == expected["optimizer"]["state"].keys()
     assert found["classes"] == ["cat", "hat"]
     assert found["category_ids"] == [3, 7]
+
+
+def test_a_run_resumed_from_an_earlier_file_leaves_the_later_ones(tmp_path):
+    first = start(tmp_path, "--kind=perf", "--max_iters=4", "--save_interval=2")
+    train(first, *parts_of(first))
+    second = start(tmp_path, "--kind=perf", "--max_iters=3", f"--resume={tmp_path}/iter_2.pt")
+    state, progress = parts_of(second)
+    state.restore()
+    train(second, state, progress)
+    assert [path.name for path in checkpoint.checkpoints_newest_first(tmp_path)] == [
+        "iter_3.pt",
+        "iter_2.pt",
+    ]
+    assert checkpoint.load(tmp_path / "iter_4.pt.superseded")["iteration"] == 4
+    assert (
+        "iter_4.pt is later than the resumed state: set aside" in second.log.text_path.read_text()
+    )
+
+
+def test_a_run_resumed_from_another_folder_begins_one_of_its_own(tmp_path):
+    first = start(tmp_path / "first", "--kind=perf", "--max_iters=1")
+    train(first, *parts_of(first))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "old").write_text("of a former run")
+    file = tmp_path / "first" / "iter_1.pt"
+    second = start(tmp_path / "run", "--kind=perf", "--max_iters=2", f"--resume={file}")
+    state, progress = parts_of(second)
+    state.restore()
+    train(second, state, progress)
+    (moved,) = tmp_path.glob("run_*")
+    assert (moved / "old").read_text() == "of a former run"
+    assert file.exists()
+    assert checkpoint.load(tmp_path / "run" / "iter_2.pt")["iteration"] == 2
 
 
 @pytest.mark.parametrize(
@@ -212,6 +245,6 @@ def test_log_lines_begin_anew_with_every_epoch(tmp_path):
 
 
 def test_a_process_has_its_device_and_says_why():
-    ranks, device, reason = start_process("cpu", 0, 10.0)
+    ranks, device, reason = start_process("cpu", 0, 10.0, deterministic=False)
     assert (ranks.world_size, device) == (1, CPU)
     assert reason.startswith("device: cpu")

@@ -105,7 +105,7 @@ def test_json_lines_have_the_known_keys_in_order_rounded(tmp_path):
     )
     assert (line["mode"], line["epoch"], line["iter"], line["step"]) == ("train", 2, 50, 250)
     assert (line["lr"], line["time"], line["loss_cls"]) == (2.5e-06, 0.33333, 2.0)
-    assert list(val) == ["mode", "epoch", "iter", "lr", *METRICS]
+    assert list(val) == ["mode", "epoch", "iter", "lr", *METRICS, "steps_done"]
     assert (val["mode"], val["epoch"], val["iter"]) == ("val", 2, 200)
     assert (val["bbox_mAP"], val["lr"]) == (0.123, 2.5e-06)
 
@@ -136,7 +136,7 @@ def test_lines_before_the_folder_is_known_wait_for_the_file(tmp_path, capsys):
     log.info("early")
     log.warn_of("a.json", ["odd", "odder"])
     shown = capsys.readouterr().out
-    log.open(tmp_path, device_id=0)
+    log.open(tmp_path, name=0)
     log.info("late")
     text = log.text_path.read_text()
     assert text.startswith(shown)

@@ -44,6 +44,13 @@ def test_scales_are_pairs_in_any_order():
     assert recipe.eval_scale == (800, 1333)
 
 
+@pytest.mark.parametrize("channels", [100, 48, 1])
+def test_channels_fit_the_group_norm(channels):
+    with pytest.raises(UserError, match=f"--channels {channels}: not a multiple of 32"):
+        Recipe(channels=channels)
+    assert Recipe(channels=channels, head_norm="none").channels == channels
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

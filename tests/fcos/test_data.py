@@ -24,7 +24,7 @@ from fcos.data import (
     evaluation_recipe,
     iterations_per_epoch,
     normalise,
-    orientation,
+    orientation_groups,
     prepare_image,
     resize,
     resized_size,
@@ -104,7 +104,8 @@ def test_an_epoch_follows_the_original_group_sampler(groups, batch_size, world_s
     order = torch.randperm(len(batches), generator=generator).tolist()
     expected = [record for k in order for record in batches[k]]
 
-    found = epoch_order(groups, 7, epoch, batch_size, world_size).tolist()
+    members = orientation_groups(Records(groups))
+    found = epoch_order(members, batch_size, world_size, 7, epoch).tolist()
     assert found == expected
     assert set(found) == set(range(len(groups)))
     for first in range(0, len(found), batch_size):
@@ -140,13 +141,13 @@ def test_ranks_share_an_epoch_and_a_resumed_order_is_the_rest(
     for epoch in (0, 1):
         part = slice(epoch * per_epoch, (epoch + 1) * per_epoch)
         keys = [key for run in runs for batch in run[part] for key in batch]
-        order = epoch_order(groups, 5, epoch, batch_size, world_size).tolist()
+        order = epoch_order(orientation_groups(records), batch_size, world_size, 5, epoch).tolist()
         assert keys == [(epoch, position, record) for position, record in enumerate(order)]
 
 
 def test_nothing_to_train_on(tiny_train):
     empty = tiny_train.subset(np.array([], dtype=int))
-    with pytest.raises(UserError, match="no image of the training set has an annotation"):
+    with pytest.raises(UserError, match=r"no image .* an annotation and sides of 32 pixels; check"):
         build_loader(RECIPE, empty, True, end=1)
 
 
@@ -176,15 +177,15 @@ def test_a_batch_has_fixed_types_and_one_orientation(tiny_train, shapes):
         seen.add((height, width))
         assert {k: (tuple(v.shape), v.dtype) for k, v in batch._asdict().items()} == {
             "images": ((2, height, width, 3), torch.uint8),
-            "sizes": ((2, 2), torch.int64),
+            "resized_sizes": ((2, 2), torch.int64),
             "boxes": ((2, max_boxes, 4), torch.float32),
             "labels": ((2, max_boxes), torch.int64),
             "valid": ((2, max_boxes), torch.bool),
             "image_ids": ((2,), torch.int64),
         }
-        lying = batch.sizes[:, 1] > batch.sizes[:, 0]
+        lying = batch.resized_sizes[:, 1] > batch.resized_sizes[:, 0]
         assert lying.all() or not lying.any()
-        for image, (h, w) in zip(batch.images, batch.sizes.tolist(), strict=True):
+        for image, (h, w) in zip(batch.images, batch.resized_sizes.tolist(), strict=True):
             assert h <= height
             assert w <= width
             assert not image[h:].any()
@@ -201,7 +202,7 @@ def test_several_scales_are_drawn_evenly_and_have_canvases_of_their_own(tiny_tra
     batches = list(loader)
     canvases = {tuple(batch.images.shape[1:3]) for batch in batches}
     assert canvases == {(32, 128), (64, 128), (128, 32), (128, 64)}
-    small = np.mean([batch.sizes.min().item() <= 32 for batch in batches])
+    small = np.mean([batch.resized_sizes.min().item() <= 32 for batch in batches])
     assert 0.35 < small < 0.65
 
 
@@ -255,12 +256,12 @@ def test_ground_truth_leaves_out_what_the_original_does(tiny_train):
     changed = edited(
         tiny_train,
         record,
-        crowd=[1, 0, 0, 0, 0, 0, 0],
-        ignore=[0, 1, 0, 0, 0, 0, 0],
-        area=[9, 9, 0, 9, 9, np.nan, 9],
+        crowd=[1, 0, 0, 0, 0, 0],
+        ignore=[0, 1, 0, 0, 0, 0],
+        area=[9, 9, 0, 9, np.nan, 9],
         box_xywh=[
             [1, 1, 9, 9], [1, 1, 9, 9], [1, 1, 9, 9], [5, 5, 0.9, 9],
-            [width, 5, 9, 9], [-4, 5, 9, 9], [width - 3, height - 3, 10, 10],
+            [-4, 5, 9, 9], [width - 3, height - 3, 10, 10],
         ],
     )  # fmt: skip
     boxes, _ = TrainingSet(changed, RECIPE, 0).ground_truth(record)
@@ -296,12 +297,12 @@ def test_an_image_of_another_size_than_annotated_is_named(tiny_train):
 def test_collate_lays_images_on_canvases_with_zeros_around(tiny_train):
     records = training_records(tiny_train)
     dataset = TrainingSet(records, RECIPE, seed=0)
-    landscape = np.flatnonzero(orientation(records))[:3].tolist()
+    landscape = orientation_groups(records)[1][:3].tolist()
     samples = [dataset[0, position, record] for position, record in enumerate(landscape)]
     batch = dataset.collate(samples)
     for i, sample in enumerate(samples):
         height, width = sample.image.shape[:2]
-        assert batch.sizes[i].tolist() == [height, width]
+        assert batch.resized_sizes[i].tolist() == [height, width]
         expected = torch.zeros_like(batch.images[i])
         expected[:height, :width] = sample.image
         assert torch.equal(batch.images[i], expected)
@@ -332,7 +333,7 @@ def test_normalised_input_is_bgr_minus_mean_and_zero_outside(recipe):
 def test_augment_gives_the_input_and_boxes(tiny_train):
     (batch,) = build_loader(RECIPE, training_records(tiny_train), True, end=1)
     images, boxes = augment(batch, RECIPE)
-    assert_close(images, normalise(batch.images, batch.sizes, RECIPE))
+    assert_close(images, normalise(batch.images, batch.resized_sizes, RECIPE))
     assert torch.equal(boxes, batch.boxes)
 
 
@@ -355,6 +356,17 @@ def test_evaluation_reads_every_image_once_and_batches_equal_shapes(tiny_val):
             assert seen == dict(zip(few.image_ids.tolist(), few.sizes.tolist(), strict=True))
 
 
+def test_evaluation_shapes_depend_on_the_device_and_not_on_who_asks(tiny_val):
+    assert RECIPE.eval_shapes == "auto"
+    image = read_image(tiny_val.path(0))
+    with pytest.raises(ValueError, match="take the recipe from evaluation_recipe"):
+        prepare_image(image, RECIPE)
+    with pytest.raises(ValueError, match="take the recipe from evaluation_recipe"):
+        build_loader(RECIPE, tiny_val, False)
+    npu = evaluation_recipe(RECIPE, SimpleNamespace(type="npu"))
+    assert sorted(prepare_image(image, npu).shape) == [3, 64, 128]
+
+
 def test_evaluation_shapes_by_device(tiny_val):
     cpu, npu = (evaluation_recipe(RECIPE, SimpleNamespace(type=kind)) for kind in ("cpu", "npu"))
     assert (cpu.eval_shapes, npu.eval_shapes) == ("exact", "two")
@@ -363,4 +375,5 @@ def test_evaluation_shapes_by_device(tiny_val):
     full = replace(npu, eval_batch_size=100)
     assert len(evaluation_batches(tiny_val, full)) == 2
     assert sorted(chain(*evaluation_batches(tiny_val, full))) == list(range(len(tiny_val)))
-    assert orientation(tiny_val).sum() == max(map(len, evaluation_batches(tiny_val, full)))
+    groups = [group.tolist() for group in orientation_groups(tiny_val)]
+    assert sorted(evaluation_batches(tiny_val, full)) == sorted(groups)

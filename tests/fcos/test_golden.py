@@ -90,6 +90,8 @@ def test_targets(golden, real_truth, scale, name):
     expected = golden("targets")
     criterion = DetectionLoss(RECIPES["gn" if name == "base" else name], 80)
     positive, label, target = criterion.targets(SIZES[scale], *real_truth(scale))
+    assert label[~positive].eq(0).all()
+    label = torch.where(positive, label, 80)  # the original's label of the background
     assert_array_equal(label, expected[f"{scale}.{name}.labels"])
     assert_array_equal(positive.nonzero(), expected[f"{scale}.{name}.pos"])
     found = target[positive]
@@ -373,12 +375,12 @@ def test_training_input_with_flip(golden, recipe, tiny_train):
     dataset = TrainingSet(tiny_train, recipe, seed=0)
     batch = dataset.collate([dataset[0, 0, record] for record in records])
     for i in (0, 1):
-        assert_array_equal(batch.sizes[i], expected[f"train_flip.img_shape.{i}"][:2])
+        assert_array_equal(batch.resized_sizes[i], expected[f"train_flip.img_shape.{i}"][:2])
         boxes = batch.boxes[i, batch.valid[i]]
         assert_allclose(boxes, expected[f"train_flip.gt_bboxes.{i}"], rtol=0, atol=1e-4)
         labels = batch.labels[i, batch.valid[i]]
         assert_array_equal(labels, expected[f"train_flip.gt_labels.{i}"])
-    found = normalise(batch.images, batch.sizes, recipe)
+    found = normalise(batch.images, batch.resized_sizes, recipe)
     check_input(expected, "train_flip.img", found)
 
 

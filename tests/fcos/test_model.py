@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from common.errors import UserError
 from fcos.anchors import map_sizes
-from fcos.backbone import ResNet
+from fcos.backbone import make_backbone
 from fcos.config import RECIPES
 from fcos.loss import DetectionLoss
 from fcos.model import LARGEST_EXPONENT, build_model, param_groups
@@ -108,7 +108,7 @@ def test_every_trained_tensor_gets_a_gradient(boxes):
 
 def test_fixed_batch_norm_in_the_convolution_is_the_same_function():
     torch.manual_seed(0)
-    backbone = ResNet("resnet14")
+    backbone = make_backbone("resnet14")
     for module in backbone.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -132,7 +132,7 @@ def test_an_exponent_out_of_range_has_a_finite_distance_and_gradient():
     head = small().bbox_head
     x = torch.zeros(1, 64, 2, 2, requires_grad=True)
     nn.init.constant_(head.conv_reg.bias, 1e4)
-    _, distances, _ = head.level(x, head.scales[0].scale)
+    _, distances, _ = head.predict(x, head.scales[0].scale)
     assert_close(distances, torch.full_like(distances, LARGEST_EXPONENT).exp())
     (0 * distances).sum().backward()
     assert all(p.grad.isfinite().all() for p in (head.conv_reg.weight, head.scales[0].scale))

@@ -10,7 +10,7 @@ from common.npu import checkpoint
 from common.npu.precision import Precision
 from fcos import train
 from fcos.config import RECIPES
-from fcos.data import build_loader, orientation, training_records
+from fcos.data import build_loader, orientation_groups, training_records
 from fcos.model import build_model
 from tests.scripts import TINY
 from tests.watch import assert_equal_steps, watched_steps
@@ -30,7 +30,7 @@ def batches(tiny_train):
 
     def of(landscape, recipe):
         index = training_records(tiny_train)
-        records = index.subset(orientation(index) == landscape)
+        records = index.subset(orientation_groups(index)[landscape])
         batches = list(build_loader(recipe, records, True, seed=2, end=3))
         batches[2] = batches[2]._replace(valid=torch.zeros_like(batches[2].valid))
         assert len({batch.valid.sum().item() for batch in batches}) == 3

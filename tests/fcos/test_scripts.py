@@ -92,6 +92,7 @@ def test_performance_on_one_device_with_another_recipe(data, tmp_path):
     assert "grad_norm" not in (output / "train_0.log").read_text()  # tricks does not clip
 
 
+@pytest.mark.again
 def test_8_processes(data, tmp_path):
     where = (f"--data_path={data}", f"--output_dir={tmp_path}/8")
     flags = (*runs.SHORT, "--batch_size=1", "--max_iters=2", "--recipe=nogn")

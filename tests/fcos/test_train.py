@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.loop import TrainingLoop
+from common.errors import UserError
 from common.npu import checkpoint
 from common.npu.precision import Precision
 from fcos import train
@@ -92,6 +93,19 @@ def test_finetuning_takes_the_network_of_the_checkpoint(tmp_path, capsys):
     assert finetuned.keys() == weights.keys()
     assert all(torch.equal(value, weights[key]) for key, value in finetuned.items())
     assert "head_norm 'none' instead of 'gn'" in capsys.readouterr().out
+
+
+def test_the_command_that_started_a_run_resumes_it_with_its_network(tmp_path):
+    start_file = tmp_path / "start.pt"
+    with start(recipe=replace(RECIPES["nogn"], **SMALL)) as loop:
+        loop.state.save(start_file)
+    with start("--recipe=finetune", f"--checkpoint={start_file}") as loop:
+        loop.state.save(tmp_path / "iter_0.pt")
+    words = ("--recipe=finetune", f"--checkpoint={start_file}", f"--resume={tmp_path}/iter_0.pt")
+    with start(*words) as loop:
+        assert loop.state.description["recipe"]["head_norm"] == "none"
+    with pytest.raises(UserError, match=r"--head_norm gn: .*iter_0\.pt was trained with none"):
+        start(*words, "--head_norm=gn").__enter__()
 
 
 def test_a_step_has_the_rate_of_the_batch_and_twice_as_much_for_biases(batch, capsys):

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from common.coco.index import COCO_CLASSES
 from common.errors import UserError
 from fcos.config import RECIPES
 from fcos.model import build_model
@@ -155,9 +156,13 @@ def test_classes_of_a_checkpoint(filled_state):
     assert num_classes_of(runner_file(state)) == 80
     assert class_names_of(runner_file(state, CLASSES=("a", "b"))) == ("a", "b")
     assert class_names_of({"model": state, "classes": ["c"]}) == ("c",)
+    meta = {"dataset_meta": {"classes": ("x", "y")}}
+    assert class_names_of({"state_dict": state, "meta": meta}) == ("x", "y")
+    for unknown in (object(), {"CLASSES": object()}, {"dataset_meta": object()}):
+        assert class_names_of({"state_dict": state, "meta": unknown}) == COCO_CLASSES
     assert class_names_of({"state_dict": state})[0] == "person"
-    with pytest.raises(UserError, match="no detection head"):
-        num_classes_of({"conv1.weight": torch.zeros(1)})
+    with pytest.raises(UserError, match=r"^r50\.pth: no detection heads; give a trained detector"):
+        num_classes_of({"conv1.weight": torch.zeros(1), "path": "r50.pth"})
 
 
 @pytest.mark.parametrize("name", ["gn", "nogn", "tricks"])
@@ -170,6 +175,18 @@ def test_a_published_checkpoint_shows_its_network(filled_state, name):
     assert recipe.max_detections == 7
     for field in ("head_norm", "conv_bias", "norm_on_bbox", "centerness_on_reg", "mean", "nms_iou"):
         assert getattr(recipe, field) == getattr(RECIPES[name], field), field
+
+
+def test_the_users_nms_iou_stays(filled_state):
+    state = {**runner_file(filled_state("tricks")), "path": "epoch_24.pth"}
+    for requested in (0.4, 0.7):
+        recipe = replace(RECIPES["gn"], nms_iou=requested)
+        assert recipe_of_checkpoint(recipe, state).nms_iou == requested
+    assert recipe_of_checkpoint(RECIPES["gn"], state).nms_iou == 0.6
+    # A flag may name the value of a preset.
+    assert recipe_of_checkpoint(RECIPES["gn"], state, user_fields=["nms_iou"]).nms_iou == 0.5
+    gn = runner_file(filled_state("gn"))
+    assert recipe_of_checkpoint(RECIPES["tricks"], gn).nms_iou == 0.5
 
 
 def test_a_checkpoint_without_a_head_changes_nothing():

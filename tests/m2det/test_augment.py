@@ -32,15 +32,15 @@ def pictures(tiny_train):
     return torch.from_numpy(np.stack([*photographs, noise, grey, pure, *flat]).astype(np.uint8))
 
 
-def batch(images, colour_jitter=NEUTRAL, visible_box=(0.0, 0.0, 60.0, 60.0)):
-    """A batch whose images all get the same, or each its row of `colour_jitter`, `visible_box`."""
+def batch(images, colour_jitter=NEUTRAL, colour_box=(0.0, 0.0, 60.0, 60.0)):
+    """A batch whose images all get the same, or each its row of `colour_jitter`, `colour_box`."""
     count = len(images)
     return Batch(
         images.permute(0, 2, 3, 1),
         torch.rand(count, 2, 4),
         torch.zeros(count, 2, dtype=torch.int64),
         torch.ones(count, 2, dtype=torch.bool),
-        torch.as_tensor(visible_box).expand(count, 4),
+        torch.as_tensor(colour_box).expand(count, 4),
         torch.as_tensor(colour_jitter, dtype=torch.float32).expand(count, 4),
         torch.arange(count),
     )
@@ -74,8 +74,8 @@ def test_colours_are_opencvs(pictures, colour):
 
 
 def test_the_canvas_keeps_its_colour(pictures):
-    visible_box = (10.0, 20.0, 40.4, 50.6)
-    found = levels(augment(batch(pictures, (20.0, 1.0, 0, 1.0), visible_box), RECIPE))
+    colour_box = (10.0, 20.0, 40.4, 50.6)
+    found = levels(augment(batch(pictures, (20.0, 1.0, 0, 1.0), colour_box), RECIPE))
     whole = levels(augment(batch(pictures, (20.0, 1.0, 0, 1.0)), RECIPE))
     inside = torch.zeros(60, 60, dtype=torch.bool)
     inside[20:51, 10:40] = True
@@ -86,8 +86,8 @@ def test_the_canvas_keeps_its_colour(pictures):
 def test_a_batch_is_its_images_and_no_input_changes(pictures, monkeypatch):
     rng = np.random.default_rng(0)
     colour_jitter = torch.tensor(np.array([draw_colour_jitter(RECIPE, rng) for _ in pictures]))
-    visible_box = 60 * torch.rand(len(pictures), 4).sort(dim=1).values
-    together = batch(pictures, colour_jitter, visible_box)
+    colour_box = 60 * torch.rand(len(pictures), 4).sort(dim=1).values
+    together = batch(pictures, colour_jitter, colour_box)
     before = [part.clone() for part in together]
     images, boxes = augment(together, RECIPE)
     assert images.dtype == torch.float32

@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 
 from common.arithmetic import ceil_div
+from common.errors import UserError
 from m2det.anchors import make_anchors
 from m2det.config import RECIPES
 
@@ -27,6 +28,12 @@ def test_published_recipes():
     assert first is RECIPES["512_vgg"]
     assert (first.epochs, first.momentum, first.weight_decay) == (160, 0.9, 5e-4)
     assert (first.amp, first.loss_scale, first.sfam) == ("O1", "32", False)
+
+
+def test_an_unknown_nms_is_refused():
+    with pytest.raises(UserError) as error:
+        replace(RECIPES["512_vgg"], nms="sotf")
+    assert str(error.value) == "--nms sotf: not one of soft, hard"
 
 
 @pytest.mark.parametrize(

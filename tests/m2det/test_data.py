@@ -143,11 +143,14 @@ def order_of(length, batch_size, rank, world_size, start, end):
 
 
 @settings(max_examples=50, deadline=None)
-@given(length=st.integers(1, 50), multiple=st.integers(1, 130), epoch=st.integers(0, 90))
-def test_an_epoch_is_a_seeded_permutation_whose_rest_is_dropped(length, multiple, epoch):
-    order = epoch_order(length, 7, epoch, multiple).tolist()
+@given(**SETS, epoch=st.integers(0, 90))
+def test_an_epoch_is_a_seeded_permutation_whose_rest_is_dropped(
+    length, batch_size, world_size, epoch
+):
+    order = epoch_order(length, batch_size, world_size, seed=7, epoch=epoch).tolist()
     generator = torch.Generator().manual_seed(7 + epoch)
     permutation = torch.randperm(length, generator=generator).tolist()
+    multiple = batch_size * world_size
     if length < multiple:
         assert order == [permutation[k % length] for k in range(multiple)]
     else:
@@ -167,7 +170,7 @@ def test_ranks_share_each_epoch(length, batch_size, world_size):
     for epoch in (0, 1):
         batches = [run[epoch * per_epoch : (epoch + 1) * per_epoch] for run in runs]
         keys = [key for batch in batches for part in batch for key in part]
-        order = epoch_order(length, 5, epoch, step).tolist()
+        order = epoch_order(length, batch_size, world_size, seed=5, epoch=epoch).tolist()
         assert sorted(keys) == [(epoch, k, order[k]) for k in range(len(order))]
     # The same images make up a step, however many ranks share it.
     alone = order_of(length, step, 0, 1, 0, 2 * per_epoch)
@@ -226,7 +229,7 @@ def test_a_batch_has_fixed_shapes_and_types(tiny_train):
         "boxes": ((2, max_boxes, 4), torch.float32),
         "labels": ((2, max_boxes), torch.int64),
         "valid": ((2, max_boxes), torch.bool),
-        "visible_box": ((2, 4), torch.float32),
+        "colour_box": ((2, 4), torch.float32),
         "colour_jitter": ((2, 4), torch.float32),
         "image_ids": ((2,), torch.int64),
     }
@@ -263,7 +266,7 @@ def test_an_image_without_boxes_is_only_resized(tiny_train):
     for position in range(8):
         sample = dataset[0, position, 0]
         assert not sample.valid.any()
-        assert sample.visible_box.eq(0).all()  # no colour either
+        assert sample.colour_box.eq(0).all()  # no colour either
     assert len({dataset[0, p, 0].images.float().mean().item() for p in range(60)}) == 5
 
 
@@ -274,7 +277,7 @@ def test_where_no_box_is_left_the_image_stays_as_it_is(tiny_train):
     dataset = TrainingSet(records, RECIPE, 0)
     for position in range(30):
         sample = dataset[0, position, 0]
-        if sample.visible_box.eq(0).all():
+        if sample.colour_box.eq(0).all():
             break
     box = torch.tensor([50 / width, 60 / height, 51.5 / width, 62 / height])
     assert_close(sample.boxes[sample.valid], box.float().unsqueeze(0))

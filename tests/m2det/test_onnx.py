@@ -81,3 +81,6 @@ def test_decoded_boxes_and_scores(weights, model, images, tmp_path):
         boxes, scores = decode_outputs(model(images[:1]), make_anchors(RECIPE), RECIPE)
     np.testing.assert_allclose(exported["boxes"], boxes, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(exported["scores"], scores, atol=1e-4)
+    assert exported["scores"].shape[2] == 1 + len(NAMES)
+    notes = {entry.key: entry.value for entry in onnx.load(file).metadata_props}
+    assert notes["scores"] == "probabilities: background, then the classes"

@@ -75,9 +75,15 @@ def test_sigterm_to_2_ranks_with_2_workers_leaves_a_checkpoint_of_that_step(
     assert_equal_runs(uninterrupted, output)
 
 
-def test_resuming_another_size_is_refused(data, tmp_path):
+def test_a_resumed_run_keeps_its_network(data, tmp_path):
     output = tmp_path / "run"
-    scripts.run("train.py", *flags(data, output, 0, 1), "--max_iters=1", "--save_interval=1")
-    thin = ("--recipe=512_vgg", "--backbone=vgg16_thin")
-    with pytest.raises(UserError, match=r"its image size was 320, now 512; "):
-        train.main([*flags(data, output, 0, 1), "--resume=auto", *thin])
+    one_step = (*flags(data, output, 0, 1), "--max_iters=1", "--save_interval=1")
+    scripts.run("train.py", *one_step)
+    other = (*one_step, "--resume=auto", "--recipe=512_vgg")
+    done = scripts.run("train.py", *other)
+    assert "its network is trained: " in done.stdout
+    assert "image_size 320 instead of 512" in done.stdout
+    with pytest.raises(
+        UserError, match=r"--backbone vgg16: .*iter_1\.pt was trained with vgg16_thin"
+    ):
+        train.main([*other, "--backbone=vgg16"])

@@ -127,8 +127,12 @@ def test_classes_of_a_checkpoint(classes):
     names = COCO_CLASSES if classes == 80 else tuple(f"class_{k}" for k in range(classes))
     assert class_names_of(state) == names
     assert class_names_of({"model": state, "classes": ["a"] * classes}) == ("a",) * classes
-    with pytest.raises(UserError, match="no detection heads"):
-        num_classes_of({"0.weight": torch.zeros(3)})
+
+
+def test_a_file_without_detection_heads_is_named():
+    with pytest.raises(UserError) as error:
+        num_classes_of({"0.weight": torch.zeros(3), "path": "vgg.pth"})
+    assert str(error.value) == "vgg.pth: no detection heads; give a trained detector"
 
 
 def test_the_recipe_of_a_checkpoint_from_before_the_anchors_had_that_name():

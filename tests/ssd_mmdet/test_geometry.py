@@ -3,7 +3,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from common.coco.images import read_image
@@ -81,6 +81,7 @@ def naive_cut(image, left, top, width, height, size, fill):
     height=st.integers(1, 160),
     size=st.sampled_from([16, 50]),
 )
+@example(left=-60, top=0, width=160, height=70, size=16)  # only the image's edge is in the window
 def test_cut_is_a_window_of_a_canvas(left, top, width, height, size):
     """`left` and `top` are the corner of the image in the window."""
     image = picture(70, 64)
@@ -94,6 +95,24 @@ def test_cut_is_a_window_of_a_canvas(left, top, width, height, size):
     part = naive_cut(np.ones_like(image), left, top, width, height, size, fill=0)[..., 0]
     np.testing.assert_allclose(covered(visible_box, window, size), part, atol=1e-4)
     assert (made[part == 0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("window", "visible"),
+    [
+        (Window(63, 0, 1563, 70), (0, 0, 1, 70)),  # the left edge of the window
+        (Window(0, 69, 64, 1569), (0, 0, 64, 1)),  # its top edge
+        (Window(-1499, 0, 1, 70), (1499, 0, 1500, 70)),  # right
+        (Window(0, -1499, 64, 1), (0, 1499, 64, 1500)),  # bottom
+        (Window(-500, -500, 2000, 2000), (500, 500, 564, 570)),  # large enough for some pixels
+    ],
+)
+def test_an_image_may_be_too_narrow_for_any_pixel_of_the_result(window, visible):
+    made, visible_box = cut_and_resize(np.full((70, 64, 3), 255, np.uint8), window, 300)
+    assert visible_box == visible
+    assert made.shape == (300, 300, 3)
+    shown = covered(visible_box, window, 300) > 1 / 255
+    np.testing.assert_array_equal((made > 0).all(axis=2), shown)
 
 
 def box_set(seed, count):

@@ -147,8 +147,8 @@ def test_classes_of_a_checkpoint(state):
     assert class_names_of(state) == COCO_CLASSES
     few = published_state_dict(build_model(THIN, 3))
     assert class_names_of(few) == ("class_0", "class_1", "class_2")
-    with pytest.raises(UserError, match="no detection heads"):
-        num_classes_of({"features.0.bias": torch.zeros(4)})
+    with pytest.raises(UserError, match=r"^vgg\.pth: no detection heads; give a trained detector"):
+        num_classes_of({"features.0.bias": torch.zeros(4), "path": "vgg.pth"})
 
 
 class Bomb:

@@ -37,8 +37,8 @@ def pictures(tiny_train):
     return torch.from_numpy(stack)
 
 
-def batch(images, jitter=NEUTRAL, order=range(4), flip=False, boxes=None):
-    """A batch whose images all get the same, or each its row of `jitter`, `order`, `flip`."""
+def batch(images, colour_jitter=NEUTRAL, operation_order=range(4), flip=False, boxes=None):
+    """A batch whose images all get the same jitter, order and flip, or each its row of them."""
     count = len(images)
     boxes = torch.zeros(count, 2, 4) if boxes is None else boxes
     return Batch(
@@ -47,8 +47,8 @@ def batch(images, jitter=NEUTRAL, order=range(4), flip=False, boxes=None):
         torch.zeros(boxes.shape[:2], dtype=torch.int64),
         torch.ones(boxes.shape[:2], dtype=torch.bool),
         torch.as_tensor(flip).expand(count),
-        torch.as_tensor(jitter, dtype=torch.float32).expand(count, 4),
-        torch.as_tensor([*order]).expand(count, 4),
+        torch.as_tensor(colour_jitter, dtype=torch.float32).expand(count, 4),
+        torch.as_tensor([*operation_order]).expand(count, 4),
         torch.arange(count),
     )
 
@@ -129,7 +129,7 @@ def drawn(pictures):
     order = torch.rand(count, 4, generator=generator).argsort(dim=1)
     boxes = torch.rand(count, 5, 4, generator=generator)
     made = batch(pictures, jitter, flip=torch.arange(count) % 2 == 0, boxes=boxes)
-    return made._replace(order=order)
+    return made._replace(operation_order=order)
 
 
 def test_a_batch_is_its_images(pictures, monkeypatch):
@@ -240,7 +240,7 @@ def test_distribution_of_flip(draws):
 
 
 def test_distribution_of_jitter(draws):
-    jitter = torch.stack([sample.jitter for sample in draws]).numpy()
+    jitter = torch.stack([sample.colour_jitter for sample in draws]).numpy()
     spans = np.array([0.125, 0.5, 0.5, 0.05])
     unit = (jitter - NEUTRAL) / spans
     assert np.abs(unit).max() <= 1 + 1e-6
@@ -251,6 +251,6 @@ def test_distribution_of_jitter(draws):
 
 
 def test_distribution_of_order(draws):
-    counts = Counter(tuple(sample.order.tolist()) for sample in draws)
+    counts = Counter(tuple(sample.operation_order.tolist()) for sample in draws)
     assert set(counts) == set(permutations(range(4)))
     assert chi_square(counts.values(), 24) < 49.7  # 99.9 %, 23 degrees of freedom

@@ -133,5 +133,9 @@ def test_classes_of_a_checkpoint(weights):
     assert num_classes_of(port(80)) == 80
     assert class_names_of(port(80)) == COCO_CLASSES
     assert class_names_of(port(2)) == ("class_0", "class_1")
-    with pytest.raises(UserError, match="no detection heads"):
-        num_classes_of({"conv1.weight": torch.zeros(64, 3, 7, 7)})
+
+
+def test_a_file_without_detection_heads_is_named():
+    with pytest.raises(UserError) as error:
+        num_classes_of({"conv1.weight": torch.zeros(64, 3, 7, 7), "path": "resnet34.pth"})
+    assert str(error.value) == "resnet34.pth: no detection heads; give a trained detector"

@@ -94,14 +94,19 @@ def test_mismatching_checkpoints_are_refused(tmp_path, data):
     checkpoint.save(tmp_path / "weights.pt", state)
     message = error_of(tmp_path, data, f"--resume={tmp_path}/weights.pt")
     assert "--checkpoint_path" in message
-    assert "is missing" in error_of(tmp_path, data, "--resume=nothing.pt")
+    assert "does not exist" in error_of(tmp_path, data, "--resume=nothing.pt")
 
 
 def test_impossible_flags(tmp_path, data):
     assert "--num_classes 5" in error_of(tmp_path, data, "--num-classes=5")
-    assert "--batch_size 0" in error_of(tmp_path, data, "--batch-size=0")
     assert "--loss_scale -1" in error_of(tmp_path, data, "--amp=O0", "--loss_scale=-1")
     assert "--output_dir" in error_of(tmp_path, data, "--output_dir=/dev/null/run")
+
+
+def test_a_batch_size_of_0_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        train.parse(["--batch-size=0"])
+    assert "--batch_size 0: must be at least 1" in capsys.readouterr().err
 
 
 def test_unknown_flags_end_with_one_line(tmp_path):
@@ -144,7 +149,7 @@ def test_divergence_after_the_last_log_line_is_found_without_checkpoints_too(tmp
 @pytest.mark.slow
 def test_a_truncated_image_stops_training_with_a_checkpoint_of_that_step(tmp_path):
     data = scripts.subset(tmp_path / "coco", train=8, val=2)
-    victim = scripts.cut_short(data, int(epoch_order(8, seed=0, epoch=0, multiple=2)[5]))
+    victim = scripts.cut_short(data, int(epoch_order(8, 2, 1, seed=0, epoch=0)[5]))
     output = tmp_path / "run"
     where = (f"--data={data}", f"--output_dir={output}", "--num_workers=2", "--log_interval=1")
     done = scripts.run("train.py", *scripts.SMALL, *where, "--kind=perf", status=1)

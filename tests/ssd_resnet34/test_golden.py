@@ -169,11 +169,11 @@ def test_decoded_boxes_and_probabilities(golden, recipe, case):
 
 
 @pytest.mark.parametrize(
-    "path", ["sparse_candidates", "dense_candidates"]
+    "path", ["host_candidates", "device_candidates"]
 )  # of a CPU, of an accelerator
 @pytest.mark.parametrize("case", ["random", "clustered"])
 def test_detections(golden, recipe, monkeypatch, case, path):
-    monkeypatch.setattr(postprocess, "sparse_candidates", getattr(postprocess, path))
+    monkeypatch.setattr(postprocess, "host_candidates", getattr(postprocess, path))
     found = detect(detection_outputs(case), torch.ones(2, 2, dtype=torch.int64), recipe)
     for i, detections in enumerate(found):
         boxes, labels, scores = (

@@ -29,10 +29,10 @@ def nothing(images=1):
     return deltas, logits
 
 
-@pytest.fixture(params=["sparse_candidates", "dense_candidates"])
+@pytest.fixture(params=["host_candidates", "device_candidates"])
 def _path(request, monkeypatch):
     """The way of a CPU, and that of an accelerator."""
-    monkeypatch.setattr(postprocess, "sparse_candidates", getattr(postprocess, request.param))
+    monkeypatch.setattr(postprocess, "host_candidates", getattr(postprocess, request.param))
 
 
 def assert_same(a, b):
@@ -146,7 +146,7 @@ def test_both_ways_find_the_same(seed, background, per_class):
     raw = outputs(seed, images=2, background=background)
     expected = detect(raw, SIZES[:2], recipe)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(postprocess, "sparse_candidates", postprocess.dense_candidates)
+        patch.setattr(postprocess, "host_candidates", postprocess.device_candidates)
         found = detect(raw, SIZES[:2], recipe)
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a.scores, b.scores)

@@ -132,7 +132,7 @@ def test_2_ranks_of_2_images_have_the_gradient_of_1_rank_with_4(tmp_path):
 def test_bad_data_on_one_rank_ends_both_with_its_message_and_a_checkpoint(tmp_path):
     data = scripts.subset(tmp_path / "coco", train=8, val=2)
     # Two ranks take turns: position 5 is in the second step, of rank 1.
-    victim = scripts.cut_short(data, int(epoch_order(8, seed=0, epoch=0, multiple=4)[5]))
+    victim = scripts.cut_short(data, int(epoch_order(8, 2, 2, seed=0, epoch=0)[5]))
     output = tmp_path / "run"
     flags = ("--max_iters=4", "--log_interval=1", "--num_workers=1", "--kind=perf")
     where = (f"--data={data}", f"--output_dir={output}", "--save_interval=1000")

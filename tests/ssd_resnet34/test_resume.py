@@ -48,7 +48,14 @@ def assert_equal_runs(one, other):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "workers", "step"), [(1, 0, 3), (1, 1, 4), (1, 2, 6), (2, 0, 3), (2, 1, 5)]
+    ("ranks", "workers", "step"),
+    [
+        (1, 0, 3),
+        pytest.param(1, 1, 4, marks=pytest.mark.again),
+        pytest.param(1, 2, 6, marks=pytest.mark.again),
+        pytest.param(2, 0, 3, marks=pytest.mark.again),
+        (2, 1, 5),
+    ],
 )
 def test_kill_9_and_resume_equals_an_uninterrupted_run(
     data, uninterrupted, tmp_path, ranks, workers, step
@@ -147,10 +154,10 @@ def test_damaged_checkpoints_are_skipped_with_a_line(data, uninterrupted, tmp_pa
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("--batch_size=3", "global batch was 2, now 3"),
-        ("--seed=5", "seed was 0, now 5"),
-        ("--backbone=resnet18", "backbone was resnet10, now resnet18"),
-        (None, "training images was 10, now 8"),
+        ("--batch_size=3", r"^--resume .*iter_9\.pt: its global batch was 2, now 3; .+$"),
+        ("--seed=5", r"^--resume .*iter_9\.pt: its seed was 0, now 5; .+$"),
+        ("--backbone=resnet18", r"^--backbone resnet18: .*iter_9\.pt was trained with resnet10;"),
+        (None, r"^--resume .*iter_9\.pt: its training images was 10, now 8; .+$"),
     ],
 )
 def test_resuming_something_else_is_refused(data, uninterrupted, tmp_path, flag, words):
@@ -158,6 +165,6 @@ def test_resuming_something_else_is_refused(data, uninterrupted, tmp_path, flag,
     shutil.copytree(uninterrupted(1), output)
     before = {path.name: path.read_bytes() for path in output.glob("*.pt")}
     flag = flag or f"--data={scripts.subset(tmp_path / 'other', train=8, val=2)}"
-    with pytest.raises(UserError, match=rf"^--resume .*iter_9\.pt: its {words}; .+$"):
+    with pytest.raises(UserError, match=words):
         train.main([*flags(data, output, 0), "--resume=auto", flag])
     assert before == {path.name: path.read_bytes() for path in output.glob("*.pt")}

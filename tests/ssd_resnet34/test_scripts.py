@@ -172,9 +172,9 @@ def test_two_nodes_resume_without_a_common_folder(data, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--nproc_per_node=abc"], "give whole numbers"),
-        (["--nproc_per_node=0"], "give whole numbers"),
-        (["--nnodes=-1"], "give whole numbers"),
+        (["--nproc_per_node=abc"], "--nproc_per_node=abc: give a whole number"),
+        (["--nproc_per_node=0"], "--nproc_per_node=0: give at least 1"),
+        (["--nnodes=-1"], "--nnodes=-1: give a whole number"),
         (["--nnodes=2", "--node_rank=2"], "of --nnodes=2 the last is 1"),
         (["3"], "3 is no flag"),
     ],

@@ -117,6 +117,16 @@ def test_nothing_that_fits(model, state, tmp_path):
         load_weights(model, tmp_path / "other.pt")
 
 
+def test_a_detector_of_the_tfrecord_recipe_is_refused(model):
+    state = {"class_net.0.weight": torch.zeros(324, 256, 3, 3), "path": "tf.pt"}
+    with pytest.raises(UserError) as error:
+        load_weights(model, state)
+    assert str(error.value) == (
+        "tf.pt: a detector of the TFRecord recipe, whose padding and heads differ; "
+        "use ssd_resnet34/tfrecord"
+    )
+
+
 class Bomb:
     def __init__(self, path):
         self.path = str(path)

@@ -61,11 +61,17 @@ def test_a_file_of_another_kind_is_none_of_its_business(tmp_path):
     assert find_prefix(tmp_path / "weights.pth") is None
 
 
-@pytest.mark.parametrize("part", ["index", "data"])
-def test_a_missing_part_is_named(copied, part):
-    next(copied.parent.glob(f"*.{part}*")).unlink()
-    with pytest.raises(UserError, match=re.escape(f"there is no {copied}.{part}")):
+def test_a_missing_part_is_named(copied):
+    next(copied.parent.glob("*.data*")).unlink()
+    with pytest.raises(UserError, match=re.escape(f"there is no {copied}.data-*")):
         find_prefix(copied)
+
+
+def test_a_path_that_is_nothing_is_refused_with_its_flag(tmp_path):
+    missing = tmp_path / "missing.pth"
+    line = f"{missing}: neither a file nor a TensorFlow checkpoint (no {missing}.index); "
+    with pytest.raises(UserError, match=re.escape(line + "check --resnet_checkpoint")):
+        find_prefix(missing)
 
 
 def test_a_folder_without_a_checkpoint(tmp_path):

@@ -10,6 +10,7 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
+from common.arithmetic import ceil_div
 from common.coco.images import decode_image
 from common.errors import UserError
 from common.npu.distributed import Ranks
@@ -83,6 +84,19 @@ def test_index_of_the_golden_shards(golden, index):
     assert index.max_boxes() == 32
 
 
+def test_the_index_opens_each_file_once(golden_dir, monkeypatch):
+    opened = []
+
+    def counting_open(path, *arguments):
+        opened.append(path)
+        return open(path, *arguments)
+
+    monkeypatch.setattr("ssd_resnet34.tfrecord.records.open", counting_open, raising=False)
+    index = read_index(str(golden_dir / "train2017*"), FLAG)
+    assert len(index) == 6
+    assert opened == index.files.tolist()
+
+
 def test_an_unknown_field_and_a_broken_length(tmp_path):
     path = tmp_path / "file"
     with RecordWriter(path) as writer:
@@ -110,19 +124,21 @@ def test_only_empty_files_and_a_damaged_one(golden_dir):
 
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("length", [5, 12, 100])
-def test_every_record_once_an_epoch_on_any_number_of_ranks(length, world_size):
+def test_every_record_once_an_epoch_on_any_number_of_ranks(length, world_size, recipe):
     epochs, batch_size = 4, 4
-    end = -(-epochs * length // (batch_size * world_size))
+    recipe = dataclasses.replace(recipe, batch_size=batch_size)
+    records = range(length)
+    end = ceil_div(epochs * length, batch_size * world_size)
     orders = [
-        list(TrainingOrder(length, batch_size, Ranks(r, r, world_size, world_size), 7, 0, end))
+        list(TrainingOrder(records, recipe, Ranks(r, r, world_size, world_size), 7, 0, end))
         for r in range(world_size)
     ]
     seen = [key for order in orders for batch in order for key in batch]
     for epoch in range(epochs):
-        records = [record for e, _, record in seen if e == epoch]
-        assert sorted(records) == list(range(length))
+        of_epoch = [record for e, _, record in seen if e == epoch]
+        assert sorted(of_epoch) == list(records)
     assert len({tuple(r for e, _, r in sorted(seen) if e == k) for k in range(epochs)}) == epochs
-    resumed = list(TrainingOrder(length, batch_size, Ranks(0, 0, world_size), 7, 1, end))
+    resumed = list(TrainingOrder(records, recipe, Ranks(0, 0, world_size), 7, 1, end))
     assert resumed == orders[0][1:]
 
 
@@ -248,7 +264,7 @@ def test_augment_flips_and_recolours(index, recipe):
     batch = Batch(*map(torch.stack, zip(*(dataset[0, k, k] for k in range(4)), strict=True)))
     still = batch._replace(
         flip=torch.tensor([True, False, True, False]),
-        jitter=torch.tensor([0.0, 1, 1, 0]).expand(4, 4),
+        colour_jitter=torch.tensor([0.0, 1, 1, 0]).expand(4, 4),
     )
     plain, _ = augment(still, dataclasses.replace(recipe, augment=False))
     images, boxes = augment(still, recipe)

@@ -8,7 +8,7 @@ import pytest
 
 from common.errors import UserError
 from ssd_resnet34 import ssd_main
-from ssd_resnet34.tfrecord import launch
+from ssd_resnet34.tfrecord import evaluate, launch, train
 from ssd_resnet34.tfrecord.evaluate import validation_records
 from ssd_resnet34.tfrecord.index import read_index
 from ssd_resnet34.tfrecord.options import parse
@@ -88,7 +88,6 @@ def test_the_old_scripts_path_is_seen_from_where_a_rank_runs(tmp_path, monkeypat
             ["--mode=eval", "--validation_file_pattern=x", "--val_json_file=y", "--model_dir=/no"],
             "no checkpoint in --model_dir=/no; train first",
         ),
-        (["--train_batch_size=0"], "--batch_size 0"),
     ],
 )
 def test_refusals(flags, complaint, tmp_path, monkeypatch):
@@ -98,10 +97,28 @@ def test_refusals(flags, complaint, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unknown_mode_and_ranks_without_a_launcher(monkeypatch, capsys):
+def test_evaluate_needs_no_training_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--mode=eval needs --validation_file_pattern"):
+        evaluate.main(["--device=cpu"])
+    flags = ["--validation_file_pattern=x", "--val_json_file=y", "--model_dir=/no"]
+    with pytest.raises(UserError, match="no checkpoint in --model_dir=/no; train first"):
+        evaluate.main(["--device=cpu", *flags])
+
+
+def test_train_refuses_to_evaluate():
+    flags = ["--training_file_pattern=x", "--validation_file_pattern=x", "--val_json_file=y"]
+    with pytest.raises(UserError, match=r"--mode=eval: .* use tfrecord/evaluate\.py or ssd_main"):
+        train.main(["--mode=eval", *flags])
+
+
+def test_an_unknown_mode_no_batch_and_ranks_without_a_launcher(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse(["--mode=predict"], "Train.")
     assert capsys.readouterr().err.startswith("error: argument --mode: invalid choice: 'predict'")
+    with pytest.raises(SystemExit, match="2"):
+        parse(["--train_batch_size=0"], "Train.")
+    assert capsys.readouterr().err.startswith("error: --batch_size 0: must be at least 1")
     monkeypatch.setenv("RANK_SIZE", "8")
     with pytest.raises(UserError, match=r"start several ranks with run_npu_8p\.sh"):
         ssd_main.main(["--mode=train", "--training_file_pattern=x"])

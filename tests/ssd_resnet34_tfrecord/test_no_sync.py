@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from benchmarks.loop import TrainingLoop
+from common.errors import UserError
+from common.fps.progress import Progress
 from common.npu.precision import Precision
 from ssd_resnet34.tfrecord import train
 from ssd_resnet34.tfrecord.data import build_loader, training_records
@@ -42,6 +44,14 @@ def test_steps_wait_for_nothing_log_steps_too(recipe, records, golden_dir, clip_
     assert len(calls[0]) > 500
     assert calls[1] == calls[0]
     assert len(calls[2]) > len(calls[0])
+
+
+def test_a_program_that_refuses_to_start_leaves_no_patch_behind(recipe):
+    flags = ["--training_file_pattern=/none*", "--device=cpu", "--mode=train"]
+    steps = Progress.steps
+    with pytest.raises(UserError, match="matches no file"):
+        TrainingLoop(train, recipe, flags, Precision(CPU)).__enter__()
+    assert Progress.steps is steps
 
 
 @pytest.mark.parametrize("in_host_memory", [True, False])

@@ -21,7 +21,7 @@ from tests import scripts
 pytestmark = pytest.mark.slow
 SHORT = ("--device=cpu", "--recipe=small", "--resnet_checkpoint=", "--amp=O0", "--log_interval=1")
 FEW = ("--max_per_class=20", "--eval_batch_size=2")
-# The port's own scripts find figures by these.
+# The TensorFlow port's own scripts find figures by these.
 FPS = re.compile(r"\] FPS: ([\d.]+), learning rate: ([\d.e+-]+), loss: ([\d.]+)")
 AP = re.compile(r"\] Current AP: (\d\.\d{5})$", re.MULTILINE)
 

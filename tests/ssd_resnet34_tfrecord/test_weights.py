@@ -136,7 +136,7 @@ def test_our_own_checkpoint(tmp_path, recipe):
 def test_the_other_recipes_detector_and_other_classes_are_refused(recipe):
     model = build_model(recipe, 80)
     other = first_model.build_model(first_config.RECIPES["1p"], 80)
-    with pytest.raises(UserError, match="other recipe"):
+    with pytest.raises(UserError, match="COCO recipe"):
         load_weights(model, other.state_dict())
     with pytest.raises(UserError, match="TFRecord recipe"):
         first_weights.load_weights(other, model.state_dict())

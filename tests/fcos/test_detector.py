@@ -1,0 +1,56 @@
+"""The detector, as a user's program calls it and as the programs make it."""
+
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+
+from common.npu import checkpoint
+from fcos import evaluate
+from fcos.config import RECIPES
+from fcos.detector import Detector
+from fcos.model import build_model
+from tests.scripts import TINY
+
+SMALL = {"backbone": "resnet14", "channels": 64, "tower_convs": 1, "img_scale": ("64,107",)}
+FLAGS = ("--backbone=resnet14", "--channels=64", "--tower_convs=1", "--img_scale=64,107")
+
+
+@pytest.fixture(scope="module")
+def detector():
+    torch.manual_seed(0)
+    recipe = replace(RECIPES["gn"], **SMALL)
+    weights = build_model(recipe, 3).state_dict()
+    state = {"model": weights, "recipe": asdict(recipe), "classes": ["cat", "dog", "cow"]}
+    return Detector.from_checkpoint(state, recipe, torch.device("cpu"))
+
+
+def test_no_image_has_no_detections(detector):
+    assert detector([]) == []
+
+
+def test_images_go_through_the_network_one_by_one(detector):
+    batches = []
+    handle = detector.model.register_forward_pre_hook(
+        lambda module, args: batches.append(len(args[0]))
+    )
+    images = [np.zeros((height, 60, 3), np.uint8) for height in (40, 50, 90)]
+    detections = detector(images)
+    handle.remove()
+    assert batches == [1, 1, 1]
+    assert len(detections) == 3
+
+
+@pytest.mark.parametrize(("flags", "nms_iou"), [([], 0.6), (["--nms_iou=0.5"], 0.5)])
+def test_a_published_detectors_nms_iou_yields_to_the_flag(tmp_path, monkeypatch, flags, nms_iou):
+    model = build_model(replace(RECIPES["tricks"], **SMALL), 80)
+    path = tmp_path / "epoch_24.pth"
+    checkpoint.save(path, {"state_dict": model.state_dict()})
+    recipes = []
+    monkeypatch.setattr(evaluate, "detect_all", lambda model, recipe, *args: recipes.append(recipe))
+    where = [f"--data={TINY}", f"--checkpoint={path}", "--device=cpu", f"--output_dir={tmp_path}"]
+    evaluate.main([*where, *FLAGS, *flags])
+    (recipe,) = recipes
+    assert (recipe.head_norm, recipe.norm_on_bbox) == ("gn", True)
+    assert recipe.nms_iou == nms_iou

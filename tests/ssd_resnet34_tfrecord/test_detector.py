@@ -1,0 +1,90 @@
+"""A detector as users call it, its evaluation in half precision, and what a resumed run checks."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from common.errors import UserError
+from common.npu import checkpoint
+from ssd_resnet34.tfrecord import evaluate, train
+from ssd_resnet34.tfrecord.config import RECIPES
+from ssd_resnet34.tfrecord.detector import Detector
+from ssd_resnet34.tfrecord.model import build_model
+
+SMALL = RECIPES["small"]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A folder with a checkpoint of a small detector with random weights."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("run")
+    state = {
+        "model": build_model(SMALL, len(SMALL.category_ids)).state_dict(),
+        "recipe": dataclasses.asdict(SMALL),
+        "category_ids": list(SMALL.category_ids),
+        "iteration": 1,
+    }
+    checkpoint.save(folder / "iter_1.pt", state)
+    return folder
+
+
+def test_none_one_and_more_images_than_a_batch(run_folder):
+    detector = Detector.load(run_folder / "iter_1.pt", "cpu")
+    detector.recipe = dataclasses.replace(detector.recipe, eval_batch_size=2, score_threshold=0.0)
+    batch_sizes = []
+    detector.model.register_forward_pre_hook(
+        lambda _module, inputs: batch_sizes.append(len(inputs[0]))
+    )
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (40, 30 + k, 3), np.uint8) for k in range(5)]
+    assert detector([]) == []
+    assert batch_sizes == []
+    detections = detector(images)
+    assert batch_sizes == [2, 2, 1]
+    assert len(detections) == 5
+    alone = detector(images[3])
+    torch.testing.assert_close(alone.scores, detections[3].scores)
+    assert len(alone.scores) > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [([], torch.float32), (["--amp=O1", "--amp_dtype=bf16"], torch.bfloat16)],
+)
+def test_evaluation_takes_the_precision_of_its_flags(
+    run_folder, golden_dir, tmp_path, monkeypatch, flags, dtype
+):
+    dtypes = []
+
+    def note_dtype(outputs, sizes, recipe):
+        dtypes.append(outputs[0].dtype)
+        return detect(outputs, sizes, recipe)
+
+    detect = evaluate.detect
+    monkeypatch.setattr(evaluate, "detect", note_dtype)
+    annotations = json.loads((golden_dir / "instances_train6.json").read_text())
+    annotations["annotations"] = annotations["annotations"][:-3]  # which a converter drops
+    (tmp_path / "val.json").write_text(json.dumps(annotations))
+    files = [
+        f"--validation_file_pattern={golden_dir}/train2017*",
+        f"--val_json_file={tmp_path}/val.json",
+        f"--model_dir={run_folder}",
+    ]
+    evaluate.main([*files, "--device=cpu", "--num_workers=0", "--eval_batch_size=4", *flags])
+    assert dtypes == [dtype, dtype]
+    assert (run_folder / "eval/results.bbox.json").exists()
+
+
+def test_a_resumed_run_has_the_same_categories(golden_dir, tmp_path):
+    flags = [f"--training_file_pattern={golden_dir}/train2017*", "--device=cpu", "--mode=train"]
+    flags += ["--recipe=small", "--train_batch_size=2", "--num_workers=0", "--max_iters=1"]
+    flags += [f"--model_dir={tmp_path}/run"]
+    train.main(flags)
+    other_ids = list(SMALL.category_ids)
+    other_ids[0] = 12
+    with pytest.raises(UserError, match=r"its list of category ids was \(1, .* now \(12, "):
+        train.main([*flags, "--category_ids", *map(str, other_ids)])
