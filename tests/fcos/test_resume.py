@@ -66,14 +66,14 @@ def test_sigterm_to_2_ranks_leaves_a_checkpoint_of_that_step(data, uninterrupted
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("--head_norm=none", "head_norm was gn, now none"),
-        ("--norm_on_bbox", "norm_on_bbox was False, now True"),
-        ("--batch_size=1", "global batch was 4, now 1"),
+        ("--head_norm=none", r"^--head_norm none: .*iter_9\.pt was trained with gn; omit it$"),
+        ("--norm_on_bbox", r"^--norm_on_bbox True: .*iter_9\.pt was trained with False; omit it$"),
+        ("--batch_size=1", r"^--resume .*iter_9\.pt: its global batch was 4, now 1; .+$"),
     ],
 )
 def test_resuming_something_else_is_refused(data, uninterrupted, flag, words):
     before = {path.name: path.read_bytes() for path in uninterrupted.glob("*.pt")}
     resume = f"--resume={uninterrupted / 'iter_9.pt'}"
-    with pytest.raises(UserError, match=rf"^--resume .*iter_9\.pt: its {words}; .+$"):
+    with pytest.raises(UserError, match=words):
         train.main([*flags(data, uninterrupted, 0), resume, flag])
     assert before == {path.name: path.read_bytes() for path in uninterrupted.glob("*.pt")}
