@@ -54,6 +54,8 @@ def detect(outputs: tuple[Tensor, Tensor], sizes: Tensor, recipe: Recipe) -> lis
     return detections
 
 
+# Boxes of a network that has not learned may be too large for a number, until they are clipped.
+@np.errstate(over="ignore", invalid="ignore")
 def _detect_in_image(
     boxes: np.ndarray, scores: np.ndarray, corner: np.ndarray, recipe: Recipe
 ) -> Detections:

@@ -1,3 +1,4 @@
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -203,3 +204,16 @@ def test_coco_rows_are_a_pixel_wider():
     boxes = np.array([[1.0, 2, 3, 4]], np.float32)
     assert_array_equal(submission_boxes(boxes, RECIPE), [[1, 2, 4, 5]])
     assert_array_equal(submission_boxes(boxes, replace(RECIPE, plus_one=False)), boxes)
+
+
+@pytest.mark.parametrize("nms", ["soft", "hard"])
+def test_boxes_too_large_for_a_number_overflow_without_a_warning(nms):
+    recipe = replace(RECIPES["quickstart"], nms=nms)
+    torch.manual_seed(0)
+    num_anchors = len(make_anchors(recipe))
+    outputs = torch.randn(1, num_anchors, 4) * 1000, torch.randn(1, num_anchors, 4) * 5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (found,) = detect(outputs, torch.tensor([[300, 400]]), recipe)
+    assert (found.boxes >= 0).all()
+    assert (found.boxes <= torch.tensor([400.0, 300.0, 400.0, 300.0])).all()
