@@ -2,7 +2,14 @@
 
 
 class UserError(Exception):
-    """Bad input (file, flag, data): printed as one line that names the remedy, exit status 1."""
+    """Bad input (file, flag, data): printed as one line that names the remedy, exit status 1.
+
+    `problem` is the line without its `remedy`, for a list in which that would be repeated.
+    """
+
+    def __init__(self, problem: str, remedy: str = ""):
+        self.problem = problem
+        super().__init__(f"{problem}; {remedy}" if remedy else problem)
 
 
 # How Python begins the line of such an error in a traceback.

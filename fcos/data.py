@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.arithmetic import ceil_div, round_up
-from common.coco.images import read_image
+from common.coco.images import ImageReader
 from common.coco.index import CocoIndex
 from common.errors import UserError
 from common.npu.device import compiles_each_shape, memory_format
@@ -30,6 +30,9 @@ CANVAS_MULTIPLE = 32  # pixels; the sides of a canvas are multiples of it
 # The original trains neither on images nor on boxes with a shorter side, in pixels.
 SMALLEST_IMAGE_SIDE = 32
 SMALLEST_BOX_SIDE = 1
+# Whether a square image, and one turned by 180 degrees, is turned by its EXIF orientation: the
+# original reads with OpenCV, which does.
+TURNS_IF_BOTH_FIT = True
 
 
 class Batch(NamedTuple):
@@ -86,9 +89,8 @@ def training_records(index: CocoIndex) -> CocoIndex:
     They have at least one annotation, which may be a crowd, and no side below
     `SMALLEST_IMAGE_SIDE`.
     """
-    annotations = np.diff(index.offsets)
-    shorter_sides = index.sizes.min(axis=1)
-    return index.subset((annotations > 0) & (shorter_sides >= SMALLEST_IMAGE_SIDE))
+    is_annotated = np.diff(index.offsets) > 0
+    return index.subset(is_annotated & ~small_images(index))
 
 
 def resized_size(height: int, width: int, scale: tuple[int, int]) -> tuple[int, int]:
@@ -216,35 +218,32 @@ def prepare_image(image: np.ndarray, recipe: Recipe) -> Tensor:
     return normalise(canvas.unsqueeze(0), torch.tensor([size]), recipe).squeeze(0)
 
 
-def read_record(records: CocoIndex, record: int) -> np.ndarray:
-    """Read the image (H, W, 3) uint8 RGB of a record.
+def small_images(index: CocoIndex) -> np.ndarray:
+    """Return which images (I,) have a side below `SMALLEST_IMAGE_SIDE`."""
+    return index.sizes.min(axis=1) < SMALLEST_IMAGE_SIDE
 
-    Raise UserError where it has another size than its annotation says.
-    """
-    path = records.path(record)
-    image = read_image(path)
-    height, width = image.shape[:2]
-    annotated_height, annotated_width = records.sizes[record].tolist()
-    if (height, width) != (annotated_height, annotated_width):
-        raise UserError(
-            f"{path}: is {width} x {height} pixels, {annotated_width} x {annotated_height} in the "
-            "annotation file; correct it, --check_data lists every such file"
-        )
-    return image
+
+def untrained_boxes(index: CocoIndex) -> dict[str, np.ndarray]:
+    """Return, by reason, which boxes (A,) of an index are not trained on."""
+    table = index.table
+    side = table.box_xywh[:, 2:].min(axis=1)
+    of_small_image = np.repeat(small_images(index), np.diff(index.offsets))
+    return {
+        f"in an image with a side below {SMALLEST_IMAGE_SIDE} pixels": of_small_image,
+        "iscrowd": table.crowd,
+        "ignore": table.ignore,
+        f"with a side below {SMALLEST_BOX_SIDE} pixel": side < SMALLEST_BOX_SIDE,
+    }
 
 
 def training_ground_truth(records: CocoIndex) -> GroundTruth:
-    """Return the boxes that are trained on.
-
-    Crowds, annotations to ignore, and boxes without area or with a side below `SMALLEST_BOX_SIDE`
-    are left out.
-    """
+    """Return the boxes that are trained on, all but `untrained_boxes`."""
     table = records.table
-    x, y, width, height = table.box_xywh.T
-    is_large_enough = (width >= SMALLEST_BOX_SIDE) & (height >= SMALLEST_BOX_SIDE)
-    is_excluded = table.crowd | table.ignore | (table.area <= 0)
-    used = is_large_enough & ~is_excluded
+    used = np.ones(len(table), dtype=bool)
+    for is_untrained in untrained_boxes(records).values():
+        used &= ~is_untrained
 
+    x, y, width, height = table.box_xywh.T
     boxes = np.stack([x, y, x + width, y + height], axis=1).astype(np.float32)
     used_before = np.append(0, np.cumsum(used))  # number of used rows before each row
     return GroundTruth(boxes[used], table.label[used], used_before[records.offsets])
@@ -278,6 +277,7 @@ class TrainingSet(Dataset):
         self.records = records
         self.recipe = recipe
         self.seed = seed
+        self.reader = ImageReader(records, TURNS_IF_BOTH_FIT)
         self.max_boxes = records.max_boxes()
         self.all_boxes = training_ground_truth(records)
 
@@ -293,7 +293,7 @@ class TrainingSet(Dataset):
     def __getitem__(self, key: tuple[int, int, int]) -> Sample:
         epoch, position, record = key
         recipe = self.recipe
-        image = read_record(self.records, record)
+        image = self.reader.read(record)
         boxes, labels = self.ground_truth(record)
         scale = recipe.eval_scale
         flip = False
@@ -417,12 +417,13 @@ class EvaluationSet(Dataset):
     def __init__(self, records: CocoIndex, recipe: Recipe):
         self.records = records
         self.recipe = recipe
+        self.reader = ImageReader(records, TURNS_IF_BOTH_FIT)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, record: int) -> EvaluationSample:
-        image = read_record(self.records, record)
+        image = self.reader.read(record)
         canvas, size = evaluation_canvas(image, self.recipe)
         return EvaluationSample(
             canvas=canvas,

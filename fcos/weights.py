@@ -5,16 +5,26 @@ The names in the network are the published ones (see model.py), so there is litt
 a backbone file's names get the prefix `backbone.`.
 """
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from common.coco.index import COCO_CLASSES
 from common.errors import UserError
 from common.npu import checkpoint
-from common.npu.weights import LoadReport, load_matching, name_of, tensors_of, weights_on_cpu
+from common.npu.weights import (
+    LoadReport,
+    class_changes,
+    load_matching,
+    name_of,
+    tensors_of,
+    weights_on_cpu,
+    with_classes_of,
+)
 from fcos.config import DETECTRON2_MEAN, DETECTRON_MEAN, RECIPES, Recipe
 
 EARLY_NAMES = {
@@ -23,6 +33,8 @@ EARLY_NAMES = {
     "fcos_centerness": "conv_centerness",
 }
 BACKBONE_MODULES = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc")
+# The tensors whose rows are classes.
+CLASS_HEAD = re.compile(r"bbox_head\.conv_cls\.(weight|bias)")
 # Fields of the recipe that the weights of a checkpoint belong to.
 NETWORK = (
     "name",
@@ -41,14 +53,26 @@ PUBLISHED = ("head_norm", "conv_bias", "norm_on_bbox", "centerness_on_reg", "mea
 PRESETS = {(True, False): "gn", (False, True): "nogn", (True, True): "tricks"}
 
 
-def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> LoadReport:
+def load_weights(
+    model: nn.Module,
+    source: str | Path | Mapping[str, Tensor],
+    classes: Sequence[str] | None = None,
+) -> LoadReport:
     """Load a file or a state dict, in any of the known layouts, into the network.
 
-    Tensors of another shape stay as initialised. Raise UserError for an unreadable file and for one
-    whose backbone does not fit.
+    With `classes`, those of the network, the class heads of a detector of other classes are loaded
+    class by class (`with_classes_of`). Tensors of another shape stay as initialised. Raise
+    UserError for an unreadable file and for one whose backbone does not fit.
     """
     state = source if isinstance(source, Mapping) else checkpoint.load(source)
-    report = load_matching(model, network_keys(state))
+    tensors = network_keys(state)
+    heads = [key for key in tensors if CLASS_HEAD.fullmatch(key)]
+    changes = ""
+    trained = known_classes(state) if heads else None
+    if trained is not None and classes is not None:
+        tensors = with_classes_of(tensors, model, heads, class_rows, trained, classes)
+        changes = class_changes(trained, classes)
+    report = load_matching(model, tensors, changes)
     for key in report.loaded:
         if key.startswith("backbone.") and key.endswith("weight"):
             return report
@@ -56,6 +80,11 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
         f"{name_of(state)}: nothing in it fits the backbone; give a checkpoint of this detector, "
         "or caffe's ResNet-50 (resnet50_caffe-788b5fa3.pth)"
     )
+
+
+def class_rows(num_rows: int, num_classes: int) -> Tensor:
+    """Return the rows (classes, 1) of each class of the class head."""
+    return torch.arange(num_classes).unsqueeze(1)
 
 
 def network_keys(state: Mapping) -> dict[str, Tensor]:
@@ -227,15 +256,20 @@ def _mapping(value: object) -> Mapping:
     return value if isinstance(value, Mapping) else {}
 
 
-def class_names_of(state: Mapping) -> tuple[str, ...]:
-    """Return a checkpoint's class names; where it holds none, COCO's if there are 80 classes."""
+def known_classes(state: Mapping) -> tuple[str, ...] | None:
+    """Return a detector's class names; where it holds none, COCO's if there are 80 classes."""
     names = named_classes(state)
+    if names is None and num_classes_of(state) == len(COCO_CLASSES):
+        return COCO_CLASSES
+    return names
+
+
+def class_names_of(state: Mapping) -> tuple[str, ...]:
+    """Return a detector's class names, numbers where they are not known."""
+    names = known_classes(state)
     if names is not None:
         return names
-    num_classes = num_classes_of(state)
-    if num_classes == len(COCO_CLASSES):
-        return COCO_CLASSES
-    return tuple(f"class_{label}" for label in range(num_classes))
+    return tuple(f"class_{label}" for label in range(num_classes_of(state)))
 
 
 def published_state_dict(model: nn.Module) -> dict[str, Tensor]:

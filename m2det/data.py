@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.arithmetic import ceil_div
-from common.coco.images import read_image
-from common.coco.index import CocoIndex, find_coco, read_index
+from common.coco.images import ImageReader
+from common.coco.index import CocoIndex, read_index
+from common.coco.layout import Files, find_coco
 from common.errors import UserError
 from common.npu.device import memory_format
 from common.npu.distributed import Ranks
@@ -35,23 +36,20 @@ from m2det.geometry import (
 )
 from m2det.resample import render, resize
 
-# By layout and split: the annotation sets, and for each the folder of its images.
-LAYOUTS = {
-    "COCO 2017": {
-        "train": {"train2017": "train2017"},
-        "val": {"val2017": "val2017"},
+# By split, the annotation sets of COCO 2014, and for each the folder of its images.
+COCO_2014 = {
+    "train": {
+        "train2014": "images/train2014",
+        "valminusminival2014": "images/val2014",
     },
-    "COCO 2014": {
-        "train": {
-            "train2014": "images/train2014",
-            "valminusminival2014": "images/val2014",
-        },
-        "val": {"minival2014": "images/val2014"},
-    },
+    "val": {"minival2014": "images/val2014"},
 }
 SEED_FOLDER = "~/data/coco"  # where the original and its port look for COCO
 NO_COLOUR_JITTER = (0.0, 1.0, 0.0, 1.0)
 SMALLEST_BOX_SIDE = 1  # pixels; in an image that stays whole, smaller boxes are left out
+# Whether a square image, and one turned by 180 degrees, is turned by its EXIF orientation: the
+# original reads with OpenCV, which does.
+TURNS_IF_BOTH_FIT = True
 
 
 class Batch(NamedTuple):
@@ -79,34 +77,21 @@ class Batch(NamedTuple):
         )
 
 
-def find_files(
-    data_path: str, split: str, annotations: str = "", images: str = ""
-) -> list[tuple[str, str]]:
+def find_files(data_path: str, split: str, annotations: str = "", images: str = "") -> list[Files]:
     """Return the annotation files and image folders that make up `split` ("train" or "val").
 
-    `data_path` has the layout of COCO 2017 or the original's of COCO 2014, whichever is there. A
-    given annotation file or image folder makes up the split alone. Raise UserError for what is
-    missing.
+    `data_path` has the original's layout of COCO 2014, or one that `find_coco` knows. A given
+    annotation file or image folder makes up the split alone. Raise UserError for what is missing.
     """
-    if annotations or images:
-        return [find_coco(data_path, split, annotations, images)]
-    folder = data_path or default_folder()
-    folder = os.path.expanduser(folder)
-    descriptions = []
-    for layout in LAYOUTS.values():
+    folder = os.path.expanduser(data_path or default_folder())
+    if not annotations and not images:
         files = []
-        needed = []
-        for name, image_folder in layout[split].items():
-            annotation_file = f"annotations/instances_{name}.json"
-            files.append((f"{folder}/{annotation_file}", f"{folder}/{image_folder}"))
-            needed.append(f"{annotation_file}, {image_folder}/")
-        if all(os.path.isfile(file) and os.path.isdir(image_dir) for file, image_dir in files):
+        for name, image_folder in COCO_2014[split].items():
+            annotation_file = os.path.join(folder, f"annotations/instances_{name}.json")
+            files.append(Files(annotation_file, os.path.join(folder, image_folder), "COCO 2014"))
+        if all(os.path.isfile(one.annotation_file) for one in files):
             return files
-        descriptions.append(", ".join(needed))
-    raise UserError(
-        f"--data_path {folder}: needs {' or '.join(descriptions)}; bash download_dataset.sh "
-        "fetches COCO 2017"
-    )
+    return [find_coco(folder, split, annotations, images)]
 
 
 def default_folder() -> str:
@@ -117,15 +102,18 @@ def default_folder() -> str:
 
 
 def read_records(
-    files: Sequence[tuple[str, str]], classes: Sequence[str] | None = None
+    files: Sequence[Files],
+    classes: Sequence[str] | None = None,
+    usual_order: Sequence[str] | None = None,
 ) -> CocoIndex:
-    """Read the annotation files of a split into one index; `classes` are those of `read_index`.
+    """Read the annotation files of a split into one index.
 
-    All files must have the classes of the first one; raise UserError if they do not.
+    `classes` and `usual_order` are those of `read_index`. All files must have the classes of the
+    first one; raise UserError if they do not.
     """
     indexes = []
-    for annotation_file, image_dir in files:
-        index = read_index(annotation_file, image_dir, classes=classes)
+    for file in files:
+        index = read_index(file.annotation_file, file.image_dir, classes, usual_order)
         classes = index.class_names
         indexes.append(index)
     if len(indexes) == 1:
@@ -152,6 +140,7 @@ def join_indexes(indexes: list[CocoIndex]) -> CocoIndex:
         image_dir="",
         image_ids=np.concatenate([index.image_ids for index in indexes]),
         sizes=np.concatenate([index.sizes for index in indexes]),
+        far_corners=np.concatenate([index.far_corners for index in indexes]),
         file_names=np.array(paths),
         offsets=np.concatenate(offsets),
         table=table.view(np.recarray),
@@ -196,6 +185,30 @@ def draw_colour_jitter(recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
     return np.where(is_changed, jitter, NO_COLOUR_JITTER)
 
 
+def boxes_of_pixels(index: CocoIndex) -> np.ndarray:
+    """Return all boxes (A, 4) float64 xyxy in pixels, clipped to their images.
+
+    As in the original, the last pixel of a box counts as inside.
+    """
+    box_xywh = index.table.box_xywh
+    image_sizes = np.repeat(index.sizes, np.diff(index.offsets), axis=0)
+    last_pixel = image_sizes[:, ::-1] - 1  # x and y
+    top_left = np.maximum(box_xywh[:, :2], 0)
+    extent = np.maximum(box_xywh[:, 2:] - 1, 0)
+    bottom_right = np.minimum(top_left + extent, last_pixel)
+    return np.concatenate([top_left, bottom_right], axis=1)
+
+
+def is_outside(boxes_xyxy: np.ndarray) -> np.ndarray:
+    """Return which clipped boxes (A, 4) had no pixel inside their image."""
+    return (boxes_xyxy[:, :2] > boxes_xyxy[:, 2:]).any(axis=1)
+
+
+def untrained_boxes(index: CocoIndex) -> dict[str, np.ndarray]:
+    """Return, by reason, which boxes (A,) of an index are not trained on."""
+    return {"without a pixel inside the image": is_outside(boxes_of_pixels(index))}
+
+
 class TrainingSet(Dataset):
     """Training samples: `dataset[epoch, position, record]` has the fields of a Batch without N."""
 
@@ -203,20 +216,14 @@ class TrainingSet(Dataset):
         self.records = records
         self.recipe = recipe
         self.seed = seed
+        self.reader = ImageReader(records, TURNS_IF_BOTH_FIT)
         self.max_boxes = records.max_boxes()
 
         # Flat arrays: forked workers share their memory (see CocoIndex).
-        table = records.table
-        image_sizes = np.repeat(records.sizes, np.diff(records.offsets), axis=0)
-        last_pixel = image_sizes[:, ::-1] - 1  # x and y
-        top_left = np.maximum(table.box_xywh[:, :2], 0)
-        # As in the original, the last pixel of a box counts as inside.
-        extent = np.maximum(table.box_xywh[:, 2:] - 1, 0)
-        bottom_right = np.minimum(top_left + extent, last_pixel)
-        has_area = ~(table.area <= 0)  # the area is NaN where the file has none
-        is_used = (top_left <= bottom_right).all(axis=1) & has_area
-        self.boxes = np.concatenate([top_left, bottom_right], axis=1)[is_used]
-        self.labels = table.label[is_used]
+        boxes = boxes_of_pixels(records)
+        is_used = ~is_outside(boxes)
+        self.boxes = boxes[is_used]
+        self.labels = records.table.label[is_used]
         used_before = np.append(0, np.cumsum(is_used))  # number of used rows before each row
         self.offsets = used_before[records.offsets]
 
@@ -230,7 +237,7 @@ class TrainingSet(Dataset):
 
     def __getitem__(self, key: tuple[int, int, int]) -> Batch:
         epoch, position, record = key
-        image = read_image(self.records.path(record))
+        image = self.reader.read(record)
         if not self.recipe.augment:
             return self.whole_sample(image, record, interpolation="linear")
         rng = np.random.default_rng((self.seed, epoch, position))
@@ -375,12 +382,13 @@ class EvaluationSet(Dataset):
     def __init__(self, records: CocoIndex, recipe: Recipe):
         self.records = records
         self.recipe = recipe
+        self.reader = ImageReader(records, TURNS_IF_BOTH_FIT)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, record: int) -> tuple[Tensor, Tensor, Tensor]:
-        image = read_image(self.records.path(record))
+        image = self.reader.read(record)
         resized = resize(image, self.recipe.image_size)
         size = torch.from_numpy(self.records.sizes[record].astype(np.int64))
         image_id = torch.tensor(self.records.image_ids[record])

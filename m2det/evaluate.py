@@ -43,7 +43,7 @@ from common.npu.precision import Precision
 from common.npu.run import start_process
 from common.npu.weights import require_num_classes
 from m2det.config import RECIPES, Recipe
-from m2det.data import build_loader, find_files, normalise, read_records
+from m2det.data import TURNS_IF_BOTH_FIT, build_loader, find_files, normalise, read_records
 from m2det.detector import Detector
 from m2det.postprocess import detect, submission_boxes
 from m2det.weights import named_classes
@@ -62,6 +62,12 @@ def main(argv: list[str] | None = None) -> None:
     recipe = detector.recipe
     files = find_files(args.data, "val", args.val_annotations, args.val_images)
     records = read_records(files, classes=named_classes(state))
+    for file in files:
+        log(f"data: {file}")
+    for line in records.lines():
+        log(f"{records.annotation_file}: {line}")
+    if not args.format_only:
+        records.require_annotations()
     num_classes = len(records.class_names)
     flags.check_num_classes(args, num_classes)
     require_num_classes(state["path"], len(detector.class_names), num_classes)
@@ -155,7 +161,7 @@ def evaluate_and_save(
     )
     # The line that the port's users look for.
     log(f"Current AP: {evaluation.stats['AP']:.5f} AP goal: {recipe.threshold:.5f}")
-    draw_examples(folder / "detections.png", records, result_rows)
+    draw_examples(folder / "detections.png", records, result_rows, TURNS_IF_BOTH_FIT)
     return evaluation
 
 

@@ -23,6 +23,9 @@ from torch import nn
 from common import flags
 from common.coco.check import check_data
 from common.coco.index import CocoIndex
+from common.coco.layout import Files
+from common.coco.report import turned_images
+from common.coco.trained import trained_boxes_line
 from common.errors import UserError
 from common.fps.progress import Progress
 from common.npu import distributed, entry
@@ -33,11 +36,18 @@ from common.npu.precision import build_sgd, set_learning_rate
 from common.npu.run import Run, RunState
 from m2det.augment import augment
 from m2det.config import RECIPES, Recipe
-from m2det.data import build_loader, find_files, iterations_per_epoch, read_records
+from m2det.data import (
+    TURNS_IF_BOTH_FIT,
+    build_loader,
+    find_files,
+    iterations_per_epoch,
+    read_records,
+    untrained_boxes,
+)
 from m2det.evaluate import detect_all, evaluate_and_save
 from m2det.loss import DetectionLoss
 from m2det.model import build_model
-from m2det.weights import load_weights, recipe_of_checkpoint
+from m2det.weights import load_weights, named_classes, recipe_of_checkpoint
 
 # Where the port keeps the backbone's ImageNet weights.
 PRETRAINED = Path(__file__).resolve().parent / "weights" / "vgg16_reducedfc.pth"
@@ -54,7 +64,9 @@ def main(argv: list[str] | None = None) -> int | None:
     train_files = find_files(args.data, "train", args.train_annotations, args.train_images)
     val_files = find_files(args.data, "val", args.val_annotations, args.val_images)
     if args.check_data:
-        return check_data(*train_files, *val_files)
+        return check_data(
+            train_files, val_files, untrained_boxes, TURNS_IF_BOTH_FIT, args.output_dir
+        )
 
     # All that the run needs is read and built first. A former run's folder is moved only after
     # that, by `open_output`: a run that is refused changes nothing.
@@ -72,17 +84,15 @@ def main(argv: list[str] | None = None) -> int | None:
         recipe = recipe_of_checkpoint(requested, checkpoint)
         flags.require_agreement(args, recipe, checkpoint)
         run.log_network_change(checkpoint, requested, recipe)
-    train_set = read_records(train_files, classes=run.resumed_classes)
-    val_set = read_records(val_files, classes=train_set.class_names)
-    for records in (train_set, val_set):
-        run.log.warn_of(records.annotation_file, records.lines())
+    train_set, val_set = read_data(run, train_files, val_files, weights)
     num_classes = len(train_set.class_names)
     flags.check_num_classes(args, num_classes)
 
     require_trainable(recipe)
     model = build_model(recipe, num_classes)
     for checkpoint in weights:
-        run.log.info(f"{checkpoint['path']}: {load_weights(model, checkpoint)}")
+        report = load_weights(model, checkpoint, train_set.class_names)
+        run.log.info(f"{checkpoint['path']}: {report}")
     if not weights and run.resumed is None:
         run.log.info(
             "weights: random; --pretrained takes vgg16_reducedfc.pth (or torchvision's ResNet)"
@@ -117,6 +127,7 @@ def main(argv: list[str] | None = None) -> int | None:
         end=progress.end,
         pin_memory=run.pin_memory,
     )
+    reader = loader.dataset.reader
     if args.fake_input:
         loader = repeat_first_batch(loader)
 
@@ -138,6 +149,8 @@ def main(argv: list[str] | None = None) -> int | None:
             run.precision.backward(losses["loss"], optimizer)
             run.precision.step(optimizer, recipe.clip_norm, recipe.clip_each)
             progress.add(step, losses, batch.image_ids)
+            if progress.steps_done == steps_per_epoch:
+                run.log.warn_of("data", turned_images(reader, run.ranks))
 
             if progress.checkpoint_due():
                 state.save()
@@ -170,6 +183,29 @@ def require_trainable(recipe: Recipe) -> None:
     """Raise UserError where batch normalisation would see a single value a channel."""
     if recipe.batch_size == 1 and recipe.anchor_maps[-1] == 1:
         raise UserError("--batch_size=1: BN on the 1 x 1 map needs at least 2 images a process")
+
+
+def read_data(
+    run: Run, train_files: list[Files], val_files: list[Files], weights: list[dict]
+) -> tuple[CocoIndex, CocoIndex]:
+    """Return the training set and the val set; log where they are and what was noticed in them.
+
+    The classes of a resumed run stay; those of `weights` give the order where their names are the
+    same. Raise UserError for data that a run cannot be made of.
+    """
+    trained_order = None
+    if weights:
+        trained_order = named_classes(weights[-1])
+    for file in [*train_files, *val_files]:
+        run.log.info(f"data: {file}")
+    train_set = read_records(train_files, run.resumed_classes, usual_order=trained_order)
+    val_set = read_records(val_files, classes=train_set.class_names)
+    for records in (train_set, val_set):
+        run.log.warn_of(records.annotation_file, records.lines())
+    run.log.info(trained_boxes_line(train_set, untrained_boxes(train_set)))
+    if run.settings.evaluate:
+        val_set.require_annotations()
+    return train_set, val_set
 
 
 def evaluate(

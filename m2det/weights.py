@@ -5,20 +5,31 @@ The names in the network are the published ones (see model.py), so there is litt
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from common.coco.index import COCO_CLASSES
 from common.errors import UserError
 from common.npu import checkpoint
-from common.npu.weights import LoadReport, load_matching, name_of, tensors_of, weights_on_cpu
+from common.npu.weights import (
+    LoadReport,
+    class_changes,
+    load_matching,
+    name_of,
+    tensors_of,
+    weights_on_cpu,
+    with_classes_of,
+)
 from m2det.config import Recipe
 
 # vgg16_reducedfc.pth numbers its convolutions, torchvision's ResNets name theirs.
 BACKBONE_KEY = re.compile(r"(\d+|conv1|bn1|layer[1-4]|fc)\.")
+# The tensors whose rows are classes.
+CLASS_HEAD = re.compile(r"conf\.\d+\.(weight|bias)")
 # Fields of the recipe that the weights of a checkpoint belong to.
 NETWORK = (
     "name",
@@ -36,19 +47,41 @@ NETWORK = (
 COORDINATES = 4
 
 
-def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> LoadReport:
+def load_weights(
+    model: nn.Module,
+    source: str | Path | Mapping[str, Tensor],
+    classes: Sequence[str] | None = None,
+) -> LoadReport:
     """Load a file or a state dict, in any of the known layouts, into the network.
 
-    Tensors of another shape stay as initialised. Raise UserError for an unreadable file and for one
-    of which nothing fits.
+    With `classes`, those of the network, the class heads of a detector of other classes are loaded
+    class by class (`with_classes_of`). Tensors of another shape stay as initialised. Raise
+    UserError for an unreadable file and for one of which nothing fits.
     """
     state = source if isinstance(source, Mapping) else checkpoint.load(source)
-    report = load_matching(model, network_keys(state))
+    tensors = network_keys(state)
+    heads = [key for key in tensors if CLASS_HEAD.fullmatch(key)]
+    changes = ""
+    trained = known_classes(state) if heads else None
+    if trained is not None and classes is not None:
+        tensors = with_classes_of(tensors, model, heads, class_rows, trained, classes)
+        changes = class_changes(trained, classes)
+    report = load_matching(model, tensors, changes)
     if not any(key.endswith("weight") for key in report.loaded):
         raise UserError(
             f"{name_of(state)}: no tensor fits this network; is it a checkpoint of another one?"
         )
     return report
+
+
+def class_rows(num_rows: int, num_classes: int) -> Tensor:
+    """Return the rows (classes, shapes) of each class in a class head.
+
+    They are ordered by shape and, of a shape, by class.
+    """
+    num_channels = 1 + num_classes  # background comes first
+    shapes = torch.arange(num_rows // num_channels)
+    return 1 + torch.arange(num_classes).unsqueeze(1) + shapes * num_channels
 
 
 def network_keys(state: Mapping) -> dict[str, Tensor]:
@@ -97,15 +130,20 @@ def named_classes(state: Mapping) -> tuple[str, ...] | None:
     return tuple(state["classes"])
 
 
-def class_names_of(state: Mapping) -> tuple[str, ...]:
-    """Return a checkpoint's class names; where it holds none, COCO's if there are 80 classes."""
+def known_classes(state: Mapping) -> tuple[str, ...] | None:
+    """Return a detector's class names; where it holds none, COCO's if there are 80 classes."""
     names = named_classes(state)
+    if names is None and num_classes_of(state) == len(COCO_CLASSES):
+        return COCO_CLASSES
+    return names
+
+
+def class_names_of(state: Mapping) -> tuple[str, ...]:
+    """Return a detector's class names, numbers where they are not known."""
+    names = known_classes(state)
     if names is not None:
         return names
-    num_classes = num_classes_of(state)
-    if num_classes == len(COCO_CLASSES):
-        return COCO_CLASSES
-    return tuple(f"class_{label}" for label in range(num_classes))
+    return tuple(f"class_{label}" for label in range(num_classes_of(state)))
 
 
 def published_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.arithmetic import ceil_div, round_up
-from common.coco.images import read_image
+from common.coco.images import ImageReader
 from common.coco.index import CocoIndex
 from common.errors import UserError
 from common.npu.device import memory_format
@@ -36,6 +36,9 @@ RGB = (0, 1, 2)  # the channel order that changes nothing
 # The original trains neither on images nor on boxes with a shorter side, in pixels.
 SMALLEST_IMAGE_SIDE = 32
 SMALLEST_BOX_SIDE = 1
+# Whether a square image, and one turned by 180 degrees, is turned by its EXIF orientation: the
+# original reads with OpenCV, which does.
+TURNS_IF_BOTH_FIT = True
 
 
 class Batch(NamedTuple):
@@ -72,8 +75,28 @@ class Batch(NamedTuple):
 def training_records(index: CocoIndex) -> CocoIndex:
     """Return the images to train on: those with an annotation, be it a crowd, and not tiny."""
     is_annotated = np.diff(index.offsets) > 0
-    is_large_enough = index.sizes.min(axis=1) >= SMALLEST_IMAGE_SIDE
-    return index.subset(is_annotated & is_large_enough)
+    return index.subset(is_annotated & ~small_images(index))
+
+
+def small_images(index: CocoIndex) -> np.ndarray:
+    """Return which images (I,) have a side below `SMALLEST_IMAGE_SIDE`."""
+    return index.sizes.min(axis=1) < SMALLEST_IMAGE_SIDE
+
+
+def untrained_boxes(index: CocoIndex) -> dict[str, np.ndarray]:
+    """Return, by reason, which boxes (A,) of an index are not trained on.
+
+    Crowds are not, but a crop keeps clear of them as of objects.
+    """
+    table = index.table
+    side = table.box_xywh[:, 2:].min(axis=1)
+    of_small_image = np.repeat(small_images(index), np.diff(index.offsets))
+    return {
+        f"in an image with a side below {SMALLEST_IMAGE_SIDE} pixels": of_small_image,
+        "iscrowd": table.crowd,
+        "ignore": table.ignore,
+        f"with a side below {SMALLEST_BOX_SIDE} pixel": side < SMALLEST_BOX_SIDE,
+    }
 
 
 @functools.cache
@@ -133,6 +156,7 @@ class TrainingSet(Dataset):
         self.records = records
         self.recipe = recipe
         self.seed = seed
+        self.reader = ImageReader(records, TURNS_IF_BOTH_FIT)
         self.max_boxes = records.max_boxes()
 
         # Flat arrays: forked workers share their memory (see CocoIndex).
@@ -140,8 +164,7 @@ class TrainingSet(Dataset):
         top_left = table.box_xywh[:, :2]
         size = table.box_xywh[:, 2:]
         boxes_xyxy = np.concatenate([top_left, top_left + size], axis=1).astype(np.float32)
-        has_area = ~(table.area <= 0)  # the area is NaN where the file has none
-        is_used = (size >= SMALLEST_BOX_SIDE).all(axis=1) & has_area & ~table.ignore
+        is_used = (size >= SMALLEST_BOX_SIDE).all(axis=1) & ~table.ignore
         is_object = is_used & ~table.crowd
         is_crowd = is_used & table.crowd
         self.boxes = boxes_xyxy[is_object]
@@ -166,7 +189,7 @@ class TrainingSet(Dataset):
     def __getitem__(self, key: tuple[int, int, int]) -> Batch:
         epoch, position, record = key
         recipe = self.recipe
-        image = read_image(self.records.path(record))
+        image = self.reader.read(record)
         height, width = image.shape[:2]
         boxes, labels, crowd_boxes = self.ground_truth(record)
 
@@ -340,12 +363,13 @@ class EvaluationSet(Dataset):
     def __init__(self, records: CocoIndex, recipe: Recipe):
         self.records = records
         self.recipe = recipe
+        self.reader = ImageReader(records, TURNS_IF_BOTH_FIT)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, record: int) -> tuple[Tensor, Tensor, Tensor]:
-        image = read_image(self.records.path(record))
+        image = self.reader.read(record)
         resized = resize_as_opencv(image, self.recipe.image_size, self.recipe.image_size)
         size = torch.from_numpy(self.records.sizes[record].astype(np.int64))
         image_id = torch.tensor(self.records.image_ids[record])

@@ -21,7 +21,10 @@ from torch import nn
 
 from common import flags
 from common.coco.check import check_data
-from common.coco.index import CocoIndex, find_coco, read_index
+from common.coco.index import CocoIndex, read_index
+from common.coco.layout import Files, find_coco
+from common.coco.report import turned_images
+from common.coco.trained import trained_boxes_line
 from common.fps.progress import Progress
 from common.npu import entry
 from common.npu.device import memory_format
@@ -30,11 +33,18 @@ from common.npu.precision import build_sgd, set_learning_rate
 from common.npu.run import Run, RunState
 from ssd_mmdet.augment import augment
 from ssd_mmdet.config import RECIPES, Recipe
-from ssd_mmdet.data import build_loader, iterations_per_epoch, training_records
+from ssd_mmdet.data import (
+    TURNS_IF_BOTH_FIT,
+    build_loader,
+    iterations_per_epoch,
+    small_images,
+    training_records,
+    untrained_boxes,
+)
 from ssd_mmdet.evaluate import detect_all, evaluate_and_save
 from ssd_mmdet.loss import DetectionLoss
 from ssd_mmdet.model import build_model
-from ssd_mmdet.weights import load_weights, recipe_of_checkpoint
+from ssd_mmdet.weights import load_weights, named_classes, recipe_of_checkpoint
 
 LOSSES = ("loss_cls", "loss_bbox", "loss")
 REMEDY = "lower --lr, clip with --clip_norm=10, use --loss_scale=dynamic, or see --check_data"
@@ -46,7 +56,9 @@ def main(argv: list[str] | None = None) -> int | None:
     train_files = find_coco(args.data, "train", args.train_annotations, args.train_images)
     val_files = find_coco(args.data, "val", args.val_annotations, args.val_images)
     if args.check_data:
-        return check_data(train_files, val_files)
+        return check_data(
+            [train_files], [val_files], untrained_boxes, TURNS_IF_BOTH_FIT, args.output_dir
+        )
 
     # All that the run needs is read and built first. A former run's folder is moved only after
     # that, by `open_output`: a run that is refused changes nothing.
@@ -62,16 +74,14 @@ def main(argv: list[str] | None = None) -> int | None:
         recipe = recipe_of_checkpoint(requested, checkpoint)
         flags.require_agreement(args, recipe, checkpoint)
         run.log_network_change(checkpoint, requested, recipe)
-    train_set = training_records(read_index(*train_files, classes=run.resumed_classes))
-    val_set = read_index(*val_files, classes=train_set.class_names)
-    for records in (train_set, val_set):
-        run.log.warn_of(records.annotation_file, records.lines())
+    train_set, val_set = read_data(run, train_files, val_files, weights)
     num_classes = len(train_set.class_names)
     flags.check_num_classes(args, num_classes)
 
     model = build_model(recipe, num_classes)
     for checkpoint in weights:
-        run.log.info(f"{checkpoint['path']}: {load_weights(model, checkpoint)}")
+        report = load_weights(model, checkpoint, train_set.class_names)
+        run.log.info(f"{checkpoint['path']}: {report}")
     if not weights and run.resumed is None:
         run.log.info("weights: random; --pretrained takes MMDetection's vgg16_caffe file")
     model.to(run.device, memory_format=memory_format(run.device))
@@ -104,6 +114,7 @@ def main(argv: list[str] | None = None) -> int | None:
         end=progress.end,
         pin_memory=run.pin_memory,
     )
+    reader = loader.dataset.reader
     if args.fake_input:
         loader = repeat_first_batch(loader)
 
@@ -124,6 +135,8 @@ def main(argv: list[str] | None = None) -> int | None:
             run.precision.backward(losses["loss"], optimizer)
             run.precision.step(optimizer, recipe.clip_norm)
             progress.add(step, losses, batch.image_ids)
+            if progress.steps_done == steps_per_epoch:
+                run.log.warn_of("data", turned_images(reader, run.ranks))
 
             if progress.checkpoint_due():
                 state.save()
@@ -145,6 +158,38 @@ def parse(argv: list[str] | None):
         log_interval=50,  # as MMDetection's
     )
     return parser.parse_args(argv)
+
+
+def read_data(
+    run: Run, train_files: Files, val_files: Files, weights: list[dict]
+) -> tuple[CocoIndex, CocoIndex]:
+    """Return the training set and the val set; log where they are and what was noticed in them.
+
+    The classes of a resumed run stay; those of `weights` give the order where their names are the
+    same. Raise UserError for data that a run cannot be made of.
+    """
+    trained_order = None
+    if weights:
+        trained_order = named_classes(weights[-1])
+    for files in (train_files, val_files):
+        run.log.info(f"data: {files}")
+    index = read_index(
+        train_files.annotation_file,
+        train_files.image_dir,
+        classes=run.resumed_classes,
+        usual_order=trained_order,
+    )
+    val_set = read_index(val_files.annotation_file, val_files.image_dir, classes=index.class_names)
+    for records in (index, val_set):
+        run.log.warn_of(records.annotation_file, records.lines())
+    small = index.subset(small_images(index))
+    if len(small):
+        examples = ", ".join(small.path(i) for i in range(min(len(small), 3)))
+        run.log.warning(f"{len(small)} images are too small to be trained on: {examples}")
+    run.log.info(trained_boxes_line(index, untrained_boxes(index)))
+    if run.settings.evaluate:
+        val_set.require_annotations()
+    return training_records(index), val_set
 
 
 def evaluate(

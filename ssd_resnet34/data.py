@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.arithmetic import ceil_div, round_up
-from common.coco.images import read_image
+from common.coco.images import ImageReader
 from common.coco.index import CocoIndex
 from common.errors import UserError
 from common.npu.device import memory_format
@@ -26,6 +26,9 @@ from common.npu.loading import loader_options
 from ssd_resnet34.config import NO_CROP, Recipe
 
 NO_COLOUR_JITTER = (1.0, 1.0, 1.0, 0.0)
+# Whether a square image, and one turned by 180 degrees, is turned by its EXIF orientation: the
+# original reads with Pillow, which does not.
+TURNS_IF_BOTH_FIT = False
 
 
 class Batch(NamedTuple):
@@ -78,6 +81,17 @@ def training_records(index: CocoIndex) -> CocoIndex:
     return index.subset(num_annotations > 0)
 
 
+def untrained_boxes(index: CocoIndex) -> dict[str, np.ndarray]:
+    """Return, by reason, which boxes (A,) of an index are not trained on."""
+    boxes = normalised_boxes(index)
+    return {"too small for fp32": ~has_area(boxes)}
+
+
+def has_area(boxes_xyxy: np.ndarray) -> np.ndarray:
+    """Return which boxes (n, 4) have an area."""
+    return (boxes_xyxy[:, :2] < boxes_xyxy[:, 2:]).all(axis=1)
+
+
 class TrainingSet(Dataset):
     """`dataset[epoch, position, record]` is a sample: the fields of a Batch without N."""
 
@@ -85,6 +99,7 @@ class TrainingSet(Dataset):
         self.records = records
         self.recipe = recipe
         self.seed = seed
+        self.reader = ImageReader(records, TURNS_IF_BOTH_FIT)
         self.max_boxes = records.max_boxes()
         self.boxes = normalised_boxes(records)
         self.labels = records.table.label
@@ -97,12 +112,12 @@ class TrainingSet(Dataset):
         start, end = self.records.offsets[record : record + 2]
         boxes = self.boxes[start:end]
         labels = self.labels[start:end]
-        has_area = (boxes[:, :2] < boxes[:, 2:]).all(axis=1)
-        return boxes[has_area], labels[has_area]
+        is_used = has_area(boxes)
+        return boxes[is_used], labels[is_used]
 
     def __getitem__(self, key: tuple[int, int, int]) -> Batch:
         epoch, position, record = key
-        image = read_image(self.records.path(record))
+        image = self.reader.read(record)
         boxes, labels = self.ground_truth(record)
         flip = False
         colour_jitter = NO_COLOUR_JITTER
@@ -339,12 +354,13 @@ class EvaluationSet(Dataset):
     def __init__(self, records: CocoIndex, recipe: Recipe):
         self.records = records
         self.recipe = recipe
+        self.reader = ImageReader(records, TURNS_IF_BOTH_FIT)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, record: int) -> tuple[Tensor, Tensor, Tensor]:
-        image = read_image(self.records.path(record))
+        image = self.reader.read(record)
         size = torch.tensor(self.records.sizes[record], dtype=torch.int64)
         image_id = torch.tensor(self.records.image_ids[record])
         return resize(image, self.recipe.image_size), size, image_id

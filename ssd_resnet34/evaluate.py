@@ -33,7 +33,8 @@ from common.coco.evaluation import (
     save_results,
     to_result_rows,
 )
-from common.coco.index import CocoIndex, find_coco, read_index
+from common.coco.index import CocoIndex, read_index
+from common.coco.layout import find_coco
 from common.coco.report import RESULTS_FILE, draw_examples, report_results
 from common.fps.summary import write_summary
 from common.npu import entry
@@ -43,7 +44,7 @@ from common.npu.precision import Precision
 from common.npu.run import start_process
 from common.npu.weights import require_num_classes
 from ssd_resnet34.config import RECIPES, Recipe
-from ssd_resnet34.data import build_loader, normalise
+from ssd_resnet34.data import TURNS_IF_BOTH_FIT, build_loader, normalise
 from ssd_resnet34.detector import Detector
 from ssd_resnet34.postprocess import detect
 from ssd_resnet34.weights import named_classes
@@ -61,7 +62,12 @@ def main(argv: list[str] | None = None) -> None:
     detector = Detector.from_checkpoint(state, flags.chosen_recipe(args, RECIPES), device)
     recipe = detector.recipe
     files = find_coco(args.data, "val", args.val_annotations, args.val_images)
-    records = read_index(*files, classes=named_classes(state))
+    records = read_index(files.annotation_file, files.image_dir, classes=named_classes(state))
+    log(f"data: {files}")
+    for line in records.lines():
+        log(f"{records.annotation_file}: {line}")
+    if not args.format_only:
+        records.require_annotations()
     num_classes = len(records.class_names)
     flags.check_num_classes(args, num_classes)
     require_num_classes(state["path"], len(detector.class_names), num_classes)
@@ -150,7 +156,7 @@ def evaluate_and_save(
     )
     # The line that the port's users look for.
     log(f"Current AP: {evaluation.stats['AP']:.5f} AP goal: {recipe.threshold:.5f}")
-    draw_examples(folder / "detections.png", records, result_rows)
+    draw_examples(folder / "detections.png", records, result_rows, TURNS_IF_BOTH_FIT)
     return evaluation
 
 

@@ -25,7 +25,8 @@ import torch
 from benchmarks.fcos.reference import ReferenceSet
 from benchmarks.timing import print_speeds, race
 from common.coco.images import read_image
-from common.coco.index import find_coco, read_index
+from common.coco.index import read_index
+from common.coco.layout import find_coco
 from common.npu.distributed import Ranks
 from fcos.augment import augment
 from fcos.config import RECIPES
@@ -49,7 +50,7 @@ def main() -> None:
     cv2.setNumThreads(1)
 
     recipe = replace(RECIPES["gn"], batch_size=args.batch_size)
-    annotation_file, image_dir = find_coco(args.data, "train")
+    annotation_file, image_dir, _ = find_coco(args.data, "train")
     records = training_records(read_index(annotation_file, image_dir))
     dataset = TrainingSet(records, recipe, seed=0)
     reference = ReferenceSet(records, dataset.ground_truth, recipe)

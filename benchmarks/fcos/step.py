@@ -28,7 +28,8 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from benchmarks.steps import LR, arguments, placed, precisions, print_steps, torchvision_step
-from common.coco.index import find_coco, read_index
+from common.coco.index import read_index
+from common.coco.layout import find_coco
 from common.npu.device import setup_device
 from common.npu.precision import Precision, build_sgd
 from fcos.augment import augment
@@ -67,7 +68,7 @@ def main() -> None:
 
 def landscape_batch(data_path: str, recipe: Recipe, batch_size: int) -> Batch:
     """Return a batch of the first images of the training set that are wider than high."""
-    annotation_file, image_dir = find_coco(data_path, "train")
+    annotation_file, image_dir, _ = find_coco(data_path, "train")
     records = training_records(read_index(annotation_file, image_dir))
     landscape = orientation_groups(records)[1].tolist()
     dataset = TrainingSet(records, recipe, seed=0)

@@ -25,7 +25,8 @@ from torch.utils.data import default_collate
 from benchmarks.ssd_mmdet.reference import ReferenceSet
 from benchmarks.timing import print_speeds, race
 from common.coco.images import read_image
-from common.coco.index import find_coco, read_index
+from common.coco.index import read_index
+from common.coco.layout import find_coco
 from ssd_mmdet.augment import augment
 from ssd_mmdet.config import RECIPES
 from ssd_mmdet.data import Batch, TrainingSet, training_records
@@ -41,7 +42,7 @@ def main() -> None:
     cv2.setNumThreads(1)
 
     recipe = RECIPES[args.recipe]
-    annotation_file, image_dir = find_coco(args.data, "train")
+    annotation_file, image_dir, _ = find_coco(args.data, "train")
     records = training_records(read_index(annotation_file, image_dir))
     dataset = TrainingSet(records, recipe, seed=0)
     reference = ReferenceSet(records, dataset.ground_truth, recipe)

@@ -23,7 +23,8 @@ from torch.utils.data import default_collate
 from torchvision.models.detection import ssd300_vgg16
 
 from benchmarks.steps import LR, arguments, placed, precisions, print_steps, torchvision_step
-from common.coco.index import find_coco, read_index
+from common.coco.index import read_index
+from common.coco.layout import find_coco
 from common.npu.device import setup_device
 from common.npu.precision import Precision, build_sgd
 from ssd_mmdet.augment import augment
@@ -60,7 +61,7 @@ def main() -> None:
 
 def first_batch(data_path: str, recipe: Recipe, batch_size: int) -> Batch:
     """Return a batch of the first images of the training set."""
-    annotation_file, image_dir = find_coco(data_path, "train")
+    annotation_file, image_dir, _ = find_coco(data_path, "train")
     records = training_records(read_index(annotation_file, image_dir))
     dataset = TrainingSet(records, recipe, seed=0)
     samples = []

@@ -25,7 +25,8 @@ from torch.utils.data import default_collate
 from benchmarks.ssd_resnet34.reference import ReferenceSet
 from benchmarks.timing import print_speeds, race
 from common.coco.images import read_image
-from common.coco.index import find_coco, read_index
+from common.coco.index import read_index
+from common.coco.layout import find_coco
 from ssd_resnet34.augment import augment
 from ssd_resnet34.config import RECIPES
 from ssd_resnet34.data import (
@@ -47,7 +48,7 @@ def main() -> None:
     torch.set_num_threads(1)
 
     recipe = RECIPES["1p"]
-    annotation_file, image_dir = find_coco(args.data, "train")
+    annotation_file, image_dir, _ = find_coco(args.data, "train")
     records = training_records(read_index(annotation_file, image_dir))
     num_images = len(records)
     dataset = TrainingSet(records, recipe, seed=0)

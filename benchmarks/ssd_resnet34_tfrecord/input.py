@@ -22,7 +22,8 @@ import torch
 
 from benchmarks.timing import print_speeds, print_table, race, ratio
 from common.coco.images import decode_image
-from common.coco.index import find_coco, read_index
+from common.coco.index import read_index
+from common.coco.layout import find_coco
 from ssd_resnet34 import config as coco_config
 from ssd_resnet34 import data as coco_data
 from ssd_resnet34.tfrecord import index as record_index
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    annotation_file, image_dir = find_coco(args.data, "train")
+    annotation_file, image_dir, _ = find_coco(args.data, "train")
     with tempfile.TemporaryDirectory() as folder:
         convert(Path(image_dir), Path(annotation_file), Path(folder) / "train2017", 4)
         pattern = f"{folder}/train2017*"

@@ -1,58 +1,91 @@
 """`--check_data`: every rule of an annotation file (index.py), and every image decoded."""
 
+from collections.abc import Callable, Sequence
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
-from common.coco.images import read_image
-from common.coco.index import CocoIndex, Rule, Severity, read_annotations
+from common.coco.images import ImageReader
+from common.coco.index import CocoIndex, Rule, Severity, find_image_files, read_annotations
+from common.coco.layout import Files
+from common.coco.trained import trained_boxes_line
 from common.errors import UserError
+from common.files import write_atomically
 
 BAD_IMAGE_FILE = Rule(
     "image that cannot be read, or of another size than annotated", Severity.ERROR
 )
+TURNED_IMAGES = "images are turned by their EXIF orientation, as their annotated sizes ask"
 IMAGES_PER_TASK = 16  # of a thread
+EXAMPLES_SHOWN = 20  # of each rule; the report file has all
 
 
-def check_data(*data: tuple[str, str]) -> int:
+def check_data(
+    training: Sequence[Files],
+    validation: Sequence[Files],
+    untrained_boxes: Callable[[CocoIndex], dict[str, np.ndarray]],
+    turns_if_both_fit: bool,
+    output_dir: Path,
+) -> int:
     """Check annotation files and their image folders, and print what is wrong with each.
 
-    The classes of the first file are the ones that all may have. Return the exit status: 1 where
-    there are errors.
+    The classes of the first file are the ones that all may have. `untrained_boxes` gives, by
+    reason, the boxes (A,) of an index that are not trained on. Findings that the terminal does not
+    show are written to a file beside `output_dir`. Return the exit status: 1 where there are
+    errors.
     """
+    report_file = output_dir.with_name(f"{output_dir.name}_check_data.txt")
     status = 0
     class_names = None
-    for annotation_file, image_dir in data:
-        index = read_annotations(annotation_file, image_dir)
+    whole_report = []
+    for files in [*training, *validation]:
+        index = read_annotations(files.annotation_file, files.image_dir, class_names)
         if class_names is None:
             class_names = index.class_names
         index.check_classes(class_names)
-        index.report[BAD_IMAGE_FILE] = _bad_image_files(index)
+        index = find_image_files(index)
+        reader = ImageReader(index, turns_if_both_fit)
+        index.report[BAD_IMAGE_FILE] = _bad_image_files(reader)
         severities = [rule.severity for rule in index.broken_rules()]
         num_errors = severities.count(Severity.ERROR)
         num_notes = len(severities) - num_errors
-        print(f"{annotation_file}: {num_errors} errors, {num_notes} notes")
-        for line in index.lines(limit=None):
+        headline = f"{files}: {num_errors} errors, {num_notes} notes"
+        print(headline)
+        for line in index.lines(EXAMPLES_SHOWN):
             print(f"  {line}")
+        if reader.num_turned:
+            print(f"  {reader.num_turned} of {len(index)} {TURNED_IMAGES}")
         if num_errors:
             status = 1
+        elif files in training:
+            usable = index.without_unusable()
+            try:
+                print(f"  {trained_boxes_line(usable, untrained_boxes(usable))}")
+            except UserError as error:
+                print(f"  error: {error}")
+                status = 1
+        whole_report += [headline, *index.lines(limit=None)]
+        if any(len(entries) > EXAMPLES_SHOWN for entries in index.broken_rules().values()):
+            text = "\n".join(whole_report) + "\n"
+            write_atomically(report_file, text.encode())
+            print(f"  all of them: {report_file}")
     return status
 
 
-def _bad_image_files(index: CocoIndex) -> list[str]:
+def _bad_image_files(reader: ImageReader) -> list[str]:
     """Decode all images, and describe those that cannot be read or have another size."""
 
     def describe_problem(i: int) -> str | None:
-        path = index.path(i)
         try:
-            height, width = read_image(path).shape[:2]
+            reader.read(i)
         except UserError as error:
-            return str(error).split(";")[0]  # without the remedy
-        if [height, width] != index.sizes[i].tolist():
-            return f"{path}: {width} x {height}"
+            return error.problem
         return None
 
+    num_images = len(reader.records)
     with ThreadPool() as pool:
-        answers = pool.imap(describe_problem, range(len(index)), chunksize=IMAGES_PER_TASK)
-        problems = list(tqdm(answers, total=len(index), unit="image", disable=None))
+        answers = pool.imap(describe_problem, range(num_images), chunksize=IMAGES_PER_TASK)
+        problems = list(tqdm(answers, total=num_images, unit="image", disable=None))
     return [problem for problem in problems if problem is not None]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -15,7 +16,6 @@ from common.coco.draw import draw_boxes
 from common.coco.images import read_image
 from common.errors import UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 RESULTS_FILE = "results.json"
 
 
@@ -37,15 +37,24 @@ def _images_of_input(name: str | Path, show_dir: Path) -> list[Path]:
     path = Path(os.path.abspath(name))
     if not path.exists():
         raise UserError(f"{name} does not exist; give images or folders of images")
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    images = [file for file in files if file.suffix.lower() in SUFFIXES]
+    files = [path]
+    if path.is_dir():
+        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    images = [file for file in files if is_image(file)]
     if not images:
-        suffixes = " ".join(SUFFIXES)
-        raise UserError(f"{name}: no image ({suffixes}); give other images or another folder")
+        raise UserError(f"{name}: no image in a format that Pillow reads", "give other files")
+    if len(images) < len(files):
+        print(f"{name}: {len(files) - len(images)} files are no images", file=sys.stderr)
     images = [image for image in images if show_dir not in image.parents]
     if not images:
         raise UserError(f"{name}: lies in --show_dir; give other images or another folder")
     return images
+
+
+def is_image(path: Path) -> bool:
+    """Return whether a file's suffix is one of an image format that Pillow reads."""
+    image_format = Image.registered_extensions().get(path.suffix.lower())
+    return image_format in Image.OPEN
 
 
 def read_images(
@@ -63,8 +72,8 @@ def read_images(
         try:
             image = read_image(path, ignore_exif=False)
         except UserError as error:
-            reason = str(error).split(";")[0]  # without the remedy, which is about data sets
-            tqdm.write(f"skipped: {reason}", file=sys.stderr)
+            # Without the remedy, which is about data sets.
+            tqdm.write(f"skipped: {error.problem}", file=sys.stderr)
             continue
         names.append(name)
         images.append(image)
@@ -122,6 +131,8 @@ class DemoOutput:
         }
         picture = draw_boxes(image, boxes, labels, self.class_names, scores)
         path = self.show_dir / name
+        if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+            path = path.with_name(f"{path.name}.png")  # of a format that Pillow only reads
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.save(path, quality=95)

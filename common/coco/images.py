@@ -3,41 +3,98 @@
 import io
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+from common.coco.index import CocoIndex
 from common.errors import UserError
 
 # What Pillow raises for a broken file. Its UnidentifiedImageError is an OSError.
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 JPEG_START = b"\xff\xd8"
+HEIC_BRANDS = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1")
 CMYK_SPACES = ("CMYK", "YCCK")  # whose RGB pixels by simplejpeg are not always Pillow's
+# Pillow's modes that fit into 8 bits a channel.
+MODES_OF_8_BITS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr")
+LARGEST_16_BIT = 2**16 - 1
 REMEDY = "re-download it; --check_data lists all such files"
+
+# The EXIF orientations (tag 0x0112) that exchange height and width: quarter turns.
+ORIENTATION = 0x0112
+QUARTER_TURNS = (5, 6, 7, 8)
+EXIF_MARK = b"Exif\x00\x00"  # of EXIF data in a JPEG
+HEADER_BYTES = 2**16  # of a JPEG, in which its EXIF data begins
+TOLERANCE = 1  # pixels that a box may reach over the edge: rounding
+
+
+class AnnotatedImage(NamedTuple):
+    """An image whose size is the annotated one."""
+
+    pixels: np.ndarray  # (H, W, 3) uint8 RGB
+    is_turned: bool  # as its EXIF orientation asks
+
+
+class ImageReader:
+    """Reads the images of an index in the position that their annotations are for.
+
+    Their annotated size tells it. The pixels as they are stored are taken if they have that size,
+    those turned by the EXIF orientation if they have. Both fit a square image and one that is
+    turned by 180 degrees: `turns_if_both_fit` says what the original's reader does with them.
+    """
+
+    def __init__(self, records: CocoIndex, turns_if_both_fit: bool):
+        self.records = records
+        self.turns_if_both_fit = turns_if_both_fit
+        # In shared memory: the workers of a loader write it, the main process counts.
+        self._is_turned = torch.zeros(len(records), dtype=torch.bool).share_memory_()
+
+    def read(self, i: int) -> np.ndarray:
+        """Read image `i`, (H, W, 3) uint8 RGB.
+
+        Raise UserError for a file that cannot be read, where neither position has the annotated
+        size, and where the boxes show that this size belongs to the other position.
+        """
+        path = self.records.path(i)
+        height, width = self.records.sizes[i].tolist()
+        image = in_annotated_position(
+            data=_read_bytes(path),
+            where=path,
+            size=(height, width),
+            far_corner=tuple(self.records.far_corners[i].tolist()),
+            turns_if_both_fit=self.turns_if_both_fit,
+        )
+        if image.is_turned:
+            self._is_turned[i] = True
+        return image.pixels
+
+    @property
+    def num_turned(self) -> int:
+        """How many different images were turned by their EXIF orientation so far."""
+        return int(self._is_turned.sum())
 
 
 def read_image(path: str | Path, ignore_exif: bool = True) -> np.ndarray:
     """Read an image file as uint8 (H, W, 3) RGB, C-contiguous and writable.
 
-    The EXIF orientation is applied only with `ignore_exif=False`: COCO's boxes refer to the pixels
-    as they are stored. Raise UserError for a missing, truncated or foreign file.
+    The EXIF orientation is applied only with `ignore_exif=False`. Raise UserError for a missing,
+    truncated or foreign file.
     """
-    try:
-        with open(path, "rb", buffering=0) as file:
-            data = file.read()
-    except OSError as error:
-        raise unreadable(path, error) from error
+    data = _read_bytes(path)
     if ignore_exif:
         return decode_image(data, str(path))
-    return _decode_by_pillow(data, str(path), REMEDY, upright=True)
+    return decode_upright(data, str(path))
 
 
 def decode_image(data: bytes, where: str, remedy: str = REMEDY) -> np.ndarray:
     """Decode the bytes of an image file to uint8 (H, W, 3) RGB, C-contiguous and writable.
 
-    Raise UserError for bytes that are no complete image; `where` (the file) and `remedy` (what the
-    user can do) are named in its message.
+    Of 16 bits the upper 8 are kept, as OpenCV does. Raise UserError for bytes that are no complete
+    image, and for pixels that 8 bits do not hold; `where` (the file) and `remedy` (what the user
+    can do) are named in its message.
     """
     if bytes(data[:2]) == JPEG_START:
         try:
@@ -50,6 +107,23 @@ def decode_image(data: bytes, where: str, remedy: str = REMEDY) -> np.ndarray:
     return _decode_by_pillow(data, where, remedy)
 
 
+def decode_upright(data: bytes, where: str, remedy: str = REMEDY) -> np.ndarray:
+    """Do what `decode_image` does, and turn the pixels as the EXIF orientation asks."""
+    return _decode_by_pillow(data, where, remedy, upright=True)
+
+
+def stored_size(data: bytes, where: str, remedy: str = REMEDY) -> tuple[int, int]:
+    """Return the (height, width) of the bytes of an image as it is stored, from its header alone.
+
+    Raise UserError for bytes that are no image; `where` (the file) and `remedy` are in its message.
+    """
+    try:
+        width, height = Image.open(io.BytesIO(data)).size
+    except BROKEN as error:
+        raise unreadable(where, error, remedy) from error
+    return height, width
+
+
 def to_array(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     """Return an image as uint8 (H, W, 3) RGB.
 
@@ -59,7 +133,7 @@ def to_array(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     if isinstance(image, str | Path):
         return read_image(image, ignore_exif=False)
     if isinstance(image, Image.Image):
-        return np.array(image.convert("RGB"))
+        return _to_rgb(image, "the image")
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise UserError(
@@ -68,17 +142,141 @@ def to_array(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     return array
 
 
+def unreadable(where: str | Path, error: Exception, remedy: str = REMEDY) -> UserError:
+    """Return the error for an image that cannot be read: the file, the reason, the remedy."""
+    if isinstance(error, UnidentifiedImageError):
+        reason = "not an image in a format that Pillow knows"
+    else:
+        reason = getattr(error, "strerror", None) or str(error) or "truncated"
+    return UserError(f"{where}: cannot read the image ({reason})", remedy)
+
+
+def in_annotated_position(
+    data: bytes,
+    where: str,
+    size: tuple[int, int],
+    far_corner: tuple[float, float],
+    turns_if_both_fit: bool,
+) -> AnnotatedImage:
+    """Do what ImageReader does with the bytes of a file.
+
+    `size` is the annotated (height, width), `far_corner` the largest y and x of any box.
+    """
+    stored = decode_image(data, where)
+    is_turned = is_annotated_turned(
+        data, where, stored.shape[:2], size, far_corner, turns_if_both_fit
+    )
+    if is_turned:
+        return AnnotatedImage(decode_upright(data, where), is_turned=True)
+    return AnnotatedImage(stored, is_turned=False)
+
+
+def is_annotated_turned(
+    data: bytes,
+    where: str,
+    stored: tuple[int, int],
+    size: tuple[int, int],
+    far_corner: tuple[float, float],
+    turns_if_both_fit: bool,
+) -> bool:
+    """Return whether the annotations are for the image as its EXIF orientation turns it.
+
+    This is the rule of ImageReader; the pixels are not decoded for it. `stored` is the (height,
+    width) of the pixels of `data`, `size` and `far_corner` are as in `in_annotated_position`. Raise
+    UserError where neither position fits.
+    """
+    stored_fits = stored == size
+    boxes_fit = _holds(size, far_corner)
+    if stored_fits and not turns_if_both_fit and boxes_fit:
+        return False
+
+    orientation = exif_orientation(data)
+    turned = stored
+    if orientation in QUARTER_TURNS:
+        turned = (stored[1], stored[0])
+    turned_fits = turned == size
+    if not (stored_fits or turned_fits):
+        raise _wrong_size(where, stored, size)
+    if stored_fits and not turned_fits and not boxes_fit and _holds(turned, far_corner):
+        raise _boxes_of_other_position(where, stored, turned)
+    return turned_fits and orientation != 1 and (turns_if_both_fit or not stored_fits)
+
+
+def _holds(size: tuple[int, int], far_corner: tuple[float, float]) -> bool:
+    """Return whether an image of (height, width) holds boxes whose far corner is at (y, x)."""
+    height, width = size
+    bottom, right = far_corner
+    return bottom <= height + TOLERANCE and right <= width + TOLERANCE
+
+
+def exif_orientation(data: bytes) -> int:
+    """Return the EXIF orientation of an image file's bytes, from 1 (as stored) to 8."""
+    # Few photographs of a data set have EXIF data, and to look for its mark is many times faster.
+    if data[:2] == JPEG_START and EXIF_MARK not in data[:HEADER_BYTES]:
+        return 1
+    try:
+        orientation = Image.open(io.BytesIO(data)).getexif().get(ORIENTATION, 1)
+    except BROKEN:
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _wrong_size(where: str, stored: tuple[int, int], annotated: tuple[int, int]) -> UserError:
+    return UserError(
+        f"{where}: is {_text(stored)} pixels, {_text(annotated)} in the annotation file",
+        "correct the annotations or put the image back that they were made for; --check_data lists "
+        "all such files",
+    )
+
+
+def _boxes_of_other_position(
+    where: str, stored: tuple[int, int], turned: tuple[int, int]
+) -> UserError:
+    return UserError(
+        f"{where}: its boxes reach over the stored {_text(stored)} pixels but fit into "
+        f"{_text(turned)}, to which its EXIF orientation turns it: the boxes are for the upright "
+        "picture, the annotated size is the stored one, as Label Studio writes it",
+        "exchange width and height in the annotation file",
+    )
+
+
+def _text(size: tuple[int, int]) -> str:
+    height, width = size
+    return f"{width} x {height}"
+
+
+def _read_bytes(path: str | Path) -> bytes:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
 def _decode_by_pillow(data: bytes, where: str, remedy: str, upright: bool = False) -> np.ndarray:
     try:
         image = Image.open(io.BytesIO(data))
         if upright:
             image = ImageOps.exif_transpose(image)
-        return np.array(image.convert("RGB"))
+        return _to_rgb(image, where)
     except BROKEN as error:
+        if bytes(data[4:12]) in HEIC_BRANDS:
+            remedy = "Pillow reads HEIC only with a plug-in: convert it to JPEG"
+        elif isinstance(error, Image.DecompressionBombError):
+            remedy = "make it smaller, and its annotations with it"
         raise unreadable(where, error, remedy) from error
 
 
-def unreadable(where: str | Path, error: Exception, remedy: str = REMEDY) -> UserError:
-    """Return the error for an image that cannot be read: the file, the reason, the remedy."""
-    reason = getattr(error, "strerror", None) or "truncated, or not an image"
-    return UserError(f"{where}: cannot read the image ({reason}); {remedy}")
+def _to_rgb(image: Image.Image, where: str) -> np.ndarray:
+    """Return a PIL image (H, W, 3) uint8 RGB. Raise UserError where 8 bits lose its range."""
+    if image.mode in MODES_OF_8_BITS:
+        return np.array(image.convert("RGB"))
+    if image.mode.startswith("I"):
+        values = np.array(image)
+        if values.min() >= 0 and values.max() <= LARGEST_16_BIT:
+            upper_bits = (values >> 8).astype(np.uint8)
+            return np.repeat(upper_bits[:, :, np.newaxis], 3, axis=2)
+    raise UserError(
+        f"{where}: has pixels of Pillow's mode {image.mode}, which 8 bits a channel do not hold",
+        "convert it to 8 bits",
+    )

@@ -1,8 +1,11 @@
 """The annotation index: a COCO file as flat arrays, checked once, when it is read."""
 
+import gzip
 import json
 import os
 import re
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -41,17 +44,38 @@ class Rule(NamedTuple):
         return f"{self.text}: {len(entries)} ({examples})"
 
 
-BAD_IMAGE = Rule("image id or size unusable, or id repeated", Severity.ERROR)
-BAD_CATEGORY = Rule("category id or name unusable or repeated", Severity.ERROR)
-BAD_ANNOTATION_ID = Rule("annotation id unusable or repeated", Severity.ERROR)
+BAD_IMAGE_ID = Rule("image id that is no whole number from 0 on", Severity.ERROR)
+REPEATED_IMAGE_ID = Rule("image id of several images", Severity.ERROR)
+BAD_IMAGE_SIZE = Rule("image width or height that is no number above 0", Severity.ERROR)
+BAD_CATEGORY_ID = Rule("category id that is no whole number from 0 on", Severity.ERROR)
+REPEATED_CATEGORY_ID = Rule("category id of several names", Severity.ERROR)
+BAD_CATEGORY_NAME = Rule("category without a name", Severity.ERROR)
+REPEATED_CATEGORY_NAME = Rule("category name of several ids that boxes use", Severity.ERROR)
+CATEGORY_LISTED_AGAIN = Rule("category listed again, taken once", Severity.KEEP)
+UNUSED_ROOT = Rule("category that no box uses and others lie under, left out", Severity.KEEP)
+UNUSED_NAMESAKE = Rule(
+    "category that no box uses, of the name of a used one, left out", Severity.KEEP
+)
+BAD_ANNOTATION_ID = Rule("annotation id that is no whole number from 0 on", Severity.ERROR)
+REPEATED_ANNOTATION_ID = Rule("annotation id of several annotations, kept", Severity.KEEP)
 UNKNOWN_CATEGORY = Rule("unknown category", Severity.ERROR)
+INFINITE_MARK = Rule("box of infinities with area 0, skipped", Severity.SKIP)
 BAD_BOX = Rule("box that is not 4 finite numbers", Severity.ERROR)
-NEGATIVE_SIZE = Rule("box of negative size", Severity.ERROR)
-BAD_AREA_OR_FLAG = Rule("area, iscrowd or ignore out of range", Severity.ERROR)
+NEGATIVE_SIZE = Rule("box of negative size, skipped", Severity.SKIP)
+BAD_AREA = Rule("area that is no number from 0 on", Severity.ERROR)
+BAD_CROWD = Rule("iscrowd that is not 0 or 1", Severity.ERROR)
+BAD_IGNORE = Rule("ignore that is not 0 or 1", Severity.ERROR)
 UNKNOWN_IMAGE = Rule("unknown image, annotation skipped", Severity.SKIP)
 EMPTY_BOX = Rule("zero-size box, skipped", Severity.SKIP)
 BOX_OUTSIDE = Rule("box wholly outside its image, skipped", Severity.SKIP)
 BOX_OVER_EDGE = Rule("box more than 1 pixel over the edge, kept", Severity.KEEP)
+ZERO_AREA = Rule("area 0 of a box with a size, taken as width times height", Severity.KEEP)
+NORMALISED_BOXES = Rule(
+    "all boxes lie between 0 and 1: they are normalised, where COCO's are in pixels",
+    Severity.ERROR,
+)
+NO_FILE_NAME = Rule("image without file_name, the end of its coco_url is taken", Severity.KEEP)
+FILE_FOUND_OTHERWISE = Rule("image file found under another spelling", Severity.KEEP)
 IMAGE_FILE_MISSING = Rule("image file missing", Severity.ERROR)
 
 # The 80 classes of COCO in the order of their category ids, for weights that bring no names.
@@ -74,6 +98,9 @@ TABLE_COLUMNS = [
 SIZE_LIMIT = 2**31  # pixels: sizes are kept as int32
 EXACT_LIMIT = 2**53  # float64 holds all integers below
 BOXES_MULTIPLE = 16
+LARGEST_NORMALISED = 1.5  # a little over 1: of boxes over the edge
+GZIP_START = b"\x1f\x8b"
+OTHER_ENCODING = "gbk"  # of files written on a Chinese Windows
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +116,8 @@ class CocoIndex:
     image_ids: np.ndarray  # (I,) int64
     sizes: np.ndarray  # (I, 2) int32 height, width
     file_names: np.ndarray  # (I,) 'S', UTF-8
+    # (I, 2) float32: the largest bottom and right of any box of the image, in pixels
+    far_corners: np.ndarray
     offsets: np.ndarray  # (I + 1,) int64: the annotations of image i are offsets[i]:offsets[i + 1]
     table: np.recarray  # (A,) of TABLE_COLUMNS
     class_names: tuple[str, ...]
@@ -118,8 +147,16 @@ class CocoIndex:
             image_ids=self.image_ids[keep],
             sizes=self.sizes[keep],
             file_names=self.file_names[keep],
+            far_corners=self.far_corners[keep],
             offsets=offsets,
             table=self.table[rows],
+        )
+
+    def without_unusable(self) -> "CocoIndex":
+        """Return the index of the annotations that are usable."""
+        num_usable_before = np.append(0, np.cumsum(self.table.usable))
+        return replace(
+            self, table=self.table[self.table.usable], offsets=num_usable_before[self.offsets]
         )
 
     def max_boxes(self) -> int:
@@ -128,10 +165,31 @@ class CocoIndex:
         return round_up(int(largest), BOXES_MULTIPLE)
 
     def check_classes(self, names: tuple[str, ...]) -> None:
-        """Put the classes that are not among `names` into the report, as an error."""
+        """Report the classes that are not among `names`, as an error where boxes use them."""
         text = f"category not among the {len(names)} classes trained on"
-        unknown = [repr(name) for name in self.class_names if name not in names]
-        self.report[Rule(text, Severity.ERROR)] = unknown
+        used = set(self.table.label.tolist())
+        unknown_used = []
+        unknown_unused = []
+        for label, name in enumerate(self.class_names):
+            if name in names:
+                continue
+            if label in used:
+                unknown_used.append(repr(name))
+            else:
+                unknown_unused.append(repr(name))
+        self.report[Rule(text, Severity.ERROR)] = unknown_used
+        self.report[Rule(f"{text}, no box uses it", Severity.KEEP)] = unknown_unused
+
+    def require_annotations(self) -> None:
+        """Raise UserError where no annotation is usable: there is nothing to evaluate against."""
+        if len(self.table) == 0:
+            findings = " ".join(self.lines(limit=3))
+            raise UserError(
+                f"{self.annotation_file}: no annotation to evaluate against; {findings}".rstrip(
+                    "; "
+                ),
+                "give a val set that has some; evaluate.py --format_only needs none",
+            )
 
     def broken_rules(self) -> dict[Rule, list[str]]:
         """Return the rules that are broken, with the entries that break them."""
@@ -152,70 +210,145 @@ class CocoIndex:
             raise UserError(f"{self.annotation_file}: {'; '.join(errors)}; {hint}")
 
 
-def read_index(annotation_file: str, image_dir: str, classes: tuple | None = None) -> CocoIndex:
+def read_index(
+    annotation_file: str,
+    image_dir: str,
+    classes: Sequence[str] | None = None,
+    usual_order: Sequence[str] | None = None,
+) -> CocoIndex:
     """Read and check a COCO annotation file (full or slim); index its usable annotations.
 
-    `classes` are the class names of a checkpoint; labels are then positions among them. Raise one
+    `classes` are the class names of a checkpoint; labels are then positions among them. Without
+    them the classes are those of the file, in `usual_order` if it has the same names. Raise one
     UserError with all errors, files missing in `image_dir` among them.
     """
-    index = read_annotations(annotation_file, image_dir)
-    names = tuple(classes or index.class_names)
+    index = read_annotations(annotation_file, image_dir, classes)
+    names = index.class_names
+    if classes is not None:
+        names = tuple(classes)
+    elif usual_order is not None and set(usual_order) == set(index.class_names):
+        names = tuple(usual_order)
     index.check_classes(names)
-    index.report[IMAGE_FILE_MISSING] = _missing_files(index)
+    index = find_image_files(index)
     index.raise_errors()
 
-    table = index.table[index.table.usable]
-    new_labels = np.array([names.index(name) for name in index.class_names])
-    table.label = new_labels[table.label]
-    num_usable_before = np.append(0, np.cumsum(index.table.usable))
+    index = index.without_unusable()
+    new_labels = [names.index(name) if name in names else -1 for name in index.class_names]
+    index.table.label = np.array(new_labels)[index.table.label]
     id_of_name = dict(zip(index.class_names, index.category_ids, strict=True))
     return replace(
         index,
-        table=table,
-        offsets=num_usable_before[index.offsets],
         class_names=names,
         category_ids=tuple(id_of_name.get(name, -1) for name in names),
     )
 
 
-def _missing_files(index: CocoIndex) -> list[str]:
-    """Return the paths of the images that are not there; each folder is listed only once."""
-    files_in_folder: dict[str, set[str]] = {}
+def find_image_files(index: CocoIndex) -> CocoIndex:
+    """Return the index with the names under which its image files are there.
+
+    A file whose name differs in letter case, in the form of its accents or by backslashes is found.
+    The report tells what was found so, and what is missing. Each folder is listed only once.
+    """
+    folders: dict[str, _Folder] = {}
+    file_names = []
     missing = []
-    for i in range(len(index)):
-        path = index.path(i)
-        folder, name = os.path.split(path)
-        if folder not in files_in_folder:
-            files_in_folder[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if name not in files_in_folder[folder]:
-            missing.append(path)
-    return missing
+    found_otherwise = []
+    for i, encoded in enumerate(index.file_names.tolist()):
+        name = encoded.decode()
+        if _is_there(index.image_dir, name, folders):
+            file_names.append(encoded)
+            continue
+        other = _other_spelling(index.image_dir, name.replace("\\", "/"), folders)
+        if other is None:
+            missing.append(index.path(i))
+            file_names.append(encoded)
+        else:
+            found_otherwise.append(f"{name!r} is {other!r}")
+            file_names.append(os.fsencode(other))
+    index.report[IMAGE_FILE_MISSING] = missing
+    index.report[FILE_FOUND_OTHERWISE] = found_otherwise
+    return replace(index, file_names=np.array(file_names))
+
+
+class _Folder:
+    """The files of a folder, by their names and by what is left of a name in other spellings."""
+
+    def __init__(self, path: str):
+        self.names = set(os.listdir(path)) if os.path.isdir(path) else set()
+        self._spellings: dict[str, list[str]] = {}
+
+    def spellings(self, name: str) -> list[str]:
+        """Return the files whose names are equal but for letter case and the form of accents."""
+        if not self._spellings:
+            for other in self.names:
+                self._spellings.setdefault(_without_spelling(other), []).append(other)
+        return self._spellings.get(_without_spelling(name), [])
+
+
+def _without_spelling(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _folder_of(image_dir: str, name: str, folders: dict[str, _Folder]) -> _Folder:
+    path = os.path.dirname(os.path.join(image_dir, name))
+    if path not in folders:
+        folders[path] = _Folder(path)
+    return folders[path]
+
+
+def _is_there(image_dir: str, name: str, folders: dict[str, _Folder]) -> bool:
+    return os.path.basename(name) in _folder_of(image_dir, name, folders).names
+
+
+def _other_spelling(image_dir: str, name: str, folders: dict[str, _Folder]) -> str | None:
+    """Return the name of the only file of another spelling, None where there is none."""
+    if _is_there(image_dir, name, folders):
+        return name
+    spellings = _folder_of(image_dir, name, folders).spellings(os.path.basename(name))
+    if len(spellings) != 1:
+        return None
+    return os.path.join(os.path.dirname(name), spellings[0])
+
+
+class _Breach(NamedTuple):
+    """Which entries break a rule, and the key of the value by which they do."""
+
+    rule: Rule
+    broken: np.ndarray  # (n,) bool
+    key: str
 
 
 @np.errstate(invalid="ignore")  # NaN and infinity are compared and cast; the report has them
-def read_annotations(annotation_file: str, image_dir: str = "") -> CocoIndex:
+def read_annotations(
+    annotation_file: str, image_dir: str = "", classes: Sequence[str] | None = None
+) -> CocoIndex:
     """Read a COCO annotation file; index all annotations of its images, with a report on them.
 
-    The arrays mean nothing where the report has errors. Raise UserError only for what is no COCO
-    file.
+    A category that is among `classes` stays even if no box uses it. The arrays mean nothing where
+    the report has errors. Raise UserError only for what is no COCO file.
     """
-    images, categories, annotations = _read_json(annotation_file)
     report: dict[Rule, list[str]] = {}
+    images, categories, annotations = _read_json(annotation_file, report)
 
     image_ids = _numbers(images, "id")
     heights = _numbers(images, "height")
     widths = _numbers(images, "width")
     good_size = (heights > 0) & (heights < SIZE_LIMIT) & (widths > 0) & (widths < SIZE_LIMIT)
-    report[BAD_IMAGE] = _describe(images, _unusable_ids(image_ids) | ~good_size)
+    breaches = [
+        _Breach(BAD_IMAGE_ID, ~_is_id(image_ids), "id"),
+        _Breach(REPEATED_IMAGE_ID, _comes_again(image_ids), "id"),
+        _Breach(BAD_IMAGE_SIZE, ~good_size, "width, height"),
+    ]
+    _usable(images, breaches, report)
+    file_names = _file_names(images, report)
 
-    category_ids = _numbers(categories, "id")
-    class_names = [str(category.get("name", "")) for category in categories]
-    bad_category = _unusable_ids(category_ids) | _unusable_names(class_names)
-    report[BAD_CATEGORY] = _describe(categories, bad_category)
+    id_of_category = _numbers(annotations, "category_id")
+    category_ids, class_names = _read_categories(
+        categories, set(id_of_category.tolist()), set(classes or ()), report
+    )
 
     ids = _numbers(annotations, "id")
     id_of_image = _numbers(annotations, "image_id")
-    id_of_category = _numbers(annotations, "category_id")
     area = _numbers(annotations, "area")
     crowd = np.nan_to_num(_numbers(annotations, "iscrowd"))
     ignore = np.nan_to_num(_numbers(annotations, "ignore"))
@@ -230,37 +363,43 @@ def read_annotations(annotation_file: str, image_dir: str = "") -> CocoIndex:
     image_height = heights[image]
     outside = (x >= image_width) | (y >= image_height) | (right <= 0) | (bottom <= 0)
     over_edge = (x < -1) | (y < -1) | (right > image_width + 1) | (bottom > image_height + 1)
-    good_flags = np.isin(crowd, (0, 1)) & np.isin(ignore, (0, 1))
-    breaches = {
-        BAD_ANNOTATION_ID: _unusable_ids(ids),
-        UNKNOWN_CATEGORY: label < 0,
-        BAD_BOX: ~np.isfinite(box_xywh).all(axis=1),
-        NEGATIVE_SIZE: (width < 0) | (height < 0),
-        BAD_AREA_OR_FLAG: (area < 0) | ~good_flags,
-        UNKNOWN_IMAGE: image < 0,
-        EMPTY_BOX: (width == 0) | (height == 0),
-        BOX_OUTSIDE: outside,
-        BOX_OVER_EDGE: over_edge,
-    }
-    # An annotation is reported by the first of the rules that it breaks.
-    usable = np.ones(len(annotations), dtype=bool)
-    for rule, broken in breaches.items():
-        report[rule] = _describe(annotations, broken & usable)
-        if rule.severity is not Severity.KEEP:
-            usable &= ~broken
+    has_size = (width > 0) & (height > 0)
+    breaches = [
+        _Breach(BAD_ANNOTATION_ID, ~_is_id(ids), "id"),
+        _Breach(UNKNOWN_CATEGORY, label < 0, "category_id"),
+        _Breach(INFINITE_MARK, (box_xywh == np.inf).any(axis=1) & (area == 0), "bbox"),
+        _Breach(BAD_BOX, ~np.isfinite(box_xywh).all(axis=1), "bbox"),
+        _Breach(NEGATIVE_SIZE, (width < 0) | (height < 0), "bbox"),
+        _Breach(BAD_AREA, (area < 0) | np.isinf(area), "area"),
+        _Breach(BAD_CROWD, ~np.isin(crowd, (0, 1)), "iscrowd"),
+        _Breach(BAD_IGNORE, ~np.isin(ignore, (0, 1)), "ignore"),
+        _Breach(UNKNOWN_IMAGE, image < 0, "image_id"),
+        _Breach(EMPTY_BOX, ~has_size, "bbox"),
+        _Breach(BOX_OUTSIDE, outside, "bbox"),
+        _Breach(BOX_OVER_EDGE, over_edge, "bbox"),
+        _Breach(ZERO_AREA, area == 0, "area"),
+        _Breach(REPEATED_ANNOTATION_ID, _comes_again(ids), "id"),
+    ]
+    usable = _usable(annotations, breaches, report)
+    area = np.where(has_size & (area == 0), np.nan, area)  # as where the file has none
+    if _are_normalised(box_xywh, heights, widths):
+        report[NORMALISED_BOXES] = [_description(annotations[0], 0, "bbox")]
 
     columns = [ids, id_of_image, label, box_xywh, area, crowd, ignore, usable]
     table = np.rec.fromarrays(columns, dtype=TABLE_COLUMNS)
     by_image = np.argsort(image, kind="stable")
     num_without_image = np.count_nonzero(image < 0)  # these come first
     by_image = by_image[num_without_image:]
-    file_names = [str(entry.get("file_name", "")) for entry in images]
+    far_corners = np.zeros((len(images), 2), np.float32)
+    np.maximum.at(far_corners, image[by_image], np.stack([bottom, right], axis=1)[by_image])
     return CocoIndex(
         annotation_file=str(annotation_file),
         image_dir=str(image_dir),
         image_ids=image_ids.astype(np.int64),
         sizes=np.stack([heights, widths], axis=1).astype(np.int32),
         file_names=np.array([name.encode(errors="replace") for name in file_names]),
+        far_corners=far_corners,
+        # The annotations of an image begin after those of all images before it.
         offsets=np.searchsorted(image[by_image], np.arange(len(images) + 1)),
         table=table[by_image],
         class_names=tuple(class_names),
@@ -269,8 +408,107 @@ def read_annotations(annotation_file: str, image_dir: str = "") -> CocoIndex:
     )
 
 
-def _read_json(annotation_file: str) -> tuple[list[dict], list[dict], list[dict]]:
-    """Return the images, categories and annotations of a file.
+def _usable(
+    entries: list[dict], breaches: list[_Breach], report: dict[Rule, list[str]]
+) -> np.ndarray:
+    """Put breaches into the report; return which entries (n,) none of them makes unusable.
+
+    An entry is reported by the first rule that makes it unusable, and by none after that.
+    """
+    usable = np.ones(len(entries), dtype=bool)
+    for rule, broken, key in breaches:
+        report[rule] = _descriptions(entries, broken & usable, key)
+        if rule.severity is not Severity.KEEP:
+            usable &= ~broken
+    return usable
+
+
+def _read_categories(
+    categories: list[dict],
+    used_ids: set[float],
+    kept_names: set[str],
+    report: dict[Rule, list[str]],
+) -> tuple[np.ndarray, list[str]]:
+    """Return the ids and the names of the categories that are classes.
+
+    Left out are those listed again and, of those that no box uses and that are not `kept_names`,
+    the roots of others and the namesakes of used ones. In a file without boxes all count as used.
+    """
+    ids = _numbers(categories, "id")
+    names = [_category_name(category) for category in categories]
+    used_names = set()
+    roots = set()
+    for ident, name, category in zip(ids.tolist(), names, categories, strict=True):
+        if ident in used_ids:
+            used_names.add(name)
+        if category.get("supercategory") != name:
+            roots.add(category.get("supercategory"))
+
+    listed = set()
+    again = []
+    is_root = []
+    is_namesake = []
+    for ident, name in zip(ids.tolist(), names, strict=True):
+        again.append((ident, name) in listed)
+        listed.add((ident, name))
+        needless = bool(used_ids) and ident not in used_ids and name not in kept_names
+        is_namesake.append(needless and name in used_names)
+        is_root.append(needless and name in roots and name not in used_names)
+    left_out = {
+        CATEGORY_LISTED_AGAIN: np.array(again),
+        UNUSED_ROOT: np.array(is_root),
+        UNUSED_NAMESAKE: np.array(is_namesake),
+    }
+    stays = np.ones(len(categories), dtype=bool)
+    for rule, broken in left_out.items():
+        report[rule] = _descriptions(categories, broken & stays, "name")
+        stays &= ~broken
+
+    ids = ids[stays]
+    names = [name for name, stay in zip(names, stays, strict=True) if stay]
+    rest = [category for category, stay in zip(categories, stays, strict=True) if stay]
+    has_no_name = [name == "" for name in names]
+    came_before = [name in names[:i] for i, name in enumerate(names)]
+    breaches = [
+        _Breach(BAD_CATEGORY_ID, ~_is_id(ids), "id"),
+        _Breach(REPEATED_CATEGORY_ID, _comes_again(ids), "id"),
+        _Breach(BAD_CATEGORY_NAME, np.array(has_no_name, dtype=bool), "name"),
+        _Breach(REPEATED_CATEGORY_NAME, np.array(came_before, dtype=bool), "name"),
+    ]
+    _usable(rest, breaches, report)
+    return ids, names
+
+
+def _category_name(category: dict) -> str:
+    name = category.get("name")
+    return "" if name is None else str(name)
+
+
+def _file_names(images: list[dict], report: dict[Rule, list[str]]) -> list[str]:
+    """Return the file name of each image; LVIS has only an address, which ends in it."""
+    names = []
+    taken_from_address = []
+    for number, image in enumerate(images):
+        name = image.get("file_name")
+        if name is None and isinstance(image.get("coco_url"), str):
+            name = image["coco_url"].rpartition("/")[2]
+            taken_from_address.append(_description(image, number, "coco_url"))
+        names.append("" if name is None else str(name))
+    report[NO_FILE_NAME] = taken_from_address
+    return names
+
+
+def _are_normalised(box_xywh: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> bool:
+    """Return whether all boxes (n, 4) lie within 0 to 1, and a little more, of larger images."""
+    if len(box_xywh) == 0 or min(heights.max(), widths.max()) <= LARGEST_NORMALISED:
+        return False
+    return bool(box_xywh.min() >= 0 and box_xywh.max() <= LARGEST_NORMALISED)
+
+
+def _read_json(
+    annotation_file: str, report: dict[Rule, list[str]]
+) -> tuple[list[dict], list[dict], list[dict]]:
+    """Return the images, categories and annotations of a file, which may be a gzip file.
 
     An entry that is no dictionary becomes an empty one. Raise UserError for a file that is not
     JSON or has no images or categories.
@@ -278,20 +516,40 @@ def _read_json(annotation_file: str) -> tuple[list[dict], list[dict], list[dict]
     try:
         with open(annotation_file, "rb") as file:
             content = file.read()
-    except OSError as error:
-        raise _no_coco_file(annotation_file, error.strerror) from error
-    reason = "no images and categories in JSON, or cut short"
-    try:
-        coco = json.loads(POLYGONS.sub(b"", content))
-        images = coco["images"]
-        categories = coco["categories"]
-        annotations = coco.get("annotations", [])
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        if content.startswith(GZIP_START):
+            content = gzip.decompress(content)
+    except (OSError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise _no_coco_file(annotation_file, reason) from error
-    are_lists = all(isinstance(entries, list) for entries in (images, categories, annotations))
-    if not (are_lists and images and categories):
-        raise _no_coco_file(annotation_file, reason)
-    return _dictionaries(images), _dictionaries(categories), _dictionaries(annotations)
+    try:
+        coco = _parse(annotation_file, content, report)
+    except (ValueError, RecursionError) as error:
+        raise _no_coco_file(annotation_file, f"no JSON: {error}") from error
+    if not isinstance(coco, dict):
+        raise _no_coco_file(annotation_file, f"holds a {type(coco).__name__}, no dictionary")
+    lists = []
+    for key in ("images", "categories", "annotations"):
+        entries = coco.get(key, [])
+        if not isinstance(entries, list):
+            raise _no_coco_file(annotation_file, f"its {key!r} are no list")
+        if not entries and key != "annotations":
+            raise _no_coco_file(annotation_file, f"has no {key!r}")
+        lists.append(_dictionaries(entries))
+    images, categories, annotations = lists
+    return images, categories, annotations
+
+
+def _parse(annotation_file: str, content: bytes, report: dict[Rule, list[str]]) -> object:
+    """Return what a JSON text holds, without its polygons. Raise ValueError for another text."""
+    try:
+        return json.loads(POLYGONS.sub(b"", content))
+    except UnicodeDecodeError:
+        text = content.decode(OTHER_ENCODING)
+        rule = Rule(f"file is not UTF-8 and was read as {OTHER_ENCODING.upper()}", Severity.KEEP)
+        report[rule] = [annotation_file]
+        return json.loads(text)
+    except ValueError:
+        return json.loads(content)  # whose error names the right position
 
 
 def _no_coco_file(annotation_file: str, reason: str) -> UserError:
@@ -303,7 +561,7 @@ def _dictionaries(entries: list) -> list[dict]:
 
 
 def _numbers(entries: list[dict], key: str) -> np.ndarray:
-    """Return a value of each entry (n,) float64: NaN where absent, -inf where it is no number."""
+    """Return a value of each entry (n,) float64 as `_number` gives it, NaN where it is absent."""
     return np.array([_number(entry.get(key, np.nan)) for entry in entries], dtype=np.float64)
 
 
@@ -318,23 +576,30 @@ def _boxes(annotations: list[dict]) -> np.ndarray:
 
 
 def _number(value: object) -> float:
-    """Return the value; -inf where it is no number, or so large that float64 may not hold it."""
-    if type(value) not in (int, float, bool) or abs(value) >= EXACT_LIMIT:
+    """Return a number, also one that is written as a text.
+
+    It is -inf where there is no number, inf where float64 may not hold it exactly.
+    """
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return -np.inf
+    if type(value) not in (int, float, bool):
         return -np.inf
+    if abs(value) >= EXACT_LIMIT:
+        return np.inf
     return value
 
 
-def _unusable_ids(ids: np.ndarray) -> np.ndarray:
-    """True where an id is no integer from 0 on, or comes again later."""
-    is_last = _positions(ids, ids) == np.arange(len(ids))
-    is_natural = (ids >= 0) & (ids % 1 == 0)
-    return ~(is_last & is_natural)
+def _is_id(ids: np.ndarray) -> np.ndarray:
+    """True where an id is a whole number from 0 on."""
+    return (ids >= 0) & (ids % 1 == 0)
 
 
-def _unusable_names(names: list[str]) -> np.ndarray:
-    """True where a name is empty or came before."""
-    unusable = [name == "" or name in names[:i] for i, name in enumerate(names)]
-    return np.array(unusable, dtype=bool)
+def _comes_again(ids: np.ndarray) -> np.ndarray:
+    """True where an id comes again later."""
+    return _positions(ids, ids) != np.arange(len(ids))
 
 
 def _positions(ids: np.ndarray, known_ids: np.ndarray) -> np.ndarray:
@@ -347,39 +612,17 @@ def _positions(ids: np.ndarray, known_ids: np.ndarray) -> np.ndarray:
     return np.array(positions, dtype=np.int64)
 
 
-def _describe(entries: list[dict], broken: np.ndarray) -> list[str]:
+def _descriptions(entries: list[dict], broken: np.ndarray, key: str) -> list[str]:
     """Return how the report names the entries that break a rule, `broken` (n,) bool."""
-    return [_description(entries[i], i) for i in np.flatnonzero(broken)]
+    return [_description(entries[i], i, key) for i in np.flatnonzero(broken)]
 
 
-def _description(entry: dict, number: int) -> str:
+def _description(entry: dict, number: int, keys: str) -> str:
+    """Return how the report names an entry and its values of one or several `keys`."""
+    values = ", ".join(f"{key} {entry.get(key)!r:.60}" for key in keys.split(", "))
     ident = entry.get("id")
     if "image_id" not in entry:
-        return f"entry {number} with id {ident!r}"
+        return f"entry {number} with id {ident!r}: {values}"
     image = entry["image_id"]
     category = entry.get("category_id")
-    return f"image {image!r} annotation {ident!r} category {category!r}"
-
-
-def find_coco(
-    data_path: str, split: str, annotations: str = "", images: str = ""
-) -> tuple[str, str]:
-    """Return the annotation file and the image folder of a split of COCO 2017 in `data_path`.
-
-    `split` is "train" or "val"; `annotations` and `images` name another file or folder instead.
-    Raise UserError for what is missing.
-    """
-    folder = data_path or "."
-    if annotations:
-        candidates = [annotations]
-    else:
-        candidates = [
-            f"{folder}/annotations/instances_{split}2017.json",
-            f"{folder}/annotations/bbox_only_instances_{split}2017.json",
-        ]
-    image_dir = images or os.path.join(folder, f"{split}2017")
-    files = [file for file in candidates if os.path.isfile(file)]
-    if not files or not os.path.isdir(image_dir):
-        needed = f"{' or '.join(candidates)}, and the folder {image_dir}"
-        raise UserError(f"--data_path {folder}: needs {needed}; download_dataset.sh fetches it")
-    return files[0], image_dir
+    return f"image {image!r} annotation {ident!r} category {category!r}: {values}"

@@ -13,8 +13,9 @@ from common.coco.evaluation import (
     evaluate,
     save_results,
 )
-from common.coco.images import read_image
+from common.coco.images import ImageReader
 from common.coco.index import CocoIndex
+from common.npu.distributed import Ranks
 
 RESULTS_FILE = "results.bbox.json"  # in COCO's submission format
 PR_CURVES_FILE = "pr_curves.png"
@@ -44,6 +45,17 @@ def report_results(
     return evaluation
 
 
+def turned_images(reader: ImageReader, ranks: Ranks) -> list[str]:
+    """Return a line on the images that were turned so far, none where there are none.
+
+    All ranks must call it.
+    """
+    count = sum(ranks.all_gather_objects(reader.num_turned))
+    if count == 0:
+        return []
+    return [f"{count} images were turned by their EXIF orientation, as their annotated sizes ask"]
+
+
 def per_class_lines(evaluation: Evaluation) -> str:
     """Return the AP of every class, a line each, in columns."""
     width = max(len(name) for name, _ in evaluation.per_class)
@@ -51,16 +63,24 @@ def per_class_lines(evaluation: Evaluation) -> str:
     return "\n".join(lines)
 
 
-def draw_examples(path: Path, records: CocoIndex, result_rows: np.ndarray, count: int = 8) -> None:
+def draw_examples(
+    path: Path,
+    records: CocoIndex,
+    result_rows: np.ndarray,
+    turns_if_both_fit: bool,
+    count: int = 8,
+) -> None:
     """Write a picture of up to `count` images, spread over the set: ground truth and detections.
 
-    Images without ground truth are taken only where no image has any.
+    Images without ground truth are taken only where no image has any. `turns_if_both_fit` as in
+    ImageReader.
     """
     candidates = np.flatnonzero(np.diff(records.offsets))
     if len(candidates) == 0:
         candidates = np.arange(len(records))
     spread = np.linspace(0, len(candidates) - 1, count, dtype=int)
     label_of = {category_id: label for label, category_id in enumerate(records.category_ids)}
+    reader = ImageReader(records, turns_if_both_fit)
     examples = []
     for i in candidates[np.unique(spread)]:
         ground_truth = records.annotations(i)
@@ -68,7 +88,7 @@ def draw_examples(path: Path, records: CocoIndex, result_rows: np.ndarray, count
         labels = [label_of[category_id] for category_id in rows[:, 6]]
         examples.append(
             Example(
-                image=read_image(records.path(i)),
+                image=reader.read(i),
                 gt_boxes_xyxy=to_xyxy(ground_truth.box_xywh),
                 gt_labels=ground_truth.label,
                 boxes_xyxy=to_xyxy(rows[:, 1:5]),

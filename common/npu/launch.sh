@@ -22,7 +22,7 @@ launch() {
     local ranks=$1 script=$2 model data='' id='' nodes=1 node=0 master=127.0.0.1 port='' output=''
     shift 2
     model=$(cd "$(dirname "${BASH_SOURCE[1]}")/.." && pwd)
-    local flags=() word value
+    local flags=() word value paths=''
     for word in "$@"; do
         value=${word#*=}
         case $word in
@@ -35,6 +35,11 @@ launch() {
             --master_port=* | --master-port=*) port=$value ;;
             --local_addr=* | --local-addr=*) _address "$value" ;;
             --output_dir=* | --output-dir=*) output=$value ;;
+            --train_annotations=* | --train-annotations=* | --train_images=* | --train-images=* | \
+                --val_annotations=* | --val-annotations=* | --val_images=* | --val-images=*)
+                paths=given
+                flags+=("$word")
+                ;;
             --help | -h)
                 _usage "${BASH_SOURCE[1]}"
                 echo "Those of $script:"
@@ -45,10 +50,15 @@ launch() {
             *) _refuse "$word is no flag; write --name=value" ;;
         esac
     done
-    if [ -z "$data" ]; then
-        # The old scripts' words: whoever searches for them finds the answer.
-        echo '[Error] para "data_path" must be confing: give --data_path=DIR, the COCO folder' >&2
+    if [ -z "$data" ] && [ -z "$paths" ]; then
+        # In brackets the old scripts' words: whoever searches for them finds the answer.
+        echo "error: give the folder of the data set with --data_path=DIR, or its files with" \
+            "--train_annotations, --train_images, --val_annotations and --val_images" \
+            '([Error] para "data_path" must be confing)' >&2
         exit 1
+    elif [ -n "$data" ] && [ -n "$paths" ]; then
+        echo "note: what --train_annotations, --train_images, --val_annotations and --val_images" \
+            "name is taken instead of what is in --data_path=$data" >&2
     fi
     _require_whole_number --nproc_per_node "$ranks" 1
     _require_whole_number --nnodes "$nodes" 1
@@ -92,8 +102,11 @@ launch() {
             "--nproc_per_node=$ranks" "--nnodes=$nodes" "--node_rank=$node"
             "--master_addr=$master" "--master_port=$port")
     fi
-    command+=("$model/$script" "--data=$data" "--device_id=$id"
-        "--output_dir=${output:-$model/test/output/$id}" "${flags[@]}")
+    command+=("$model/$script")
+    if [ -n "$data" ]; then
+        command+=("--data=$data")
+    fi
+    command+=("--device_id=$id" "--output_dir=${output:-$model/test/output/$id}" "${flags[@]}")
     echo "${command[*]}"
     exec "${command[@]}"
 }

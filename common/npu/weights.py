@@ -1,8 +1,9 @@
 """Loading tensors into a network, and the report of what became of each of them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
@@ -19,6 +20,7 @@ class LoadReport:
     skipped: tuple[str, ...]  # in the file, not in the network
     reinitialised: tuple[str, ...]  # in both, in other shapes: left as initialised
     missing: tuple[str, ...]  # not in the file: left as initialised
+    changes: str = ""  # of the classes
 
     def __str__(self) -> str:
         missing = [name for name in self.missing if not name.endswith(COUNTER)]
@@ -27,6 +29,7 @@ class LoadReport:
             _count_and_names("skipped", self.skipped),
             _count_and_names("re-initialised (other shape)", self.reinitialised),
             _count_and_names("missing, left as initialised", missing),
+            self.changes,
         ]
         return "; ".join(sentence for sentence in sentences if sentence)
 
@@ -47,8 +50,11 @@ def _count_and_names(event: str, names: tuple[str, ...] | list[str]) -> str:
     return f"{len(names)} {event}: {shown}"
 
 
-def load_matching(model: nn.Module, tensors: Mapping[str, Tensor]) -> LoadReport:
-    """Load each tensor that the network has under the same name and in the same shape."""
+def load_matching(model: nn.Module, tensors: Mapping[str, Tensor], changes: str = "") -> LoadReport:
+    """Load each tensor that the network has under the same name and in the same shape.
+
+    `changes` is what the report says of the classes.
+    """
     expected = model.state_dict()
     loaded = {}
     skipped = []
@@ -62,7 +68,66 @@ def load_matching(model: nn.Module, tensors: Mapping[str, Tensor]) -> LoadReport
             loaded[name] = value
     model.load_state_dict(loaded, strict=False)
     missing = [name for name in expected if name not in tensors]
-    return LoadReport(tuple(loaded), tuple(skipped), tuple(reinitialised), tuple(missing))
+    return LoadReport(tuple(loaded), tuple(skipped), tuple(reinitialised), tuple(missing), changes)
+
+
+def with_classes_of(
+    tensors: Mapping[str, Tensor],
+    model: nn.Module,
+    heads: list[str],
+    class_rows: Callable[[int, int], Tensor],
+    classes: Sequence[str],
+    new_classes: Sequence[str],
+) -> dict[str, Tensor]:
+    """Return tensors whose class heads are those of the network's classes.
+
+    `heads` are the names of their weights and biases, trained for `classes`. Of a head with as many
+    rows, `class_rows(rows, classes)` gives the rows (classes, shapes) of each class at each anchor
+    shape. A class of the same name keeps its rows, another has those that the network was
+    initialised with; rows that belong to no class, of background and coordinates, are kept.
+    """
+    expected = model.state_dict()
+    changed = dict(tensors)
+    for name in heads:
+        if name not in tensors or name not in expected:
+            continue
+        trained = tensors[name]
+        head = expected[name].clone()
+        old_rows = class_rows(len(trained), len(classes))
+        new_rows = class_rows(len(head), len(new_classes))
+        old_others = _rows_besides(len(trained), old_rows)
+        new_others = _rows_besides(len(head), new_rows)
+        if len(old_others) != len(new_others) or trained.shape[1:] != head.shape[1:]:
+            continue  # of another network: reported as another shape
+        head[new_others] = trained[old_others].to(head)
+        for label, class_name in enumerate(new_classes):
+            if class_name in classes:
+                rows = old_rows[classes.index(class_name)]
+                head[new_rows[label]] = trained[rows].to(head)
+        changed[name] = head
+    return changed
+
+
+def _rows_besides(count: int, rows: Tensor) -> Tensor:
+    """Return the numbers below `count` that are not among `rows`."""
+    is_left = torch.ones(count, dtype=torch.bool)
+    is_left[rows.flatten()] = False
+    return is_left.nonzero().flatten()
+
+
+def class_changes(classes: Sequence[str], new_classes: Sequence[str]) -> str:
+    """Return a line that says which classes of a detector another one keeps, empty for the same."""
+    if list(classes) == list(new_classes):
+        return ""
+    kept = [name for name in new_classes if name in classes]
+    initialised = [name for name in new_classes if name not in classes]
+    dropped = [name for name in classes if name not in new_classes]
+    parts = [
+        _count_and_names("classes of the same name keep their weights", kept),
+        _count_and_names("initialised anew", initialised),
+        _count_and_names("dropped", dropped),
+    ]
+    return "; ".join(part for part in parts if part)
 
 
 def name_of(state: Mapping) -> str:

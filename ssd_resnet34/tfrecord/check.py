@@ -2,26 +2,35 @@
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 
 from tqdm import tqdm
 
-from common.coco.images import decode_image
 from common.errors import UserError
-from ssd_resnet34.tfrecord.config import Recipe
-from ssd_resnet34.tfrecord.example import REMEDY
+from ssd_resnet34.tfrecord.categories import find_categories
+from ssd_resnet34.tfrecord.example import decode_pixels
 from ssd_resnet34.tfrecord.index import RecordIndex, read_index
 
 
-def check_records(patterns: Mapping[str, str], recipe: Recipe) -> int:
+def check_records(
+    patterns: Mapping[str, str], category_ids: tuple[int, ...] | None, val_json_file: str
+) -> int:
     """Print a line for each unusable record and return the exit status.
 
-    `patterns` has the glob pattern of each flag; an empty one is skipped.
+    `patterns` has the glob pattern of each flag; an empty one is skipped. Without `category_ids`,
+    those of the flag, the classes are those that a new run on the first files would have.
     """
     errors = 0
+    categories = None
     for flag, pattern in patterns.items():
         if not pattern:
             continue
-        records = read_index(pattern, flag, recipe.category_ids)
+        records = read_index(pattern, flag)
+        if categories is None:
+            categories = find_categories(category_ids, None, val_json_file, records)
+            if not categories.are_cocos:
+                print(categories.line())
+        records = replace(records, category_ids=categories.ids)
         for record in tqdm(range(len(records)), flag, unit="record", disable=None):
             try:
                 check_record(records, record)
@@ -36,5 +45,5 @@ def check_records(patterns: Mapping[str, str], recipe: Recipe) -> int:
 def check_record(records: RecordIndex, record: int) -> None:
     """Raise UserError for a record that training could not use."""
     image = records.read(record)
-    decode_image(image.encoded, records.where(record), REMEDY)
+    decode_pixels(image, records.where(record))
     records.labels(image, record)

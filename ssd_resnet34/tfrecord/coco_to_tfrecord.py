@@ -5,8 +5,10 @@
         --object_annotations_file=coco/annotations/instances_train2017.json \\
         --output_file_prefix=tfrecord/train2017 --num_shards=256
 
-Record number i, in the order of the annotation file, goes to shard i mod num_shards. A box that is
-empty or reaches over the image's edge is left out; crowd boxes stay.
+Record number i, in the order of the annotation file, goes to shard i mod num_shards. The annotation
+file is checked as by the other models' train.py, and what it leaves out is left out here; so is a
+box that reaches over the image's edge. Crowd boxes stay. An image whose annotations are for the
+picture that its EXIF orientation turns is written upright, since TensorFlow's decoder never turns.
 """
 
 import sys
@@ -18,13 +20,16 @@ import common  # noqa: F401 before torch
 # isort: split
 
 import hashlib
-import json
 from contextlib import ExitStack, suppress
 from typing import NamedTuple
 
+import numpy as np
+import simplejpeg
 from tqdm import tqdm
 
 from common import flags
+from common.coco.images import decode_upright, is_annotated_turned, stored_size
+from common.coco.index import CocoIndex, Severity, read_annotations, read_index
 from common.errors import UserError
 from common.npu import entry
 from ssd_resnet34.tfrecord.example import encode
@@ -32,16 +37,16 @@ from ssd_resnet34.tfrecord.records import RecordWriter
 
 # First bytes of the image formats that the reader takes.
 FORMATS = {b"\xff\xd8\xff": b"jpeg", b"\x89PNG": b"png"}
-# What unusable entries of the annotation file raise.
-UNUSABLE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+REMEDY = "fetch the image again"
+UPRIGHT_QUALITY = 95  # of a JPEG that is encoded again, without chroma subsampling
 
 
-class Annotations(NamedTuple):
-    """An annotation file, its entries unchecked."""
+class ImageFile(NamedTuple):
+    """The bytes of a record's image."""
 
-    images: list[dict]  # in file order
-    by_image: dict[int, list[dict]]  # annotations by image id
-    names: dict[int, str]  # by category id
+    data: bytes
+    format: bytes  # jpeg or png
+    is_turned: bool  # turned upright and encoded again
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,13 +64,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def convert(image_dir: Path, annotation_file: Path, prefix: Path, num_shards: int) -> int:
-    """Write the shards and return the number of records.
+    """Write the shards, print what is left out or changed, and return the number of records.
 
     Raise UserError for bad input; no shard is left then.
     """
     if num_shards < 1:
         raise UserError(f"--num_shards={num_shards}: give 1 or more")
-    annotations = read_annotations(annotation_file)
+    index = read_index(str(annotation_file), str(image_dir))
+    for line in index.lines():
+        print(line)
+    is_over_edge = boxes_over_edge(index)
+    print(written_boxes_line(index, is_over_edge))
+    has_annotations = images_with_annotations(annotation_file)
+    num_turned = 0
     with suppress(OSError):  # the writers say what is wrong
         prefix.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -73,112 +84,133 @@ def convert(image_dir: Path, annotation_file: Path, prefix: Path, num_shards: in
         for shard in range(num_shards):
             writer = RecordWriter(f"{prefix}-{shard:05d}-of-{num_shards:05d}.tfrecord")
             writers.append(stack.enter_context(writer))
-        for number, image in enumerate(tqdm(annotations.images, unit="image", disable=None)):
-            try:
-                payload = encode_image(image, annotations, image_dir)
-            except UNUSABLE as error:
-                raise UserError(
-                    f"{annotation_file}: image number {number} or one of its annotations "
-                    f"is unusable ({error!r}); correct it"
-                ) from None
-            writers[number % num_shards].write(payload)
-    return len(annotations.images)
+        for i in tqdm(range(len(index)), unit="image", disable=None):
+            file = read_image_file(index, i)
+            features = image_features(index, i, file)
+            if has_annotations[i]:
+                features |= object_features(index, i, is_over_edge)
+            writers[i % num_shards].write(encode(features))
+            num_turned += file.is_turned
+    if num_turned:
+        print(
+            f"{num_turned} of {len(index)} images were turned by their EXIF orientation, as their "
+            "annotated sizes ask, and encoded again"
+        )
+    return len(index)
 
 
-def read_annotations(path: Path) -> Annotations:
-    """Read an annotation file. Raise UserError for another file."""
-    try:
-        coco = json.loads(path.read_bytes())
-        images = coco["images"]
-        if not images or not isinstance(images, list):
-            raise TypeError
-        by_image = {}
-        for annotation in coco["annotations"]:
-            by_image.setdefault(annotation["image_id"], []).append(annotation)
-        names = {category["id"]: category["name"] for category in coco["categories"]}
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give an instances_*.json file") from None
-    except (ValueError, LookupError, TypeError, RecursionError):
-        reason = "no images, annotations and categories in JSON, or cut short"
-        raise UserError(f"{path}: {reason}; give an instances_*.json file") from None
-    return Annotations(images, by_image, names)
+def images_with_annotations(annotation_file: Path) -> np.ndarray:
+    """Return which images (I,) of a file have annotations, usable or not."""
+    all_annotations = read_annotations(str(annotation_file))
+    return np.diff(all_annotations.offsets) > 0
 
 
-def encode_image(image: dict, annotations: Annotations, image_dir: Path) -> bytes:
-    """Return the payload of an image's record.
+def boxes_over_edge(index: CocoIndex) -> np.ndarray:
+    """Return which boxes (A,) of an index reach over the edge of their image."""
+    x, y, width, height = index.table.box_xywh.T
+    num_annotations = np.diff(index.offsets)
+    image_heights, image_widths = np.repeat(index.sizes, num_annotations, axis=0).T
+    return (x < 0) | (y < 0) | (x + width > image_widths) | (y + height > image_heights)
 
-    An image without annotations has no box features. Raise UserError for an image file that cannot
-    be read, one of UNUSABLE for entries that cannot be used.
+
+def written_boxes_line(index: CocoIndex, is_over_edge: np.ndarray) -> str:
+    """Return a line that says how many boxes of a file are written, and why not all.
+
+    `index` has the usable annotations, `is_over_edge` (A,) bool says which of them are left out.
+    Raise UserError where the file has boxes and none is left.
     """
-    path = image_dir / image["file_name"]
+    reasons = []
+    num_boxes = len(index.table)
+    for rule, entries in index.broken_rules().items():
+        if rule.severity is Severity.SKIP:
+            reasons.append(f"{len(entries)} {rule.text}")
+            num_boxes += len(entries)
+    num_over_edge = np.count_nonzero(is_over_edge)
+    if num_over_edge:
+        reasons.append(f"{num_over_edge} over the image's edge")
+    num_written = len(index.table) - num_over_edge
+    line = f"{num_written} of {num_boxes} boxes written"
+    if reasons:
+        line += f"; left out: {', '.join(reasons)}"
+    if num_boxes > 0 and num_written == 0:
+        raise UserError(f"{index.annotation_file}: {line}; there is nothing to train on")
+    return line
+
+
+def read_image_file(index: CocoIndex, i: int) -> ImageFile:
+    """Read the file of image `i` for its record: as it is, or turned upright.
+
+    Raise UserError for a file that cannot be read, is neither JPEG nor PNG or has another size than
+    annotated.
+    """
+    path = index.path(i)
     try:
-        data = path.read_bytes()
+        data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; check --image_dir") from None
-    features = image_features(image, data)
-    if image["id"] in annotations.by_image:
-        of_image = annotations.by_image[image["id"]]
-        features |= object_features(image, of_image, annotations.names)
-    return encode(features)
+    name = image_format(data, path)
+    height, width = index.sizes[i].tolist()
+    is_turned = is_annotated_turned(
+        data=data,
+        where=path,
+        stored=stored_size(data, path, REMEDY),
+        size=(height, width),
+        far_corner=tuple(index.far_corners[i].tolist()),
+        turns_if_both_fit=False,  # TensorFlow's decoder never turns
+    )
+    if not is_turned:
+        return ImageFile(data, name, is_turned=False)
+    pixels = decode_upright(data, path, REMEDY)
+    jpeg = simplejpeg.encode_jpeg(pixels, UPRIGHT_QUALITY, colorsubsampling="444", fastdct=False)
+    return ImageFile(jpeg, b"jpeg", is_turned=True)
 
 
-def image_features(image: dict, data: bytes) -> dict:
-    """Return the features of an image alone; `image` is its entry, `data` its file."""
-    if min(image["height"], image["width"]) < 1:
-        raise ValueError("an image without extent")
-    return {
-        "image/encoded": (bytes, [data]),
-        "image/format": (bytes, [image_format(image, data)]),
-        "image/filename": (bytes, [image["file_name"].encode()]),
-        "image/source_id": (bytes, [str(image["id"]).encode()]),
-        "image/key/sha256": (bytes, [hashlib.sha256(data).hexdigest().encode()]),
-        "image/height": (int, [image["height"]]),
-        "image/width": (int, [image["width"]]),
-    }
-
-
-def image_format(image: dict, data: bytes) -> bytes:
+def image_format(data: bytes, path: str) -> bytes:
+    """Return the name of an image's format. Raise UserError where the reader does not take it."""
     for first_bytes, name in FORMATS.items():
         if data.startswith(first_bytes):
             return name
-    raise UserError(f"{image['file_name']}: neither JPEG nor PNG; fetch the image again")
+    raise UserError(f"{path}: neither JPEG nor PNG; convert it, or {REMEDY}")
 
 
-def object_features(image: dict, annotations: list[dict], names: dict[int, str]) -> dict:
-    """Return the features of an image's boxes, normalised; `names` by category id."""
-    width = image["width"]
-    height = image["height"]
-    xmin = []
-    ymin = []
-    xmax = []
-    ymax = []
-    category_ids = []
-    texts = []
-    crowd = []
-    areas = []
-    for annotation in annotations:
-        x, y, box_width, box_height = annotation["bbox"]
-        empty = box_width <= 0 or box_height <= 0
-        outside = x < 0 or y < 0 or x + box_width > width or y + box_height > height
-        if empty or outside:
-            continue
-        xmin.append(x / width)
-        ymin.append(y / height)
-        xmax.append((x + box_width) / width)
-        ymax.append((y + box_height) / height)
-        category_ids.append(annotation["category_id"])
-        texts.append(names[annotation["category_id"]].encode())
-        crowd.append(annotation["iscrowd"])
-        areas.append(annotation["area"])
+def image_features(index: CocoIndex, i: int, file: ImageFile) -> dict:
+    """Return the features of image `i` alone."""
+    height, width = index.sizes[i].tolist()
     return {
-        "image/object/bbox/xmin": (float, xmin),
-        "image/object/bbox/xmax": (float, xmax),
-        "image/object/bbox/ymin": (float, ymin),
-        "image/object/bbox/ymax": (float, ymax),
+        "image/encoded": (bytes, [file.data]),
+        "image/format": (bytes, [file.format]),
+        "image/filename": (bytes, [bytes(index.file_names[i])]),
+        "image/source_id": (bytes, [str(index.image_ids[i]).encode()]),
+        "image/key/sha256": (bytes, [hashlib.sha256(file.data).hexdigest().encode()]),
+        "image/height": (int, [height]),
+        "image/width": (int, [width]),
+    }
+
+
+def object_features(index: CocoIndex, i: int, is_over_edge: np.ndarray) -> dict:
+    """Return the features of the boxes of image `i`, normalised; `is_over_edge` (A,) are left out.
+
+    An area that the file does not have is width times height.
+    """
+    image_height, image_width = index.sizes[i].tolist()
+    start, end = index.offsets[i : i + 2]
+    annotations = index.table[start:end][~is_over_edge[start:end]]
+    x, y, width, height = annotations.box_xywh.T
+    areas = np.where(np.isnan(annotations.area), width * height, annotations.area)
+    category_ids = []
+    names = []
+    for label in annotations.label.tolist():
+        category_ids.append(index.category_ids[label])
+        names.append(index.class_names[label].encode())
+    return {
+        "image/object/bbox/xmin": (float, (x / image_width).tolist()),
+        "image/object/bbox/xmax": (float, ((x + width) / image_width).tolist()),
+        "image/object/bbox/ymin": (float, (y / image_height).tolist()),
+        "image/object/bbox/ymax": (float, ((y + height) / image_height).tolist()),
         "image/object/class/label": (int, category_ids),
-        "image/object/class/text": (bytes, texts),
-        "image/object/is_crowd": (int, crowd),
-        "image/object/area": (float, areas),
+        "image/object/class/text": (bytes, names),
+        "image/object/is_crowd": (int, annotations.crowd.astype(int).tolist()),
+        "image/object/area": (float, areas.tolist()),
     }
 
 

@@ -23,7 +23,10 @@ class Recipe:
 
     name: str = option("SSD-ResNet34-TFRecord", "network name in logs and checkpoints")
 
-    category_ids: tuple[int, ...] = option(COCO_CATEGORY_IDS, "category id of each class")
+    category_ids: tuple[int, ...] = option(
+        COCO_CATEGORY_IDS,
+        "category id of each class; if not given, those of --val_json_file or of the records",
+    )
 
     # Network, anchors and normalisation: those of the COCO recipe
     backbone: str = option(CocoRecipe.backbone, "resnet18, resnet34, or resnet10 for quick tries")

@@ -15,16 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.coco.images import decode_image
 from common.errors import UserError
 from common.npu.distributed import Ranks
 from common.npu.loading import loader_options
 from ssd_resnet34.data import epoch_order, normalise
 from ssd_resnet34.tfrecord.config import Recipe
-from ssd_resnet34.tfrecord.example import REMEDY
+from ssd_resnet34.tfrecord.example import decode_pixels
 from ssd_resnet34.tfrecord.index import RecordIndex
 
 NO_COLOUR_JITTER = (0, 1, 1, 0)
+NO_BOXES_REMEDY = "there is nothing to train on; check --training_file_pattern"
 MIN_AREA = 1e-12  # the IoU of two empty boxes is 0
 
 
@@ -56,6 +56,21 @@ class Batch(NamedTuple):
 def training_records(records: RecordIndex) -> RecordIndex:
     """Return the records with at least one box, crowd included."""
     return records.subset(records.num_boxes > 0)
+
+
+def trained_boxes_line(records: RecordIndex) -> str:
+    """Return a line that says how many boxes and records of the training files are trained on.
+
+    A record's boxes are all trained on. Raise UserError where there is none.
+    """
+    num_boxes = records.num_boxes.sum()
+    num_without = np.count_nonzero(records.num_boxes == 0)
+    line = f"{num_boxes} of {num_boxes} boxes are trained on"
+    if num_without:
+        line += f"; left out: {num_without} of {len(records)} records, without a box"
+    if num_boxes == 0:
+        raise UserError(f"{records.path(0)}: {line}", NO_BOXES_REMEDY)
+    return line
 
 
 def sample(image: np.ndarray, rows: Tensor, columns: Tensor) -> Tensor:
@@ -229,7 +244,7 @@ class TrainingSet(Dataset):
         annotated = self.records.read(record)
         boxes = annotated.boxes_xyxy
         labels = self.records.labels(annotated, record)
-        image = decode_image(annotated.encoded, self.records.where(record), REMEDY)
+        image = decode_pixels(annotated, self.records.where(record))
 
         rng = np.random.default_rng((self.seed, epoch, position))
         flip = False
@@ -270,7 +285,7 @@ class EvaluationSet(Dataset):
 
     def __getitem__(self, record: int) -> tuple[Tensor, Tensor, Tensor]:
         annotated = self.records.read(record)
-        image = decode_image(annotated.encoded, self.records.where(record), REMEDY)
+        image = decode_pixels(annotated, self.records.where(record))
         size = torch.tensor(image.shape[:2])
         image_id = torch.tensor(annotated.image_id)
         return resize(image, self.recipe.image_size), size, image_id

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from google.protobuf.message import DecodeError
 
+from common.coco.images import decode_image
 from common.errors import UserError
 from ssd_resnet34.tfrecord.messages import message_classes
 
@@ -39,6 +40,7 @@ Example = message_classes("""
 # The list of a feature that holds values of a Python type.
 LIST_OF_TYPE = {bytes: "bytes_list", float: "float_list", int: "int64_list"}
 CATEGORY = "image/object/class/label"
+CATEGORY_NAME = "image/object/class/text"
 SIDES = ("xmin", "ymin", "xmax", "ymax")
 TOLERANCE = 0.01  # by how much a normalised box may exceed the image: converters round
 MAX_ID_DIGITS = 18  # of a number that fits 64 bits for certain
@@ -49,6 +51,7 @@ class AnnotatedImage(NamedTuple):
     """What the recipe uses of a record."""
 
     encoded: bytes  # the JPEG or PNG file
+    size: tuple[int, int] | None  # height, width as the record says; None where it does not
     image_id: int  # -1 where the record has none
     boxes_xyxy: np.ndarray  # (n, 4) float32 normalised
     category_ids: np.ndarray  # (n,) int64
@@ -121,10 +124,41 @@ def annotated_image(payload: bytes, where: str) -> AnnotatedImage:
         raise UserError(f"{where}: a box that is not ordered and within 0..1; {REMEDY}")
     return AnnotatedImage(
         encoded=encoded[0],
+        size=image_size(features, where),
         image_id=image_id(features, where),
         boxes_xyxy=boxes_xyxy,
         category_ids=np.array(category_ids, np.int64),
     )
+
+
+def image_size(features: Mapping, where: str) -> tuple[int, int] | None:
+    """Return the (height, width) that a record says its image has, None where it does not say it.
+
+    Raise UserError where they are not integers.
+    """
+    heights = values(features, "image/height", int, where)
+    widths = values(features, "image/width", int, where)
+    if len(heights) != 1 or len(widths) != 1:
+        return None
+    return heights[0], widths[0]
+
+
+def decode_pixels(image: AnnotatedImage, where: str) -> np.ndarray:
+    """Return the pixels of a record's image, (H, W, 3) uint8 RGB, as they are stored.
+
+    Raise UserError for an image that cannot be decoded, and for one of another size than the
+    record says: its boxes are then for another image, or for the image as EXIF turns it.
+    """
+    pixels = decode_image(image.encoded, where, REMEDY)
+    height, width = pixels.shape[:2]
+    if image.size is not None and image.size != (height, width):
+        record_height, record_width = image.size
+        raise UserError(
+            f"{where}: its image is {width} x {height} pixels, {record_width} x {record_height} "
+            "in image/width and image/height",
+            REMEDY,
+        )
+    return pixels
 
 
 def image_id(features: Mapping, where: str) -> int:

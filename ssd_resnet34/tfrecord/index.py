@@ -21,6 +21,7 @@ from common.errors import UserError
 from ssd_resnet34.tfrecord.config import COCO_CATEGORY_IDS
 from ssd_resnet34.tfrecord.example import (
     CATEGORY,
+    CATEGORY_NAME,
     AnnotatedImage,
     annotated_image,
     decode,
@@ -28,6 +29,8 @@ from ssd_resnet34.tfrecord.example import (
     values,
 )
 from ssd_resnet34.tfrecord.records import Span, describe, match_files, read_record, scan_records
+
+CATEGORY_REMEDY = "give the ids of all categories in --category_ids"
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +46,9 @@ class RecordIndex:
     spans: np.ndarray  # (R, 2) int64 offset of the header, length of the payload
     image_ids: np.ndarray  # (R,) int64; -1 where the record has none
     num_boxes: np.ndarray  # (R,) int64
+    # The different pairs of a category id and its name that the boxes of the files have, sorted.
+    # The name is empty where a record has none.
+    categories: tuple[tuple[int, str], ...]
     category_ids: tuple[int, ...]  # of each class
 
     def __len__(self) -> int:
@@ -75,7 +81,8 @@ class RecordIndex:
         for category_id in image.category_ids.tolist():
             if category_id not in self.category_ids:
                 raise UserError(
-                    f"{self.where(record)}: category {category_id} is none of the recipe's"
+                    f"{self.where(record)}: category {category_id} is none of the recipe's",
+                    CATEGORY_REMEDY,
                 )
             labels.append(self.category_ids.index(category_id))
         return np.array(labels, np.int64)
@@ -112,8 +119,10 @@ def read_index(
     files = match_files(pattern, flag)
     file_of_record = []
     entries = []
+    categories = set()
     for number, path in enumerate(files):
-        file_entries = _read_entries(path)
+        file_entries, file_categories = _read_entries(path)
+        categories |= file_categories
         entries.extend(file_entries)
         file_of_record.extend([number] * len(file_entries))
     if not entries:
@@ -124,6 +133,7 @@ def read_index(
         spans=np.array([entry.span for entry in entries], np.int64),
         image_ids=np.array([entry.image_id for entry in entries], np.int64),
         num_boxes=np.array([entry.num_boxes for entry in entries], np.int64),
+        categories=tuple(sorted(categories)),
         category_ids=category_ids,
     )
 
@@ -134,11 +144,18 @@ class _Entry(NamedTuple):
     num_boxes: int
 
 
-def _read_entries(path: str) -> list[_Entry]:
+def _read_entries(path: str) -> tuple[list[_Entry], set[tuple[int, str]]]:
+    """Return an entry for each record of a file, and the categories of their boxes."""
     entries = []
+    categories = set()
     for span, payload in scan_records(path, verify=False):
         where = describe(path, span.offset)
         features = decode(payload, where)
-        num_boxes = len(values(features, CATEGORY, int, where))
-        entries.append(_Entry(span, image_id(features, where), num_boxes))
-    return entries
+        category_ids = values(features, CATEGORY, int, where)
+        names = values(features, CATEGORY_NAME, bytes, where)
+        entries.append(_Entry(span, image_id(features, where), len(category_ids)))
+        if len(names) != len(category_ids):
+            names = [b""] * len(category_ids)
+        categories.update(zip(category_ids, names, strict=True))
+    decoded = {(category_id, name.decode(errors="replace")) for category_id, name in categories}
+    return entries, decoded

@@ -17,6 +17,8 @@ import common  # noqa: F401 before torch
 
 # isort: split
 
+from dataclasses import replace
+
 from torch import nn
 
 from common import flags
@@ -27,9 +29,10 @@ from common.npu.device import memory_format
 from common.npu.precision import build_sgd, set_learning_rate
 from common.npu.run import Run, RunState
 from ssd_resnet34.tfrecord.augment import augment
+from ssd_resnet34.tfrecord.categories import find_categories, require_known_categories
 from ssd_resnet34.tfrecord.check import check_records
 from ssd_resnet34.tfrecord.config import RECIPES, Recipe
-from ssd_resnet34.tfrecord.data import build_loader, training_records
+from ssd_resnet34.tfrecord.data import build_loader, trained_boxes_line, training_records
 from ssd_resnet34.tfrecord.evaluate import detect_all, evaluate_and_save, validation_records
 from ssd_resnet34.tfrecord.index import RecordIndex, read_index
 from ssd_resnet34.tfrecord.loss import DetectionLoss, decay_term
@@ -46,12 +49,15 @@ RESUME_REMEDY = "start anew in another --model_dir, from its weights with --resn
 def main(argv: list[str] | None = None) -> int | None:
     args = parse(argv, __doc__.split("\n")[0])
     recipe = flags.chosen_recipe(args, RECIPES)
+    category_ids = None
+    if hasattr(args, "category_ids"):  # the flag was given
+        category_ids = recipe.category_ids
     if args.check_data:
         patterns = {
             "--training_file_pattern": args.training_file_pattern,
             "--validation_file_pattern": args.validation_file_pattern,
         }
-        return check_records(patterns, recipe)
+        return check_records(patterns, category_ids, args.val_json_file)
     if args.mode == "eval":
         raise UserError(
             "--mode=eval: train.py does not evaluate; use tfrecord/evaluate.py or ssd_main.py"
@@ -67,9 +73,10 @@ def main(argv: list[str] | None = None) -> int | None:
     total_steps = recipe.total_steps(world_size)
     if steps_per_epoch < 1:
         raise UserError("--num_examples_per_epoch is less than one step's images; give more")
-    train_set = training_records(
-        read_index(args.training_file_pattern, "--training_file_pattern", recipe.category_ids)
+    train_set = read_training_records(
+        run, args.training_file_pattern, category_ids, args.val_json_file
     )
+    recipe = replace(recipe, category_ids=train_set.category_ids)
     val_set = train_set  # RunState only needs the category ids
     if run.settings.evaluate:
         val_set = validation_records(
@@ -154,6 +161,27 @@ def main(argv: list[str] | None = None) -> int | None:
         progress.finish()
         port_lines.print_logged()
     return None
+
+
+def read_training_records(
+    run: Run, pattern: str, category_ids: tuple[int, ...] | None, val_json_file: str
+) -> RecordIndex:
+    """Return the records to train on, and log how many boxes they have.
+
+    `category_ids` are those of the flag, None where it is not given. Raise UserError for records
+    that a run cannot be made of.
+    """
+    records = read_index(pattern, "--training_file_pattern")
+    run.log.info(trained_boxes_line(records))
+    resumed_ids = None
+    if run.resumed is not None:
+        resumed_ids = run.resumed["category_ids"]
+    categories = find_categories(category_ids, resumed_ids, val_json_file, records)
+    if not categories.are_cocos:
+        run.log.info(categories.line())
+    records = replace(records, category_ids=categories.ids)
+    require_known_categories(records)
+    return training_records(records)
 
 
 def evaluate(

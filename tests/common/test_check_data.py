@@ -6,6 +6,7 @@ from PIL import Image
 
 from common.coco.check import check_data
 from common.coco.index import read_annotations, read_index
+from common.coco.layout import Files
 from common.errors import UserError
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_coco"
@@ -26,30 +27,39 @@ def write(folder, annotations=(), images=(IMAGE,), categories=({"id": 3, "name":
     [
         (
             {"bbox": [1, 2, float("nan"), 4]},
-            "not 4 finite numbers: 1 (image 1 annotation 1 category 3)",
+            "not 4 finite numbers: 1 (image 1 annotation 1 category 3: bbox [1, 2, nan, 4])",
         ),
         ({"bbox": [1, 2, float("inf"), 4]}, "not 4 finite numbers"),
         ({"bbox": [1, 2, 10**400, 4]}, "not 4 finite numbers"),
         ({"bbox": [1, 2, 3]}, "not 4 finite numbers"),
-        ({"bbox": [1, 2, "3", 4]}, "not 4 finite numbers"),
+        ({"bbox": [1, 2, "3 px", 4]}, "not 4 finite numbers"),
         ({"bbox": [1, 2, None, 4]}, "not 4 finite numbers"),
         ({"bbox": None}, "not 4 finite numbers"),
-        ({"bbox": [1, 2, -3, 4]}, "box of negative size: 1 (image 1 annotation 1 category 3)"),
-        ({"category_id": 4}, "unknown category: 1 (image 1 annotation 1 category 4)"),
+        (
+            {"category_id": 4},
+            "unknown category: 1 (image 1 annotation 1 category 4: category_id 4)",
+        ),
         ({"bbox": "1234"}, "not 4 finite numbers"),
-        ({"category_id": "3"}, "unknown category: 1 (image 1 annotation 1 category '3')"),
+        ({"category_id": "dog"}, "unknown category: 1 (image 1 annotation 1 category 'dog'"),
         (
             {"id": None},
-            "annotation id unusable or repeated: 1 (image 1 annotation None category 3)",
+            "annotation id that is no whole number from 0 on: 1 (image 1 annotation None",
         ),
-        ({"id": 1.5}, "annotation id unusable"),
-        ({"id": -1}, "annotation id unusable"),
-        ({"id": 2**60}, "annotation id unusable"),
-        ({"iscrowd": "0"}, "iscrowd or ignore out of range"),
-        ({"iscrowd": 2}, "iscrowd or ignore out of range"),
-        ({"ignore": None}, "iscrowd or ignore out of range"),
-        ({"area": -1}, "area, iscrowd or ignore out of range"),
-        ({"area": "12"}, "area, iscrowd or ignore out of range"),
+        ({"id": 1.5}, "annotation id that is no whole number"),
+        ({"id": -1}, "annotation id that is no whole number"),
+        ({"id": 2**60}, "annotation id that is no whole number"),
+        (
+            {"iscrowd": "no"},
+            "iscrowd that is not 0 or 1: 1 (image 1 annotation 1 category 3: iscrowd",
+        ),
+        ({"iscrowd": 2}, "iscrowd that is not 0 or 1"),
+        ({"ignore": None}, "ignore that is not 0 or 1"),
+        (
+            {"area": -1},
+            "area that is no number from 0 on: 1 (image 1 annotation 1 category 3: area -1)",
+        ),
+        ({"area": "large"}, "area that is no number from 0 on"),
+        ({"area": float("inf")}, "area that is no number from 0 on"),
     ],
 )
 def test_broken_annotations_are_refused(tmp_path, annotation, message):
@@ -66,50 +76,43 @@ def test_broken_annotations_are_refused(tmp_path, annotation, message):
     [
         (
             {"images": [IMAGE, {**IMAGE, "file_name": "2"}]},
-            "image id or size unusable, or id repeated: 1 (entry 0 with id 1)",
+            "image id of several images: 1 (entry 0 with id 1: id 1)",
         ),
-        ({"images": [{**IMAGE, "height": 0}]}, "image id or size unusable"),
-        ({"images": [{**IMAGE, "width": 2**40}]}, "image id or size unusable"),
-        ({"images": [{**IMAGE, "height": "30"}]}, "image id or size unusable"),
+        (
+            {"images": [{**IMAGE, "height": 0}]},
+            "image width or height that is no number above 0: 1 (entry 0 with id 1: width 40, "
+            "height 0)",
+        ),
+        ({"images": [{**IMAGE, "width": 2**40}]}, "image width or height"),
+        ({"images": [{**IMAGE, "height": "30 px"}]}, "image width or height"),
+        ({"images": [{**IMAGE, "width": None}]}, "image width or height"),
         (
             {"images": [IMAGE, {"id": 2}]},
-            "image id or size unusable, or id repeated: 1 (entry 1 with id 2)",
+            "image width or height that is no number above 0: 1 (entry 1",
         ),
         (
             {"images": [IMAGE, "1.png"]},
-            "image id or size unusable, or id repeated: 1 (entry 1 with id None)",
+            "image id that is no whole number from 0 on: 1 (entry 1 with id",
         ),
-        ({"images": [{**IMAGE, "id": "1"}]}, "image id or size unusable"),
+        ({"images": [{**IMAGE, "id": "one"}]}, "image id that is no whole number"),
         ({"images": [{**IMAGE, "file_name": 1}]}, "image file missing"),
         ({"images": [{"id": 1, "height": 3, "width": 4}]}, "image file missing"),
-        ({"images": {"1": IMAGE}}, "no images and categories"),
-        ({"images": []}, "no images and categories"),
-        ({"categories": []}, "no images and categories"),
-        (
-            {"categories": [{"id": 3}]},
-            "category id or name unusable or repeated: 1 (entry 0 with id 3)",
-        ),
+        ({"images": {"1": IMAGE}}, "its 'images' are no list"),
+        ({"images": []}, "has no 'images'"),
+        ({"categories": []}, "has no 'categories'"),
+        ({"categories": [{"id": 3}]}, "category without a name: 1 (entry 0 with id 3: name None)"),
         (
             {"categories": [{"id": 3, "name": n} for n in "ab"]},
-            "name unusable or repeated: 1 (entry 0",
+            "category id of several names: 1 (entry 0",
         ),
         (
             {"categories": [{"id": i, "name": "a"} for i in (3, 4)]},
-            "repeated: 1 (entry 1 with id 4)",
+            "category name of several ids that boxes use: 1 (entry 1 with id 4: name 'a')",
         ),
-        (
-            {"annotations": [BOX, BOX]},
-            "annotation id unusable or repeated: 1 (image 1 annotation 1 category 3)",
-        ),
-        ({"images": [{**IMAGE, "width": None}]}, "image id or size unusable"),
-        (
-            {"images": [{key: IMAGE[key] for key in ("id", "height", "file_name")}]},
-            "image id or size unusable, or id repeated: 1 (entry 0 with id 1)",
-        ),
-        ({"annotations": {"1": BOX}}, "no images and categories"),
+        ({"annotations": {"1": BOX}}, "its 'annotations' are no list"),
         (
             {"annotations": [[1, 2, 3, 4]]},
-            "annotation id unusable or repeated: 1 (entry 0 with id None)",
+            "annotation id that is no whole number from 0 on: 1 (entry 0 with id None: id None)",
         ),
     ],
 )
@@ -120,10 +123,20 @@ def test_broken_files_are_refused(tmp_path, changes, message):
     assert message in str(raised.value)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"images": [1]', "[" * 100_000, "é"])
-def test_what_is_no_coco_file_is_refused(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "no JSON: Expecting value: line 1 column 1"),
+        ('{"images": [1]\n"', r"no JSON: .*line 2 column 1"),
+        ("[]", "holds a list, no dictionary"),
+        ("3", "holds a int, no dictionary"),
+        ("[" * 100_000, "no JSON: "),
+        ("\xff", "no JSON: "),
+    ],
+)
+def test_what_is_no_coco_file_is_refused(tmp_path, content, reason):
     (tmp_path / "a.json").write_text(content, encoding="latin-1")
-    with pytest.raises(UserError, match=r"a\.json: .*instances_\*\.json"):
+    with pytest.raises(UserError, match=rf"a\.json: {reason}.*instances_\*\.json"):
         read_annotations(str(tmp_path / "a.json"))
 
 
@@ -141,30 +154,46 @@ def test_skipped_and_kept_annotations_are_noted(tmp_path):
         5: [-2.5, 2, 3, 4],
         6: [37, 2, 4, 4],
         7: [1, 28, 3, 4],
+        8: [9, 9, -3, 4],
     }
     annotations = [{**BOX, "id": i, "bbox": box} for i, box in boxes.items()]
-    annotations.append({**BOX, "id": 8, "image_id": 99})
+    annotations.append({**BOX, "id": 9, "image_id": 99})
     path = write(tmp_path, annotations)
     index = read_index(path, str(tmp_path))
     assert index.table.id.tolist() == [1, 5, 6, 7]
     assert index.offsets.tolist() == [0, 4]
     assert index.lines() == [
-        "note: unknown image, annotation skipped: 1 (image 99 annotation 8 category 3)",
-        "note: zero-size box, skipped: 1 (image 1 annotation 2 category 3)",
-        "note: box wholly outside its image, skipped: 2 "
-        "(image 1 annotation 3 category 3; image 1 annotation 4 category 3)",
-        "note: box more than 1 pixel over the edge, kept: 2 "
-        "(image 1 annotation 5 category 3; image 1 annotation 7 category 3)",
+        "note: box of negative size, skipped: 1 (image 1 annotation 8 category 3: bbox "
+        "[9, 9, -3, 4])",
+        "note: unknown image, annotation skipped: 1 (image 99 annotation 9 category 3: image_id "
+        "99)",
+        "note: zero-size box, skipped: 1 (image 1 annotation 2 category 3: bbox [1, 2, 0, 4])",
+        "note: box wholly outside its image, skipped: 2 (image 1 annotation 3 category 3: bbox "
+        "[40, 2, 3, 4]; image 1 annotation 4 category 3: bbox [-3, 2, 3, 4])",
+        "note: box more than 1 pixel over the edge, kept: 2 (image 1 annotation 5 category 3: bbox "
+        "[-2.5, 2, 3, 4]; image 1 annotation 7 category 3: bbox [1, 28, 3, 4])",
     ]
-    assert read_annotations(path).table.id.tolist() == [1, 2, 3, 4, 5, 6, 7]  # for the evaluation
+    assert read_annotations(path).table.id.tolist() == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+        8,
+    ]  # for the evaluation
 
 
 def test_all_errors_come_in_one_line(tmp_path):
-    annotations = [{**BOX, "id": i, "bbox": [1, 2, -1, 1]} for i in range(9)]
+    annotations = [{**BOX, "id": i, "bbox": [1, 2, 1]} for i in range(9)]
     annotations.append({**BOX, "id": 9, "category_id": 8})
     with pytest.raises(UserError, match="unknown category: 1 ") as raised:
         read_index(write(tmp_path, annotations), str(tmp_path))
-    assert "box of negative size: 9 (image 1 annotation 0 category 3;" in str(raised.value)
+    assert (
+        "box that is not 4 finite numbers: 9 (image 1 annotation 0 category 3: bbox [1, 2, 1];"
+        in str(raised.value)
+    )
     assert "annotation 2 " in str(raised.value)
     assert "annotation 3 " not in str(raised.value)
     assert str(raised.value).endswith("--check_data lists them in full")
@@ -190,10 +219,22 @@ def test_polygons_do_not_matter(tmp_path):
     assert index.table.crowd.tolist() == [*[False] * 5, True]
 
 
+def check(training, *validation, folder=Path(), untrained=lambda index: {}):
+    """Check a training set and others, each an annotation file and an image folder."""
+    named = [Files(*pair, "as named") for pair in (training, *validation)]
+    return check_data(
+        named[:1], named[1:], untrained, turns_if_both_fit=True, output_dir=folder / "output"
+    )
+
+
 def test_real_data_are_clean(capsys):
     files = str(TINY / "annotations/instances_val2017.json"), str(TINY / "val2017")
-    assert check_data(files) == 0
-    assert capsys.readouterr().out == f"{files[0]}: 0 errors, 0 notes\n"
+    assert check(files) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [
+        f"{Files(*files, 'as named')}: 0 errors, 0 notes",
+        "  382 of 382 boxes are trained on",
+    ]
 
 
 def test_check_data_lists_everything(tmp_path, capsys):
@@ -205,21 +246,43 @@ def test_check_data_lists_everything(tmp_path, capsys):
     (folder / "3.jpg").write_text("no image")
     Image.effect_noise((40, 30), 50).save(folder / "4.jpg")
     (folder / "4.jpg").write_bytes((folder / "4.jpg").read_bytes()[:700])
-    annotations = [{**BOX, "id": i, "bbox": [0, 0, -1, 1]} for i in range(9)]
-    annotations.append({**BOX, "id": 9, "bbox": [0, 0, 0, 1]})
+    annotations = [{**BOX, "id": i, "bbox": [0, 0, 1]} for i in range(30)]
+    annotations.append({**BOX, "id": 30, "bbox": [0, 0, 0, 1]})
     path = write(tmp_path, annotations, images)
-    assert check_data((path, str(folder)), (path, str(folder))) == 1
-    negative = "; ".join(f"image 1 annotation {i} category 3" for i in range(9))
-    broken = "cannot read the image (truncated, or not an image)"
-    expected = [
-        f"{path}: 2 errors, 1 notes",
-        f"  error: box of negative size: 9 ({negative})",
-        "  note: zero-size box, skipped: 1 (image 1 annotation 9 category 3)",
+    report_file = tmp_path / "output_check_data.txt"
+    assert check((path, str(folder)), folder=tmp_path) == 1
+    broken = [f"image 1 annotation {i} category 3: bbox [0, 0, 1]" for i in range(30)]
+    assert capsys.readouterr().out.splitlines() == [
+        f"{Files(path, folder, 'as named')}: 3 errors, 1 notes",
+        f"  error: box that is not 4 finite numbers: 30 ({'; '.join(broken[:20])})",
+        "  note: zero-size box, skipped: 1 (image 1 annotation 30 category 3: bbox [0, 0, 0, 1])",
+        f"  error: image file missing: 1 ({folder}/5.jpg)",
         "  error: image that cannot be read, or of another size than annotated: 4 "
-        f"({folder}/2.jpg: 30 x 40; {folder}/3.jpg: {broken}; {folder}/4.jpg: {broken}; "
+        f"({folder}/2.jpg: is 30 x 40 pixels, 40 x 30 in the annotation file; "
+        f"{folder}/3.jpg: cannot read the image (not an image in a format that Pillow knows); "
+        f"{folder}/4.jpg: cannot read the image (image file is truncated (0 bytes not processed)); "
         f"{folder}/5.jpg: cannot read the image (No such file or directory))",
+        f"  all of them: {report_file}",
     ]
-    assert capsys.readouterr().out.splitlines() == expected * 2
+    assert f"box that is not 4 finite numbers: 30 ({'; '.join(broken)})" in report_file.read_text()
+
+
+def test_turned_images_and_trained_boxes_are_counted(tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (IMAGE["height"], IMAGE["width"])).save(folder / "1.jpg", exif=exif)
+    path = write(tmp_path, [BOX, {**BOX, "id": 2, "iscrowd": 1}], [{**IMAGE, "file_name": "1.jpg"}])
+    files = path, str(folder)
+    assert check(files, untrained=lambda index: {"iscrowd": index.table.crowd}) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{Files(path, folder, 'as named')}: 0 errors, 0 notes",
+        "  1 of 1 images are turned by their EXIF orientation, as their annotated sizes ask",
+        "  1 of 2 boxes are trained on; left out: 1 iscrowd",
+    ]
+    assert check(files, untrained=lambda index: {"any": index.table.id > 0}) == 1
+    assert "  error: " in capsys.readouterr().out
 
 
 def test_check_data_compares_the_classes(tmp_path, capsys):
@@ -230,9 +293,10 @@ def test_check_data_compares_the_classes(tmp_path, capsys):
     for number, categories in enumerate(names):
         (tmp_path / str(number)).mkdir()
         images = [{**IMAGE, "file_name": "1.jpg"}]
-        paths.append(write(tmp_path / str(number), images=images, categories=categories))
+        used = {**BOX, "category_id": categories[-1]["id"]}
+        paths.append(write(tmp_path / str(number), [used], images, categories))
     folder = str(tmp_path / "images")
-    assert check_data((paths[1], folder), (paths[0], folder)) == 0
-    assert check_data((paths[0], folder), (paths[1], folder)) == 1
+    assert check((paths[1], folder), (paths[0], folder)) == 0
+    assert check((paths[0], folder), (paths[1], folder)) == 1
     printed = capsys.readouterr().out
     assert "error: category not among the 1 classes trained on: 1 ('cat')" in printed

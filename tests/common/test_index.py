@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.coco.index import Rule, Severity, find_coco, read_annotations, read_index
+from common.coco.index import Rule, Severity, read_annotations, read_index
 from common.errors import UserError
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_coco"
@@ -79,7 +79,7 @@ def test_slim_files_order_and_names(coco):
 def test_no_python_object_per_image(coco):
     index = pickle.loads(pickle.dumps(read_index(*coco())))
     arrays = [v for v in vars(index).values() if isinstance(v, np.ndarray)]
-    assert len(arrays) == 5
+    assert len(arrays) == 6
     assert all(not array.dtype.hasobject and array.base is None for array in arrays)
 
 
@@ -151,21 +151,3 @@ def test_missing_images_are_named(coco, tmp_path):
     assert len(read_annotations(path)) == 2
     with pytest.raises(UserError, match=r"image file missing: 2 \(.*nowhere/b/"):
         read_index(path, str(tmp_path / "nowhere"))
-
-
-def test_find_coco(tmp_path):
-    assert find_coco(str(TINY), "train") == (str(TRAIN), str(TINY / "train2017"))
-    with pytest.raises(UserError, match=r"instances_val2017\.json.*val2017.*download_dataset\.sh"):
-        find_coco(str(tmp_path), "val")
-    (tmp_path / "val2017").mkdir()
-    (tmp_path / "annotations").mkdir()
-    slim = tmp_path / "annotations" / "bbox_only_instances_val2017.json"
-    slim.touch()
-    assert find_coco(str(tmp_path), "val") == (str(slim), str(tmp_path / "val2017"))
-    full = tmp_path / "annotations" / "instances_val2017.json"
-    full.touch()
-    assert find_coco(str(tmp_path), "val")[0] == str(full)
-    mine = find_coco(None, "val", annotations=str(TRAIN), images=str(TINY / "train2017"))
-    assert mine == (str(TRAIN), str(TINY / "train2017"))
-    with pytest.raises(UserError, match=r"none\.json"):
-        find_coco(str(TINY), "val", annotations=str(tmp_path / "none.json"))

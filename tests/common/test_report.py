@@ -89,7 +89,7 @@ def test_examples_are_spread_and_show_boxes_by_label(records, result_rows, tmp_p
         assert (path, class_names) == (tmp_path / "detections.png", records.class_names)
 
     monkeypatch.setattr(report, "draw_sheet", remember)
-    report.draw_examples(tmp_path / "detections.png", records, result_rows, count=5)
+    report.draw_examples(tmp_path / "detections.png", records, result_rows, False, count=5)
     (examples,) = sheets
     with_gt = np.flatnonzero(np.diff(records.offsets))
     chosen = with_gt[np.linspace(0, len(with_gt) - 1, 5, dtype=int)]
@@ -109,5 +109,5 @@ def test_examples_without_detections_and_without_ground_truth(records, tmp_path)
     few = records.subset([3, 4])
     without_gt = replace(few, offsets=np.zeros(3, np.int64), table=few.table[:0])
     for name, subset in (("a.png", few), ("b.png", without_gt)):
-        report.draw_examples(tmp_path / name, subset, np.empty((0, 7)))
+        report.draw_examples(tmp_path / name, subset, np.empty((0, 7)), False)
         assert Image.open(tmp_path / name).format == "PNG"

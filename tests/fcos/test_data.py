@@ -258,9 +258,8 @@ def test_ground_truth_leaves_out_what_the_original_does(tiny_train):
         record,
         crowd=[1, 0, 0, 0, 0, 0],
         ignore=[0, 1, 0, 0, 0, 0],
-        area=[9, 9, 0, 9, np.nan, 9],
         box_xywh=[
-            [1, 1, 9, 9], [1, 1, 9, 9], [1, 1, 9, 9], [5, 5, 0.9, 9],
+            [1, 1, 9, 9], [1, 1, 9, 9], [1, 1, 9, 0.5], [5, 5, 0.9, 9],
             [-4, 5, 9, 9], [width - 3, height - 3, 10, 10],
         ],
     )  # fmt: skip

@@ -108,7 +108,8 @@ def test_finetuning_on_own_classes(trained, tmp_path):
     shutil.copytree(output, tmp_path / "run")
     flags = (f"--checkpoint_path={tmp_path}/run/best.pt", "--batch_size=2", "--max_iters=2")
     done = runs.run("train_finetune_1p.sh", *where, *runs.SHORT, *flags)
-    assert "2 re-initialised (other shape): bbox_head.conv_cls.weight" in done.stdout
+    assert "1 classes of the same name keep their weights: cat" in done.stdout
+    assert "2 initialised anew: hat, bat" in done.stdout
     assert "3 classes" in done.stdout
     before, after = (
         checkpoint.load(folder)["model"]
@@ -124,7 +125,8 @@ def test_finetuning_on_own_classes(trained, tmp_path):
 
 def test_data_path_is_asked_for():
     done = runs.run("train_full_1p.sh", status=1)
-    assert done.stderr.startswith('[Error] para "data_path" must be confing')
+    assert done.stderr.startswith("error: give the folder of the data set with --data_path=DIR")
+    assert '[Error] para "data_path" must be confing' in done.stderr
 
 
 NET = ("--nproc_per_node=1", "--nnodes=2", "--master_addr=10.77.0.1", "--master_port=23333")

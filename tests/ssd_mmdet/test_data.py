@@ -171,7 +171,7 @@ def odd_set(tmp_path):
     boxes = [  # image, box, further fields
         (1, [-5, 10, 20, 80], {}),  # over the edge: kept, not clipped
         (1, [1, 1, 0.9, 5], {}),  # less than a pixel wide
-        (1, [3, 3, 9, 9], {"area": 0}),
+        (1, [3, 3, 9, 9], {"area": 0}),  # counts as without an area: differs from the original
         (1, [3, 3, 8, 8], {"ignore": 1}),
         (1, [100, 3, 8, 8], {}),  # outside
         (1, [2, 2, 30, 30], {"iscrowd": 1}),
@@ -201,8 +201,8 @@ def test_which_images_and_boxes_are_trained_on(odd_set):
     assert records.image_ids.tolist() == [1, 3, 4, 5]
     dataset = TrainingSet(records, RECIPE, 0)
     boxes, labels, crowds = dataset.ground_truth(0)
-    assert boxes.tolist() == [[-5, 10, 15, 90], [4, 5, 5, 6]]
-    assert [records.class_names[label] for label in labels] == ["four", "nine"]
+    assert boxes.tolist() == [[-5, 10, 15, 90], [3, 3, 12, 12], [4, 5, 5, 6]]
+    assert [records.class_names[label] for label in labels] == ["four", "four", "nine"]
     assert crowds.tolist() == [[2, 2, 32, 32]]
     boxes, labels, crowds = dataset.ground_truth(2)
     assert boxes.shape == (0, 4)
@@ -229,7 +229,9 @@ def test_a_truncated_file_is_named(tmp_path, tiny_train):
     for training in (True, False):
         with pytest.raises(UserError) as error:
             list(build_loader(RECIPE, records, training, end=1))
-        assert str(error.value).startswith(f"{path}: cannot read the image (truncated")
+        assert str(error.value).startswith(
+            f"{path}: cannot read the image (image file is truncated"
+        )
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

@@ -206,7 +206,8 @@ def test_finetuning_on_own_classes_and_ssd512(trained, tmp_path):
     flags = (f"--data_path={data}", f"--output_dir={tmp_path}/run", "--batch_size=2")
     first = f"--checkpoint_path={tmp_path}/run/best.pt"
     done = runs.run("train_full_1p.sh", *flags, *SHORT, first, "--max_iters=2")
-    assert "12 re-initialised (other shape): bbox_head.cls_convs.0.weight" in done.stdout
+    assert "1 classes of the same name keep their weights: cat" in done.stdout
+    assert "2 initialised anew: hat, bat" in done.stdout
     assert "3 classes" in done.stdout
     rows = json.loads((tmp_path / "run/results.bbox.json").read_text())
     assert {row["category_id"] for row in rows} <= {0, 7, 14}
@@ -221,7 +222,8 @@ def test_finetuning_on_own_classes_and_ssd512(trained, tmp_path):
 
 def test_data_path_is_asked_for():
     done = runs.run("train_full_1p.sh", status=1)
-    assert done.stderr.startswith('[Error] para "data_path" must be confing')
+    assert done.stderr.startswith("error: give the folder of the data set with --data_path=DIR")
+    assert '[Error] para "data_path" must be confing' in done.stderr
 
 
 def test_demo_draws_and_lists(trained, data, tmp_path):

@@ -225,7 +225,8 @@ def draws(tiny_train):
     recipe = replace(RECIPE, image_size=2, crop_ious=(None,))
     dataset = TrainingSet(training_records(tiny_train), recipe, seed=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "read_image", lambda path: np.zeros((4, 4, 3), np.uint8))
+        black = np.zeros((4, 4, 3), np.uint8)
+        patch.setattr(data.ImageReader, "read", lambda reader, record: black)
         return [dataset[epoch, p, p % 49] for epoch in range(4) for p in range(1000)]
 
 

@@ -67,9 +67,8 @@ def test_draws_what_detect_finds_and_goes_on_after_a_broken_file(weights, model,
 
     assert status == 1
     out, err = capsys.readouterr()
-    assert [line for line in err.splitlines() if "skipped" in line] == [
-        f"skipped: {broken}: cannot read the image (truncated, or not an image)"
-    ]
+    (skipped,) = [line for line in err.splitlines() if "skipped" in line]
+    assert skipped.startswith(f"skipped: {broken}: cannot read the image (image file is truncated")
     assert "3 of 4 images" in out
     results = json.loads((tmp_path / "out/results.json").read_text(encoding="utf-8"))
     assert list(results) == list(expected)

@@ -200,7 +200,8 @@ def test_finetuning_on_own_classes(trained, tmp_path):
     shutil.copytree(output, tmp_path / "run")
     flags = (f"--checkpoint_path={tmp_path}/run/best.pt", "--batch_size=2", "--max_iters=2")
     done = scripts.run("train_finetune_1p.sh", *where, *SHORT, *flags)
-    assert "12 re-initialised (other shape): mbox.0.weight" in done.stdout
+    assert "1 classes of the same name keep their weights: cat" in done.stdout
+    assert "2 initialised anew: hat, bat" in done.stdout
     assert "3 classes" in done.stdout
     rows = json.loads((tmp_path / "run/results.bbox.json").read_text())
     assert {row["category_id"] for row in rows} <= {0, 7, 14}
@@ -208,8 +209,21 @@ def test_finetuning_on_own_classes(trained, tmp_path):
 
 def test_data_path_is_asked_for():
     done = scripts.run("train_full_1p.sh", status=1)
-    assert done.stderr.startswith('[Error] para "data_path" must be confing')
-    assert "COCO folder" in done.stderr
+    assert done.stderr.startswith("error: give the folder of the data set with --data_path=DIR")
+    assert '[Error] para "data_path" must be confing' in done.stderr
+
+
+def test_the_four_paths_suffice_and_win(data, tmp_path):
+    paths = []
+    for split in ("train", "val"):
+        paths.append(f"--{split}_annotations={data}/annotations/instances_{split}2017.json")
+        paths.append(f"--{split}_images={data}/{split}2017")
+    short = (*SHORT, "--batch_size=2", "--max_iters=1", f"--output_dir={tmp_path}/0")
+    done = scripts.run("train_performance_1p.sh", *short, *paths)
+    assert f"data: {data}/annotations/instances_val2017.json, images in" in done.stdout
+    assert "note: " not in done.stderr
+    done = scripts.run("train_performance_1p.sh", *short, *paths, "--data_path=elsewhere")
+    assert done.stderr.count("note: what --train_annotations, --train_images") == 1
 
 
 def test_the_environment_script_is_silent_and_keeps_what_is_set():

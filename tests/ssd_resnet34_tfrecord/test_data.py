@@ -15,6 +15,7 @@ from common.coco.images import decode_image
 from common.errors import UserError
 from common.npu.distributed import Ranks
 from ssd_resnet34.tfrecord.augment import augment, jitter_colours
+from ssd_resnet34.tfrecord.check import check_records
 from ssd_resnet34.tfrecord.config import COCO_CATEGORY_IDS
 from ssd_resnet34.tfrecord.data import (
     Batch,
@@ -27,6 +28,7 @@ from ssd_resnet34.tfrecord.data import (
     prepare_image,
     resize_crop,
     sample,
+    trained_boxes_line,
     training_records,
 )
 from ssd_resnet34.tfrecord.example import encode
@@ -171,7 +173,7 @@ def test_edge_records_load(golden_dir, recipe):
 def test_an_unknown_category_and_a_broken_image_are_named(tmp_path, recipe):
     for name, change, complaint in (
         ("category", {"image/object/class/label": (int, [12])}, "category 12 is none"),
-        ("image", {"image/encoded": (bytes, [b"\xff\xd8broken"])}, r"image \(truncated"),
+        ("image", {"image/encoded": (bytes, [b"\xff\xd8broken"])}, r"image \(not an image"),
     ):
         with RecordWriter(tmp_path / name) as writer:
             picture = {"image/encoded": (bytes, [PNG])}
@@ -179,6 +181,51 @@ def test_an_unknown_category_and_a_broken_image_are_named(tmp_path, recipe):
         dataset = TrainingSet(read_index(str(tmp_path / name), FLAG), recipe, seed=0)
         with pytest.raises(UserError, match=rf"{name}: record at byte 0: .*{complaint}"):
             dataset[0, 0, 0]
+
+
+def size_features(height, width):
+    return {"image/height": (int, [height]), "image/width": (int, [width])}
+
+
+def record_of_size(path, size):
+    """The index of a file of one record, whose image is 4 x 4 pixels."""
+    with RecordWriter(path) as writer:
+        writer.write(encode(GOOD | {"image/encoded": (bytes, [PNG])} | size))
+    return read_index(str(path), FLAG)
+
+
+@pytest.mark.parametrize("size", [{}, size_features(4, 4), {"image/width": (int, [9])}])
+def test_a_record_is_taken_where_it_says_no_other_size(tmp_path, recipe, size):
+    records = record_of_size(tmp_path / "records", size)
+    assert TrainingSet(records, recipe, seed=0)[0, 0, 0].valid.any()
+
+
+def test_a_record_that_says_another_size_is_named(tmp_path, recipe, capsys):
+    records = record_of_size(tmp_path / "records", size_features(height=6, width=4))
+    complaint = (
+        r"records: record at byte 0: its image is 4 x 4 pixels, 4 x 6 in image/width and "
+        "image/height; convert the data set again"
+    )
+    with pytest.raises(UserError, match=complaint):
+        TrainingSet(records, recipe, seed=0)[0, 0, 0]
+    with pytest.raises(UserError, match=complaint):
+        next(iter(build_loader(recipe, records, training=False)))
+    patterns = {FLAG: str(tmp_path / "records")}
+    assert check_records(patterns, COCO_CATEGORY_IDS, val_json_file="") == 1
+    printed = capsys.readouterr()
+    assert re.search(complaint, printed.err)
+    assert "1 errors" in printed.out
+
+
+def test_boxes_that_are_trained_on_are_counted(index):
+    num_boxes = index.num_boxes.sum()
+    assert trained_boxes_line(index) == (
+        f"{num_boxes} of {num_boxes} boxes are trained on; left out: 1 of 6 records, without a box"
+    )
+    with_boxes = training_records(index)
+    assert trained_boxes_line(with_boxes) == f"{num_boxes} of {num_boxes} boxes are trained on"
+    with pytest.raises(UserError, match=r"0 of 0 boxes are trained on;.*nothing to train on"):
+        trained_boxes_line(index.subset(index.num_boxes == 0))
 
 
 @pytest.mark.parametrize(("name", "shape"), [("up", (123, 217, 3)), ("down", (427, 640, 3))])

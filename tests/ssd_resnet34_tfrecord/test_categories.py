@@ -1,0 +1,148 @@
+"""Classes of own category ids: which source says them, and what a run makes of them."""
+
+import io
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.coco.index import COCO_CLASSES
+from common.errors import UserError
+from common.npu import checkpoint
+from ssd_resnet34.tfrecord import evaluate, train
+from ssd_resnet34.tfrecord.categories import find_categories, require_known_categories
+from ssd_resnet34.tfrecord.check import check_records
+from ssd_resnet34.tfrecord.coco_to_tfrecord import convert
+from ssd_resnet34.tfrecord.config import COCO_CATEGORY_IDS
+from ssd_resnet34.tfrecord.example import encode
+from ssd_resnet34.tfrecord.index import read_index
+from ssd_resnet34.tfrecord.records import RecordWriter
+from tests.ssd_resnet34_tfrecord.test_example import GOOD
+
+FLAG = "--training_file_pattern"
+OWN_CATEGORIES = [{"id": 40, "name": "boat"}, {"id": 2, "name": "buoy"}, {"id": 7, "name": "crew"}]
+
+
+def picture():
+    """A black JPEG of 60 x 40 pixels with a white box."""
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[10:30, 10:40] = 255
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "jpeg")
+    return file.getvalue()
+
+
+def records_of(path, *categories):
+    """The index of a file with a record of one box for each (id, name); None for no name."""
+    with RecordWriter(path) as writer:
+        for category_id, name in categories:
+            features = GOOD | {"image/object/class/label": (int, [category_id])}
+            if name is not None:
+                features["image/object/class/text"] = (bytes, [name.encode()])
+            writer.write(encode(features))
+    return read_index(str(path), FLAG)
+
+
+def annotation_file(path, categories=OWN_CATEGORIES):
+    """Write a COCO file of two images whose boxes show the categories 40 and 2."""
+    images = []
+    annotations = []
+    for number, category_id in ((1, 40), (2, 2)):
+        name = f"{number}.jpg"
+        (path.parent / name).write_bytes(picture())
+        images.append({"id": number, "file_name": name, "height": 40, "width": 60})
+        box = {"id": number, "image_id": number, "bbox": [10, 10, 30, 20], "area": 600}
+        annotations.append({**box, "category_id": category_id, "iscrowd": 0})
+    coco = {"images": images, "annotations": annotations, "categories": categories}
+    path.write_text(json.dumps(coco))
+    return str(path)
+
+
+def test_the_flag_comes_before_the_resumed_run_the_file_and_the_records(tmp_path):
+    records = records_of(tmp_path / "records", (40, "boat"), (2, "buoy"), (2, "buoy"))
+    file = annotation_file(tmp_path / "own.json")
+    found = find_categories((9, 2), [5], file, records)
+    assert found.line() == "2 classes, from --category_ids, with the category ids 9, 2"
+    assert find_categories(None, [5, 3], file, records).ids == (5, 3)
+    found = find_categories(None, None, file, records)
+    assert found.line() == f"3 classes, from --val_json_file={file}, with the category ids 2, 7, 40"
+    for missing in ("", str(tmp_path / "none.json")):
+        found = find_categories(None, None, missing, records)
+        assert found.line() == "2 classes, from the records, with the category ids 2, 40"
+
+
+def test_cocos_files_give_cocos_classes(golden_dir, tmp_path):
+    few = read_index(str(golden_dir / "train2017*"), FLAG)
+    coco = json.loads((golden_dir / "instances_train6.json").read_text())
+    coco["annotations"] = coco["annotations"][:-3]  # which a converter leaves out
+    file = tmp_path / "train6.json"
+    file.write_text(json.dumps(coco))
+    for annotations in ("", str(file)):
+        found = find_categories(None, None, annotations, few)
+        assert found.ids == COCO_CATEGORY_IDS
+        assert found.are_cocos
+
+
+@pytest.mark.parametrize(
+    ("categories", "expected"),
+    [
+        ([(1, "person"), (90, "toothbrush")], COCO_CATEGORY_IDS),
+        ([(1, "person"), (2, "car")], (1, 2)),
+        ([(1, None), (2, None)], (1, 2)),
+        ([(91, "person")], (91,)),
+        (zip(COCO_CATEGORY_IDS, COCO_CLASSES, strict=True), COCO_CATEGORY_IDS),
+        ([(category_id, None) for category_id in COCO_CATEGORY_IDS], COCO_CATEGORY_IDS),
+    ],
+)
+def test_ids_with_cocos_names_are_cocos(tmp_path, categories, expected):
+    records = records_of(tmp_path / "records", *categories)
+    assert find_categories(None, None, "", records).ids == expected
+
+
+def test_categories_that_are_no_class_are_named(tmp_path):
+    records = records_of(tmp_path / "records", (40, "boat"), (2, "buoy"))
+    require_known_categories(replace(records, category_ids=(2, 40)))
+    with pytest.raises(UserError, match=r"1 categories of boxes are none of the 1 classes: 40 'bo"):
+        require_known_categories(replace(records, category_ids=(2,)))
+
+
+def test_a_run_on_own_data_from_the_records_to_its_evaluation(tmp_path, capsys):
+    file = annotation_file(tmp_path / "own.json")
+    convert(tmp_path, tmp_path / "own.json", tmp_path / "records/own", num_shards=1)
+    pattern = f"{tmp_path}/records/own*"
+    flags = [f"{FLAG}={pattern}", f"--model_dir={tmp_path}/run", "--device=cpu", "--num_workers=0"]
+    flags += ["--recipe=small", "--train_batch_size=2", "--max_iters=1", "--mode=train"]
+    capsys.readouterr()
+    train.main([*flags, f"--val_json_file={file}"])
+    printed = "".join(capsys.readouterr())
+    assert "2 of 2 boxes are trained on" in printed
+    assert f"3 classes, from --val_json_file={file}, with the category ids 2, 7, 40" in printed
+    state = checkpoint.load(tmp_path / "run/iter_1.pt")
+    assert tuple(state["category_ids"]) == (2, 7, 40)
+
+    train.main(flags)  # the finished run again: it keeps its classes
+    assert "3 classes, from the run that is resumed" in "".join(capsys.readouterr())
+    files = [f"--validation_file_pattern={pattern}", f"--val_json_file={file}"]
+    evaluate.main([*files, f"--model_dir={tmp_path}/run", "--device=cpu", "--num_workers=0"])
+    rows = json.loads((tmp_path / "run/eval/results.bbox.json").read_text())
+    assert {row["category_id"] for row in rows} <= {2, 7, 40}
+
+
+def test_check_data_takes_own_ids(tmp_path, capsys):
+    annotation_file(tmp_path / "own.json")
+    convert(tmp_path, tmp_path / "own.json", tmp_path / "records/own", num_shards=1)
+    patterns = {FLAG: f"{tmp_path}/records/own*"}
+    assert check_records(patterns, None, val_json_file="") == 0
+    assert "2 classes, from the records, with the category ids 2, 40" in capsys.readouterr().out
+    assert check_records(patterns, (2,), val_json_file="") == 1
+    assert "category 40 is none of the recipe's; give the ids" in capsys.readouterr().err
+
+
+def test_records_without_a_box_are_nothing_to_train_on(tmp_path):
+    with RecordWriter(tmp_path / "records") as writer:
+        writer.write(encode({"image/encoded": (bytes, [picture()])}))
+    flags = [f"{FLAG}={tmp_path}/records", "--device=cpu", "--mode=train", "--recipe=small"]
+    with pytest.raises(UserError, match=r"0 of 0 boxes are trained on; .*nothing to train on"):
+        train.main([*flags, f"--model_dir={tmp_path}/run", "--num_workers=0"])
