@@ -219,6 +219,14 @@ def test_nothing_to_train_on_is_an_error_that_says_why(model, changes, words, tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_a_training_file_without_annotations_is_an_error(model, tmp_path):
+    images, _ = entries(2)
+    data = write(tmp_path / "data", images, [])
+    with pytest.raises(UserError, match="0 of 0 boxes are trained on; there is nothing to train"):
+        train(model, data, tmp_path / "out")
+
+
 @pytest.mark.parametrize("model", ["ssd_mmdet", "fcos"])
 def test_crowds_alone_are_nothing_to_train_on(model, tmp_path):
     data = write(tmp_path / "data", *entries(2, iscrowd=1))
