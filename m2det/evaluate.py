@@ -157,7 +157,13 @@ def evaluate_and_save(
 ) -> Evaluation:
     """Evaluate result rows, log the metrics, and save rows and pictures in the output folder."""
     evaluation = report_results(
-        result_rows, records.annotation_file, len(records), folder, options, log
+        result_rows,
+        records.annotation_file,
+        len(records),
+        folder,
+        options,
+        log,
+        records.class_names,
     )
     # The line that the port's users look for.
     log(f"Current AP: {evaluation.stats['AP']:.5f} AP goal: {recipe.threshold:.5f}")

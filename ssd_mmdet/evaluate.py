@@ -152,7 +152,13 @@ def evaluate_and_save(
 ) -> Evaluation:
     """Evaluate result rows, log the metrics, and save rows and pictures in the output folder."""
     evaluation = report_results(
-        result_rows, records.annotation_file, len(records), folder, options, log
+        result_rows,
+        records.annotation_file,
+        len(records),
+        folder,
+        options,
+        log,
+        records.class_names,
     )
     draw_examples(folder / "detections.png", records, result_rows, TURNS_IF_BOTH_FIT)
     return evaluation

@@ -36,7 +36,8 @@ def check_data(
     show are written to a file beside `output_dir`. Return the exit status: 1 where there are
     errors.
     """
-    report_file = output_dir.with_name(f"{output_dir.name}_check_data.txt")
+    folder = output_dir.absolute()
+    report_file = folder.with_name(f"{folder.name}_check_data.txt")
     status = 0
     class_names = None
     whole_report = []

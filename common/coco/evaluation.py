@@ -111,14 +111,20 @@ def save_results(path: Path, result_rows: np.ndarray) -> None:
     write_atomically(path, json.dumps(results, allow_nan=False).encode())
 
 
-def evaluate(annotation_file: str, result_rows: np.ndarray, faster: bool = False) -> Evaluation:
+def evaluate(
+    annotation_file: str,
+    result_rows: np.ndarray,
+    faster: bool = False,
+    classes: Sequence[str] | None = None,
+) -> Evaluation:
     """Run COCO's evaluation of boxes; an image without a result row has no detections.
 
-    faster: use faster-coco-eval, whose result is equal. Raise UserError for a broken annotation
-    file, result rows of images or categories that it does not have, and an absent package.
+    `classes` are those that were detected (see `read_annotations`). faster: use faster-coco-eval,
+    whose result is equal. Raise UserError for a broken annotation file, result rows of images or
+    categories that it does not have, and an absent package.
     """
     coco_class, evaluator_class, summarize = _import_evaluator(faster)
-    ground_truth = read_annotations(annotation_file)
+    ground_truth = read_annotations(annotation_file, classes=classes)
     ground_truth.raise_errors()
     _require_known(result_rows, ground_truth)
     has_area = _has_mask_area(ground_truth.table.area)

@@ -28,6 +28,9 @@ ORIENTATION = 0x0112
 QUARTER_TURNS = (5, 6, 7, 8)
 EXIF_MARK = b"Exif\x00\x00"  # of EXIF data in a JPEG
 HEADER_BYTES = 2**16  # of a JPEG, in which its EXIF data begins
+PNG_START = b"\x89PNG"
+PNG_EXIF_MARKS = (b"eXIf", b"Raw profile type exif")
+TIFF_STARTS = (b"II*\x00", b"MM\x00*")
 TOLERANCE = 1  # pixels that a box may reach over the edge: rounding
 
 
@@ -213,6 +216,11 @@ def exif_orientation(data: bytes) -> int:
     """Return the EXIF orientation of an image file's bytes, from 1 (as stored) to 8."""
     # Few photographs of a data set have EXIF data, and to look for its mark is many times faster.
     if data[:2] == JPEG_START and EXIF_MARK not in data[:HEADER_BYTES]:
+        return 1
+    # Of a PNG without it Pillow would decode all pixels; a TIFF it turns by itself.
+    if data[:4] == PNG_START and not any(mark in data for mark in PNG_EXIF_MARKS):
+        return 1
+    if data[:4] in TIFF_STARTS:
         return 1
     try:
         orientation = Image.open(io.BytesIO(data)).getexif().get(ORIENTATION, 1)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import unicodedata
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -382,7 +383,7 @@ def read_annotations(
     ]
     usable = _usable(annotations, breaches, report)
     area = np.where(has_size & (area == 0), np.nan, area)  # as where the file has none
-    if _are_normalised(box_xywh, heights, widths):
+    if _are_normalised(box_xywh[usable], heights, widths):
         report[NORMALISED_BOXES] = [_description(annotations[0], 0, "bbox")]
 
     columns = [ids, id_of_image, label, box_xywh, area, crowd, ignore, usable]
@@ -441,8 +442,9 @@ def _read_categories(
     for ident, name, category in zip(ids.tolist(), names, categories, strict=True):
         if ident in used_ids:
             used_names.add(name)
-        if category.get("supercategory") != name:
-            roots.add(category.get("supercategory"))
+        parent = category.get("supercategory")
+        if isinstance(parent, str) and parent != name:
+            roots.add(parent)
 
     listed = set()
     again = []
@@ -451,9 +453,10 @@ def _read_categories(
     for ident, name in zip(ids.tolist(), names, strict=True):
         again.append((ident, name) in listed)
         listed.add((ident, name))
-        needless = bool(used_ids) and ident not in used_ids and name not in kept_names
-        is_namesake.append(needless and name in used_names)
-        is_root.append(needless and name in roots and name not in used_names)
+        is_unused = bool(used_ids) and ident not in used_ids
+        is_namesake.append(is_unused and name in used_names)
+        is_needless_root = is_unused and name not in used_names and name not in kept_names
+        is_root.append(is_needless_root and name in roots)
     left_out = {
         CATEGORY_LISTED_AGAIN: np.array(again),
         UNUSED_ROOT: np.array(is_root),
@@ -518,7 +521,7 @@ def _read_json(
             content = file.read()
         if content.startswith(GZIP_START):
             content = gzip.decompress(content)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise _no_coco_file(annotation_file, reason) from error
     try:
@@ -581,6 +584,8 @@ def _number(value: object) -> float:
     It is -inf where there is no number, inf where float64 may not hold it exactly.
     """
     if isinstance(value, str):
+        if "_" in value:  # which Python would pass over
+            return -np.inf
         try:
             value = float(value)
         except ValueError:

@@ -27,6 +27,8 @@ LAYOUTS = (
     ("plain", "{split}.json", "{split}"),
     ("plain", "{split}.json", "images/{split}"),
     ("plain", "{split}.json", "images"),
+    ("plain", "{split}.json", "{split}/images"),
+    ("plain", "{split}.json", "JPEGImages"),
     ("plain", "annotations/{split}.json", "{split}"),
     ("plain", "annotations/{split}.json", "images/{split}"),
     ("plain", "annotations/{split}.json", "images"),
@@ -36,7 +38,8 @@ LAYOUTS = (
 )
 # Commands of a converter, for the layouts of other annotation formats (docs/data.md).
 CONVERTER = (
-    "pip install globox, then, for each split: globox convert {labels} {split}.json "
+    "pip install globox, then, for each split, whose labels are in a folder of their own: "
+    "globox convert {labels} {folder}/{split}.json "
     "--format {name} --img_folder {images} {more}--save_fmt coco --coco_auto_ids"
 )
 
@@ -103,6 +106,7 @@ def _other_format(folder: Path, split: str) -> UserError | None:
     """Return the error for a folder of VOC or YOLO annotations, None where it holds neither."""
     if any(folder.glob("Annotations/*.xml")):
         remedy = CONVERTER.format(
+            folder=folder,
             labels=folder / "Annotations",
             split=split,
             name="pascalvoc",
@@ -117,6 +121,7 @@ def _other_format(folder: Path, split: str) -> UserError | None:
     labels = with_labels[0] if with_labels else places[-1]
     images = ["images" if part == "labels" else part for part in labels.parts]
     remedy = CONVERTER.format(
+        folder=folder,
         labels=labels,
         split=split,
         name="yolov5",

@@ -1,6 +1,6 @@
 """The report of an evaluation: metrics in the log, results and pictures in the output folder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,15 +28,16 @@ def report_results(
     folder: Path,
     options: EvaluationOptions,
     log: Callable[[str], None],
+    classes: Sequence[str] | None = None,
 ) -> Evaluation:
     """Evaluate result rows, log the metrics, and save the rows and their curves in the folder.
 
-    The rows are saved first, so that they are there if the evaluation fails. Raise UserError as
-    `evaluate` does.
+    `classes` are those that were detected. The rows are saved first, so that they are there if the
+    evaluation fails. Raise UserError as `evaluate` does.
     """
     results_path = folder / RESULTS_FILE
     save_results(results_path, result_rows)
-    evaluation = evaluate(annotation_file, result_rows, options.faster)
+    evaluation = evaluate(annotation_file, result_rows, options.faster, classes)
     count = f"{len(result_rows)} detections in {num_images} images"
     log(f"{evaluation.text}\n{count}: {results_path}")
     if options.per_class:

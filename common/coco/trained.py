@@ -15,7 +15,7 @@ def trained_boxes_line(index: CocoIndex, untrained: dict[str, np.ndarray]) -> st
     reasons = {}
     for rule, entries in index.broken_rules().items():
         if rule.severity is Severity.SKIP:
-            reasons[rule.text] = len(entries)
+            reasons[rule.text] = reasons.get(rule.text, 0) + len(entries)  # of several files
     num_boxes = len(index.table) + sum(reasons.values())
     is_left = np.ones(len(index.table), dtype=bool)
     for reason, is_untrained in untrained.items():

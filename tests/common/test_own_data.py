@@ -10,7 +10,7 @@ from PIL import Image
 
 from common.coco.evaluation import evaluate
 from common.coco.images import ImageReader, read_image
-from common.coco.index import read_annotations, read_index
+from common.coco.index import Rule, Severity, read_annotations, read_index
 from common.coco.trained import trained_boxes_line
 from common.errors import UserError
 
@@ -116,6 +116,17 @@ def test_upright_boxes_with_stored_sizes_are_explained(tmp_path):
     for turns in (True, False):
         with pytest.raises(UserError, match=r"Label Studio.*; exchange width and height"):
             ImageReader(index, turns).read(0)
+
+
+def test_a_tiff_is_turned_by_pillow_itself(tmp_path):
+    stored = picture().transpose(Image.Transpose.ROTATE_90)
+    save(tmp_path / "images", stored, name="a.tif", orientation=6)
+    image = {"id": 1, "file_name": "a.tif", "height": HEIGHT, "width": WIDTH}
+    index = read_index(*write(tmp_path, images=[image]))
+    assert box_iou(ImageReader(index, True).read(0), index.table.box_xywh[0]) == 1
+    as_stored = read_index(*write(tmp_path, images=[{**image, "height": WIDTH, "width": HEIGHT}]))
+    with pytest.raises(UserError, match=r"is 40 x 30 pixels, 30 x 40 in the annotation file"):
+        ImageReader(as_stored, True).read(0)
 
 
 # ---- pixels
@@ -238,6 +249,42 @@ def test_a_root_that_the_checkpoint_knows_stays(tmp_path):
     assert index.table.label.tolist() == [1]
 
 
+def test_a_root_of_the_classs_name_is_left_out_for_a_checkpoint_too(tmp_path):
+    save(tmp_path / "images", picture())
+    files = write(tmp_path, categories=[{**ROOT, "name": "dog"}, DOG])
+    index = read_index(*files, classes=("dog",))
+    assert index.category_ids == (1,)
+
+
+def test_detections_of_a_root_that_val_does_not_use_are_evaluated(tmp_path):
+    path, _ = write(tmp_path, categories=[ROOT, DOG])
+    rows = np.array([[1, *BOX, 0.9, 1], [1, *BOX, 0.8, 0]], dtype=np.float64)
+    assert evaluate(path, rows, classes=("animals", "dog")).stats["AP"] == pytest.approx(1)
+
+
+def test_a_supercategory_that_is_no_text_is_passed_over(tmp_path):
+    index = read(tmp_path, categories=[{**DOG, "supercategory": ["animals"]}])
+    assert index.class_names == ("dog",)
+
+
+def test_a_text_with_an_underscore_is_no_number(tmp_path):
+    with pytest.raises(UserError, match="image id that is no whole number"):
+        read(tmp_path, images=[{"id": "1_0", "file_name": "a.png", "height": 30, "width": 40}])
+
+
+def test_a_damaged_gzip_file_is_told(tmp_path):
+    packed = bytearray(gzip.compress(b"{}" * 1000))
+    packed[15:25] = bytes(10)
+    (tmp_path / "a.json.gz").write_bytes(packed)
+    with pytest.raises(UserError, match=r"a\.json\.gz: .*instances_\*\.json"):
+        read_annotations(str(tmp_path / "a.json.gz"))
+
+
+def test_placeholder_boxes_are_not_called_normalised(tmp_path):
+    index = read(tmp_path, annotations=[annotation(bbox=[0, 0, 0, 0])])
+    assert "zero-size box" in index.lines()[0]
+
+
 def test_an_unused_category_that_only_val_has_is_a_note(tmp_path):
     save(tmp_path / "images", picture())
     files = write(tmp_path, categories=[{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}])
@@ -321,5 +368,10 @@ def test_boxes_that_are_trained_on_are_counted_with_the_reasons(tmp_path):
     assert trained_boxes_line(index, crowd) == (
         "4 of 6 boxes are trained on; left out: 1 zero-size box, skipped, 1 iscrowd"
     )
+    two_files = {Rule("skipped", Severity.SKIP, file): ["a"] for file in ("a.json", "b.json")}
+    index.report.update(two_files)
+    assert "2 skipped" in trained_boxes_line(index, crowd)
+    for rule in two_files:
+        del index.report[rule]
     with pytest.raises(UserError, match=r"0 of 6 boxes .*; there is nothing to train on"):
         trained_boxes_line(index, {"all": np.ones(5, bool)})

@@ -64,7 +64,7 @@ def test_the_ap_of_every_class_comes_in_columns(result_rows, tmp_path):
 def test_the_backend_of_the_options_is_used(result_rows, tmp_path, monkeypatch):
     asked = []
 
-    def remember(annotation_file, rows, faster):
+    def remember(annotation_file, rows, faster, classes):
         asked.append(faster)
         return evaluate(annotation_file, rows)
 
