@@ -323,6 +323,16 @@ def test_classes_of_the_same_name_keep_their_weights(model):
     assert not torch.allclose(after[..., 1], before[..., 1])
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_more_names_than_the_head_has_classes_are_no_crash(model):
+    trained, _ = build(model, 3, seed=1)
+    names = [f"name {number}" for number in range(80)]
+    state = {"model": trained.state_dict(), "classes": names, "recipe": {}, "path": "a.pt"}
+    network, _ = build(model, 2, seed=2)
+    report = module(model, "weights").load_weights(network, state, ("cow", "hat"))
+    assert report.reinitialised
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_finetuning_keeps_the_order_of_the_checkpoints_classes(model, tmp_path):

@@ -184,12 +184,10 @@ class CocoIndex:
     def require_annotations(self) -> None:
         """Raise UserError where no annotation is usable: there is nothing to evaluate against."""
         if len(self.table) == 0:
-            findings = " ".join(self.lines(limit=3))
+            problem = f"{self.annotation_file}: no annotation to evaluate against"
+            findings = "; ".join([problem, *self.lines(limit=3)])
             raise UserError(
-                f"{self.annotation_file}: no annotation to evaluate against; {findings}".rstrip(
-                    "; "
-                ),
-                "give a val set that has some; evaluate.py --format_only needs none",
+                findings, "give a val set that has some; evaluate.py --format_only needs none"
             )
 
     def broken_rules(self) -> dict[Rule, list[str]]:

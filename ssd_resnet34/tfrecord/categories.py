@@ -46,7 +46,8 @@ def find_categories(
     if resumed is not None:
         return Categories(tuple(resumed), "the run that is resumed")
     if annotation_file and Path(annotation_file).is_file():
-        annotations = read_annotations(annotation_file)
+        names = [name for _, name in records.categories]
+        annotations = read_annotations(annotation_file, classes=names)
         annotations.raise_errors()
         ids = tuple(sorted(annotations.category_ids))
         return Categories(ids, f"--val_json_file={annotation_file}")
