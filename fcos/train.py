@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import common  # noqa: F401 before torch
+import common.npu.interpreter  # noqa: F401 before torch
 
 # isort: split
 

@@ -3,16 +3,20 @@
 The original's rule: a train line with `iter` above 50 has the rate devices * batch / time, an epoch
 (closed by its val line) their mean, the last line printed is the mean over epochs. Beyond it: a log
 without val lines is one epoch, and an epoch without a line beyond iteration 50 counts them all.
+The log may be one of this project, of MMDetection 2.x (`<time>.log.json`) or of MMDetection 3.x and
+mmengine (`vis_data/scalars.json`, `vis_data/<time>.json`).
 """
 
-import argparse
 import json
 import sys
+from argparse import ArgumentTypeError
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
 from common.errors import UserError
+from common.parser import Parser
 
 SKIPPED_ITERATIONS = 50  # of every epoch: worker start and warm-up
 
@@ -25,7 +29,7 @@ class Rate(NamedTuple):
 
 
 def read_json_log(path: str | Path) -> list[dict]:
-    """Return all whole lines of a `.log.json`.
+    """Return all whole lines of a `.log.json` in the form of MMDetection 2.x.
 
     A full disk or a lost machine may have cut the last one. Raise UserError where the file is
     missing or something else.
@@ -41,20 +45,75 @@ def read_json_log(path: str | Path) -> list[dict]:
             lines.append(entry)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} as the .log.json of a run: {error}") from error
-    return lines
+    return with_modes(lines)
+
+
+def with_modes(lines: list[dict]) -> list[dict]:
+    """Return the lines with mmengine's train and val lines in the form of MMDetection 2.x.
+
+    mmengine writes no `mode`. Only its train lines have `iter`, which counts on from epoch to
+    epoch there and is counted from the beginning of the epoch here. Where its log has a hierarchy,
+    the names begin with `train/`.
+    """
+    first_iterations = _iterations_before_epochs(lines)
+    converted = []
+    for line in lines:
+        if is_train_line_of_mmengine(line):
+            changes = {
+                "mode": "train",
+                "iter": line["iter"] - first_iterations[line.get("epoch")],
+                "time": line.get("time", line.get("train/time")),
+            }
+            converted.append(line | changes)
+        elif "mode" not in line and "step" in line:
+            converted.append(line | {"mode": "val"})
+        else:
+            converted.append(line)
+    return converted
+
+
+def is_train_line_of_mmengine(line: dict) -> bool:
+    return "mode" not in line and isinstance(line.get("iter"), int)
+
+
+def _iterations_before_epochs(lines: list[dict]) -> dict[int | None, int]:
+    """Return how many iterations of mmengine's log lie before each epoch, by the epoch's number.
+
+    The first line of an epoch is one log interval after its beginning. A run that counts no epochs
+    has the number None for all its lines.
+    """
+    train_lines = [line for line in lines if is_train_line_of_mmengine(line)]
+    if not train_lines:
+        return {}
+    first_line = train_lines[0]
+    gaps = [0]
+    for line, next_line in pairwise(train_lines):
+        if line.get("epoch") == next_line.get("epoch"):
+            gaps.append(next_line["iter"] - line["iter"])
+    # The first line of a whole log shows the interval; a resumed run begins later. The last gap of
+    # an epoch may be shorter than the interval.
+    interval = max(gaps)
+    if first_line.get("epoch") == 1:
+        interval = first_line["iter"]
+    before = {}
+    for line in train_lines:
+        before.setdefault(line.get("epoch"), line["iter"] - interval)
+    if None in before:
+        before[None] = 0
+    return before
 
 
 def fps_per_epoch(lines: list[dict], gpu_nums: int, batch_size: int) -> list[float]:
     """Return the images a second of each epoch that a val line closes, else of the whole log.
 
-    `batch_size` is that of one device. Raise UserError where there is no train line to measure.
+    `lines` are in the form of MMDetection 2.x, `batch_size` is that of one device. Raise UserError
+    where there is no train line to measure, or one without a time above 0.
     """
     epochs = []
     rates = []
     for line in lines:
         if line.get("mode") == "train":
-            fps = gpu_nums * batch_size / line["time"]
-            rates.append(Rate(line["iter"], fps))
+            rates.append(rate_of(line, gpu_nums * batch_size))
         elif line.get("mode") == "val" and rates:
             epochs.append(rates)
             rates = []
@@ -65,6 +124,23 @@ def fps_per_epoch(lines: list[dict], gpu_nums: int, batch_size: int) -> list[flo
     return [mean_fps(rates) for rates in epochs]
 
 
+def rate_of(line: dict, images: int) -> Rate:
+    """Return what a train line says about a step of so many images.
+
+    Raise UserError where the line has no iteration or no time above 0.
+    """
+    iteration = line.get("iter")
+    if not isinstance(iteration, int):
+        raise UserError(f"a train line has the iter {iteration}, not a whole number")
+    time = line.get("time")
+    if not isinstance(time, int | float) or not time > 0:
+        raise UserError(
+            f"the train line of epoch {line.get('epoch')}, iter {iteration} has the time {time}; "
+            "give a log whose lines have the seconds of an iteration"
+        )
+    return Rate(iteration, images / time)
+
+
 def mean_fps(rates: list[Rate]) -> float:
     """Return the mean without the warm-up; with it where there is nothing else."""
     warm = [rate.fps for rate in rates if rate.iteration > SKIPPED_ITERATIONS]
@@ -73,11 +149,19 @@ def mean_fps(rates: list[Rate]) -> float:
     return fmean(warm)
 
 
+def count(text: str) -> int:
+    """Return the number that a text is, for argparse; raise its error for less than 1."""
+    number = int(text)
+    if number < 1:
+        raise ArgumentTypeError(f"{number}: give at least 1")
+    return number
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="calc_fps.py", description="FPS of a run from its log.")
+    parser = Parser(prog="calc_fps.py", description="FPS of a run from its log.")
     parser.add_argument("log", metavar="xxx.log.json")
-    parser.add_argument("gpu_nums", metavar="GPU_NUMS", type=int, help="devices of the run")
-    parser.add_argument("batch_size", metavar="BATCH_SIZE", type=int, help="images a device")
+    parser.add_argument("gpu_nums", metavar="GPU_NUMS", type=count, help="devices of the run")
+    parser.add_argument("batch_size", metavar="BATCH_SIZE", type=count, help="images a device")
     args = parser.parse_args(argv)
     try:
         means = fps_per_epoch(read_json_log(args.log), args.gpu_nums, args.batch_size)

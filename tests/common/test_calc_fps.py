@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from common.errors import UserError
-from common.fps.calc_fps import fps_per_epoch, main
+from common.fps.calc_fps import fps_per_epoch, main, read_json_log
 from common.fps.meter import Window
 from common.fps.runlog import RunLog
 from common.npu.distributed import Ranks
@@ -95,6 +95,80 @@ def test_a_bad_log_is_one_line_and_status_1(tmp_path, capsys, content, message):
 def test_a_log_without_train_lines_is_the_users_to_mend():
     with pytest.raises(UserError, match="no train line"):
         fps_per_epoch([entry("val", 1, 100)], 1, 1)
+
+
+def mmengine_entry(epoch, iteration, seconds, names=("loss", "time")):
+    """A train line of mmengine's scalars.json; `iteration` counts from the first epoch on."""
+    loss, time = names
+    line = {"lr": 0.002, "data_time": 0.01, loss: 1.5, time: seconds}
+    return line | {"epoch": epoch, "iter": iteration, "memory": 9000, "step": iteration}
+
+
+def mmengine_val(epoch):
+    return {"coco/bbox_mAP": 0.21, "coco/bbox_mAP_50": 0.39, "step": epoch}
+
+
+@pytest.mark.parametrize("names", [("loss", "time"), ("train/loss", "train/time")])
+def test_the_log_of_mmengine_gives_what_that_of_mmdetection_gives(tmp_path, names):
+    mmengine, mmdetection = [], []
+    for epoch in (1, 2):
+        for step in (50, 100, 150, 180):  # the last line of an epoch may come earlier
+            time = 0.1 * epoch + step / 1000
+            mmengine.append(mmengine_entry(epoch, 180 * (epoch - 1) + step, time, names))
+            mmdetection.append(entry("train", epoch, step, time))
+        mmengine.append(mmengine_val(epoch))
+        mmdetection.append(entry("val", epoch, 180))
+    expected = fps_per_epoch(mmdetection, 8, 4)
+    assert len(expected) == 2
+    path = write(tmp_path / "scalars.json", mmengine)
+    assert fps_per_epoch(read_json_log(path), 8, 4) == expected
+    # A run that was resumed begins with its second epoch.
+    path = write(tmp_path / "resumed.json", mmengine[5:])
+    assert fps_per_epoch(read_json_log(path), 8, 4) == expected[1:]
+
+
+def test_a_log_of_mmengine_without_epochs_is_one(tmp_path):
+    lines = []
+    for iteration, seconds in [(50, 9.0), (100, 0.5), (150, 2.0)]:
+        line = mmengine_entry(1, iteration, seconds)
+        del line["epoch"]
+        lines.append(line)
+    path = write(tmp_path / "scalars.json", lines)
+    assert fps_per_epoch(read_json_log(path), 2, 4) == [10.0]
+
+
+@pytest.mark.parametrize("form", ["mmdetection", "mmengine"])
+@pytest.mark.parametrize("time", [0, 0.0, -1, None, "fast", float("nan")])
+def test_a_train_line_without_a_time_is_one_line_and_status_1(tmp_path, form, time):
+    line = {"epoch": 3, "iter": 100, "loss": 1.0, "time": time}
+    if time is None:
+        del line["time"]
+    if form == "mmdetection":
+        line["mode"] = "train"
+    path = write(tmp_path / "x.log.json", [line])
+    with pytest.raises(SystemExit) as ended:
+        main([path, "1", "1"])
+    assert ended.value.code.startswith("error: the train line of epoch 3, iter ")
+    assert f"has the time {time}; give a log whose lines" in ended.value.code
+
+
+@pytest.mark.parametrize(
+    ("numbers", "named"),
+    [
+        (["0", "8"], "argument GPU_NUMS: 0: give at least 1"),
+        (["8", "0"], "argument BATCH_SIZE: 0: give at least 1"),
+        (["eight", "8"], "argument GPU_NUMS: invalid count value: 'eight'"),
+        (["8"], "the following arguments are required: BATCH_SIZE"),
+    ],
+)
+def test_a_wrong_number_is_one_line_and_status_2(tmp_path, capsys, numbers, named):
+    path = write(tmp_path / "x.log.json", [entry("train", 1, 100, 0.5)])
+    with pytest.raises(SystemExit) as ended:
+        main([path, *numbers])
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == f"error: {named} (--help lists the flags)\n"
 
 
 def test_it_runs_as_a_module_without_torch(tmp_path):
