@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int | None:
                 # A dynamic scale that overflowed skips its step: that is no reason to stop.
                 losses["grad_norm"] = torch.where(gradient_norm.isfinite(), gradient_norm, 0.0)
             progress.add(step, losses, batch.image_ids)
-            if progress.steps_done == steps_per_epoch:
+            if progress.first_epoch_done():
                 run.log.warn_of("data", turned_images(reader, run.ranks))
 
             if progress.checkpoint_due():

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.arithmetic import ceil_div
 from common.coco.images import ImageReader
-from common.coco.index import CocoIndex, read_index
+from common.coco.index import CocoIndex, name_to_bytes, read_index
 from common.coco.layout import Files, find_coco
 from common.errors import UserError
 from common.npu.device import memory_format
@@ -131,9 +131,9 @@ def join_indexes(indexes: list[CocoIndex]) -> CocoIndex:
         offsets.append(index.offsets[1:] + num_annotations)
         num_annotations += len(index.table)
         for i in range(len(index)):
-            paths.append(os.fsencode(index.path(i)))
-        for rule, entries in index.report.items():
-            report[rule._replace(file=index.annotation_file)] = entries
+            paths.append(name_to_bytes(index.path(i)))
+        for rule, findings in index.report.items():
+            report[rule._replace(file=index.annotation_file)] = findings
     table = np.concatenate([index.table for index in indexes])
     return replace(
         indexes[0],
@@ -186,9 +186,10 @@ def draw_colour_jitter(recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
 
 
 def boxes_of_pixels(index: CocoIndex) -> np.ndarray:
-    """Return all boxes (A, 4) float64 xyxy in pixels, clipped to their images.
+    """Return all boxes (A, 4) float64 xyxy in pixels, within their images.
 
-    As in the original, the last pixel of a box counts as inside.
+    As in the original, the last pixel of a box counts as inside, a box over the left or the upper
+    edge is moved in, and one over the right or the lower edge is cut.
     """
     box_xywh = index.table.box_xywh
     image_sizes = np.repeat(index.sizes, np.diff(index.offsets), axis=0)

@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int | None:
             run.precision.backward(losses["loss"], optimizer)
             run.precision.step(optimizer, recipe.clip_norm, recipe.clip_each)
             progress.add(step, losses, batch.image_ids)
-            if progress.steps_done == steps_per_epoch:
+            if progress.first_epoch_done():
                 run.log.warn_of("data", turned_images(reader, run.ranks))
 
             if progress.checkpoint_due():

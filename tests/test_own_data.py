@@ -195,7 +195,7 @@ def test_a_set_of_quirks_trains_and_is_told(model, tmp_path):
     boxes = "7 of 7 boxes" if trained_crowd else "6 of 7 boxes"
     assert f"{boxes} are trained on" in log
     assert ("left out: 1 iscrowd" in log) != trained_crowd
-    assert "data: 2 images were turned by their EXIF orientation" in log
+    assert "data: 2 of 6 images were turned by their EXIF orientation" in log
     assert "area 0 of a box with a size, taken as width times height: 7 (" in log
     assert "annotation id of several annotations, kept: 1 (" in log
     assert "category that no box uses and others lie under, left out: 1 (" in log
@@ -207,7 +207,7 @@ def test_a_set_of_quirks_trains_and_is_told(model, tmp_path):
     ("changes", "words"),
     [
         ({"bbox": [0.6, 0.15, 0.3, 0.55]}, "they are normalised"),
-        ({"image_id": 99}, "0 of 2 boxes are trained on; left out: 2 unknown image"),
+        ({"image_id": 99}, "0 of 2 boxes are trained on; left out: 2 annotation of an unknown image"),
         ({"bbox": [5, 5, 0, 3]}, "0 of 2 boxes are trained on; left out: 2 zero-size box"),
     ],
 )
@@ -269,7 +269,7 @@ def test_check_data_counts(model, tmp_path, capsys):
     program = module(model, "train")
     assert not program.main([*SMALL[model], f"--data={data}", "--check_data"])
     printed = capsys.readouterr().out
-    assert "1 of 2 images are turned by their EXIF orientation" in printed
+    assert "1 of 2 images were turned by their EXIF orientation" in printed
     assert "2 of 2 boxes are trained on" in printed
 
 

@@ -1,5 +1,6 @@
 """`--check_data`: every rule of an annotation file (index.py), and every image decoded."""
 
+import os
 from collections.abc import Callable, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -7,8 +8,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.coco.images import ImageReader
-from common.coco.index import CocoIndex, Rule, Severity, find_image_files, read_annotations
+from common.coco.images import ImageReader, turned_images_line
+from common.coco.index import (
+    CocoIndex,
+    Findings,
+    Rule,
+    Severity,
+    find_image_files,
+    read_annotations,
+)
 from common.coco.layout import Files
 from common.coco.trained import trained_boxes_line
 from common.errors import UserError
@@ -17,7 +25,6 @@ from common.files import write_atomically
 BAD_IMAGE_FILE = Rule(
     "image that cannot be read, or of another size than annotated", Severity.ERROR
 )
-TURNED_IMAGES = "images are turned by their EXIF orientation, as their annotated sizes ask"
 IMAGES_PER_TASK = 16  # of a thread
 EXAMPLES_SHOWN = 20  # of each rule; the report file has all
 
@@ -41,23 +48,32 @@ def check_data(
     status = 0
     class_names = None
     whole_report = []
+    is_shortened = False
     for files in [*training, *validation]:
-        index = read_annotations(files.annotation_file, files.image_dir, class_names)
+        index = read_annotations(files.annotation_file, files.image_dir, class_names, examples=None)
         if class_names is None:
             class_names = index.class_names
         index.check_classes(class_names)
         index = find_image_files(index)
         reader = ImageReader(index, turns_if_both_fit)
-        index.report[BAD_IMAGE_FILE] = _bad_image_files(reader)
-        severities = [rule.severity for rule in index.broken_rules()]
-        num_errors = severities.count(Severity.ERROR)
-        num_notes = len(severities) - num_errors
+        index.report[BAD_IMAGE_FILE] = Findings.of(_bad_image_files(reader))
+
+        num_errors = 0
+        num_notes = 0
+        for rule, findings in index.broken_rules().items():
+            if rule.severity is Severity.ERROR:
+                num_errors += findings.count
+            else:
+                num_notes += findings.count
+            is_shortened |= findings.count > EXAMPLES_SHOWN
         headline = f"{files}: {num_errors} errors, {num_notes} notes"
+        whole_report += [headline, *index.lines(limit=None)]
         print(headline)
         for line in index.lines(EXAMPLES_SHOWN):
             print(f"  {line}")
-        if reader.num_turned:
-            print(f"  {reader.num_turned} of {len(index)} {TURNED_IMAGES}")
+        num_turned = np.count_nonzero(reader.is_turned)
+        if num_turned:
+            print(f"  {turned_images_line(num_turned, len(index))}")
         if num_errors:
             status = 1
         elif files in training:
@@ -67,18 +83,19 @@ def check_data(
             except UserError as error:
                 print(f"  error: {error}")
                 status = 1
-        whole_report += [headline, *index.lines(limit=None)]
-        if any(len(entries) > EXAMPLES_SHOWN for entries in index.broken_rules().values()):
-            text = "\n".join(whole_report) + "\n"
-            write_atomically(report_file, text.encode())
-            print(f"  all of them: {report_file}")
+    if is_shortened:
+        text = "\n".join(whole_report) + "\n"
+        write_atomically(report_file, text.encode(errors="backslashreplace"))
+        print(f"all of them: {report_file}")
     return status
 
 
 def _bad_image_files(reader: ImageReader) -> list[str]:
-    """Decode all images, and describe those that cannot be read or have another size."""
+    """Decode all images that are there; describe those that cannot be read or of another size."""
 
     def describe_problem(i: int) -> str | None:
+        if not os.path.lexists(reader.records.path(i)):
+            return None  # reported as missing
         try:
             reader.read(i)
         except UserError as error:

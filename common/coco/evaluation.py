@@ -138,9 +138,11 @@ def evaluate(
         evaluator.accumulate()
         summarize(evaluator)
     lines = printed.getvalue().splitlines()[-len(STATS) :]
-    if not has_area.all():
+    num_without_area = np.count_nonzero(~has_area)
+    if num_without_area:
         lines.append(
-            f"{annotation_file} has no mask areas: AP and AR by size go by the boxes' areas"
+            f"{num_without_area} of {len(has_area)} annotations of {annotation_file} have no mask "
+            "area: AP and AR by size take the box's"
         )
     precision = evaluator.eval["precision"][..., ALL_AREAS, MAX_100_DETECTIONS]
     return Evaluation(

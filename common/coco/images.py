@@ -20,6 +20,7 @@ HEIC_BRANDS = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1")
 CMYK_SPACES = ("CMYK", "YCCK")  # whose RGB pixels by simplejpeg are not always Pillow's
 # Pillow's modes that fit into 8 bits a channel.
 MODES_OF_8_BITS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr")
+LARGEST_8_BIT = 2**8 - 1
 LARGEST_16_BIT = 2**16 - 1
 REMEDY = "re-download it; --check_data lists all such files"
 
@@ -31,7 +32,9 @@ HEADER_BYTES = 2**16  # of a JPEG, in which its EXIF data begins
 PNG_START = b"\x89PNG"
 PNG_EXIF_MARKS = (b"eXIf", b"Raw profile type exif")
 TIFF_STARTS = (b"II*\x00", b"MM\x00*")
-TOLERANCE = 1  # pixels that a box may reach over the edge: rounding
+# A box that reaches further over the edge is a sign that the annotated size is that of the other
+# position, a smaller distance is the annotator's: a share of the height or the width.
+LARGEST_OVERHANG = 0.05
 
 
 class AnnotatedImage(NamedTuple):
@@ -75,9 +78,17 @@ class ImageReader:
         return image.pixels
 
     @property
-    def num_turned(self) -> int:
-        """How many different images were turned by their EXIF orientation so far."""
-        return int(self._is_turned.sum())
+    def is_turned(self) -> np.ndarray:
+        """Which images (I,) bool were turned by their EXIF orientation so far."""
+        return self._is_turned.numpy().copy()
+
+
+def turned_images_line(num_turned: int, num_images: int) -> str:
+    """Return the sentence on the images that an ImageReader has turned."""
+    return (
+        f"{num_turned} of {num_images} images were turned by their EXIF orientation, as their "
+        "annotated sizes ask"
+    )
 
 
 def read_image(path: str | Path, ignore_exif: bool = True) -> np.ndarray:
@@ -95,9 +106,9 @@ def read_image(path: str | Path, ignore_exif: bool = True) -> np.ndarray:
 def decode_image(data: bytes, where: str, remedy: str = REMEDY) -> np.ndarray:
     """Decode the bytes of an image file to uint8 (H, W, 3) RGB, C-contiguous and writable.
 
-    Of 16 bits the upper 8 are kept, as OpenCV does. Raise UserError for bytes that are no complete
-    image, and for pixels that 8 bits do not hold; `where` (the file) and `remedy` (what the user
-    can do) are named in its message.
+    Of 16 bits the upper 8 are kept, as OpenCV does; an image that uses only 12 of them becomes dark
+    there too. Raise UserError for bytes that are no complete image, and for pixels that 8 bits do
+    not hold; `where` (the file) and `remedy` (what the user can do) are named in its message.
     """
     if bytes(data[:2]) == JPEG_START:
         try:
@@ -200,8 +211,9 @@ def is_annotated_turned(
     turned_fits = turned == size
     if not (stored_fits or turned_fits):
         raise _wrong_size(where, stored, size)
-    if stored_fits and not turned_fits and not boxes_fit and _holds(turned, far_corner):
-        raise _boxes_of_other_position(where, stored, turned)
+    other_position = turned if stored_fits else stored
+    if other_position != size and not boxes_fit and _holds(other_position, far_corner):
+        raise _boxes_of_other_position(where, size, other_position, stored_fits)
     return turned_fits and orientation != 1 and (turns_if_both_fit or not stored_fits)
 
 
@@ -209,7 +221,8 @@ def _holds(size: tuple[int, int], far_corner: tuple[float, float]) -> bool:
     """Return whether an image of (height, width) holds boxes whose far corner is at (y, x)."""
     height, width = size
     bottom, right = far_corner
-    return bottom <= height + TOLERANCE and right <= width + TOLERANCE
+    limit = 1 + LARGEST_OVERHANG
+    return bottom <= limit * height and right <= limit * width
 
 
 def exif_orientation(data: bytes) -> int:
@@ -238,13 +251,26 @@ def _wrong_size(where: str, stored: tuple[int, int], annotated: tuple[int, int])
 
 
 def _boxes_of_other_position(
-    where: str, stored: tuple[int, int], turned: tuple[int, int]
+    where: str, annotated: tuple[int, int], other: tuple[int, int], is_stored: bool
 ) -> UserError:
+    """Return the error for boxes that fit only the `other` position than the annotated size.
+
+    `is_stored` says that this size is the one of the pixels as they are stored.
+    """
+    if is_stored:
+        explanation = (
+            "the boxes are for the upright picture, the annotated size is that of the stored "
+            "pixels, as Label Studio, for one, writes it"
+        )
+    else:
+        explanation = (
+            "the boxes are for the stored pixels, the annotated size is that of the upright picture"
+        )
     return UserError(
-        f"{where}: its boxes reach over the stored {_text(stored)} pixels but fit into "
-        f"{_text(turned)}, to which its EXIF orientation turns it: the boxes are for the upright "
-        "picture, the annotated size is the stored one, as Label Studio writes it",
-        "exchange width and height in the annotation file",
+        f"{where}: its boxes reach over the annotated {_text(annotated)} pixels but fit into "
+        f"{_text(other)}, as its EXIF orientation exchanges them: {explanation}",
+        "exchange width and height in the annotation file for every image with such an "
+        "orientation, also for those whose boxes happen to fit",
     )
 
 
@@ -281,7 +307,10 @@ def _to_rgb(image: Image.Image, where: str) -> np.ndarray:
         return np.array(image.convert("RGB"))
     if image.mode.startswith("I"):
         values = np.array(image)
-        if values.min() >= 0 and values.max() <= LARGEST_16_BIT:
+        # Mode I is one of 32 bits, in which older versions of Pillow give 16: values of 8 bits are
+        # somebody's own scale.
+        is_16_bit = image.mode != "I" or values.max() > LARGEST_8_BIT
+        if is_16_bit and values.min() >= 0 and values.max() <= LARGEST_16_BIT:
             upper_bits = (values >> 8).astype(np.uint8)
             return np.repeat(upper_bits[:, :, np.newaxis], 3, axis=2)
     raise UserError(

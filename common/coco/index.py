@@ -33,16 +33,29 @@ class Rule(NamedTuple):
     severity: Severity
     file: str = ""  # in an index of several annotation files: the one that was checked
 
-    def line(self, entries: list[str], limit: int | None) -> str:
+    def line(self, findings: "Findings", limit: int | None) -> str:
         """Return the line of the report: how many entries break the rule, and `limit` of them."""
         label = "error" if self.severity is Severity.ERROR else "note"
         prefix = f"{self.file}: " if self.file else ""
-        return f"{prefix}{label}: {self.summary(entries, limit)}"
+        return f"{prefix}{label}: {self.summary(findings, limit)}"
 
-    def summary(self, entries: list[str], limit: int | None) -> str:
+    def summary(self, findings: "Findings", limit: int | None) -> str:
         """Return the line without its beginning, to be joined with others."""
-        examples = "; ".join(entries[:limit])
-        return f"{self.text}: {len(entries)} ({examples})"
+        consequence = ", skipped" if self.severity is Severity.SKIP else ""
+        examples = "; ".join(findings.examples[:limit])
+        return f"{self.text}{consequence}: {findings.count} ({examples})"
+
+
+class Findings(NamedTuple):
+    """The entries of a file that break a rule: how many, and how the report names some of them."""
+
+    count: int
+    examples: list[str]
+
+    @staticmethod
+    def of(entries: list[str]) -> "Findings":
+        """Return findings of which each is an example."""
+        return Findings(len(entries), entries)
 
 
 BAD_IMAGE_ID = Rule("image id that is no whole number from 0 on", Severity.ERROR)
@@ -55,20 +68,22 @@ REPEATED_CATEGORY_NAME = Rule("category name of several ids that boxes use", Sev
 CATEGORY_LISTED_AGAIN = Rule("category listed again, taken once", Severity.KEEP)
 UNUSED_ROOT = Rule("category that no box uses and others lie under, left out", Severity.KEEP)
 UNUSED_NAMESAKE = Rule(
-    "category that no box uses, of the name of a used one, left out", Severity.KEEP
+    "category that no box uses and that has the name of another, left out", Severity.KEEP
 )
-BAD_ANNOTATION_ID = Rule("annotation id that is no whole number from 0 on", Severity.ERROR)
+BAD_ANNOTATION_ID = Rule(
+    "annotation id that is no whole number from 0 on, not needed", Severity.KEEP
+)
 REPEATED_ANNOTATION_ID = Rule("annotation id of several annotations, kept", Severity.KEEP)
 UNKNOWN_CATEGORY = Rule("unknown category", Severity.ERROR)
-INFINITE_MARK = Rule("box of infinities with area 0, skipped", Severity.SKIP)
+INFINITE_MARK = Rule("box of infinities with area 0", Severity.SKIP)
 BAD_BOX = Rule("box that is not 4 finite numbers", Severity.ERROR)
-NEGATIVE_SIZE = Rule("box of negative size, skipped", Severity.SKIP)
+NEGATIVE_SIZE = Rule("box of negative size", Severity.SKIP)
 BAD_AREA = Rule("area that is no number from 0 on", Severity.ERROR)
 BAD_CROWD = Rule("iscrowd that is not 0 or 1", Severity.ERROR)
 BAD_IGNORE = Rule("ignore that is not 0 or 1", Severity.ERROR)
-UNKNOWN_IMAGE = Rule("unknown image, annotation skipped", Severity.SKIP)
-EMPTY_BOX = Rule("zero-size box, skipped", Severity.SKIP)
-BOX_OUTSIDE = Rule("box wholly outside its image, skipped", Severity.SKIP)
+UNKNOWN_IMAGE = Rule("annotation of an unknown image", Severity.SKIP)
+EMPTY_BOX = Rule("zero-size box", Severity.SKIP)
+BOX_OUTSIDE = Rule("box wholly outside its image", Severity.SKIP)
 BOX_OVER_EDGE = Rule("box more than 1 pixel over the edge, kept", Severity.KEEP)
 ZERO_AREA = Rule("area 0 of a box with a size, taken as width times height", Severity.KEEP)
 NORMALISED_BOXES = Rule(
@@ -87,7 +102,7 @@ COCO_CLASSES = tuple(Path(__file__).with_name("class_names.txt").read_text().spl
 POLYGONS = re.compile(rb'"segmentation":\s*\[[^"{}]*\]\s*,(?=\s*")')
 
 TABLE_COLUMNS = [
-    ("id", np.int64),
+    ("id", np.int64),  # -1 where the file has no number
     ("image_id", np.int64),
     ("label", np.int64),  # a position in class_names
     ("box_xywh", np.float64, 4),  # pixels
@@ -100,8 +115,12 @@ SIZE_LIMIT = 2**31  # pixels: sizes are kept as int32
 EXACT_LIMIT = 2**53  # float64 holds all integers below
 BOXES_MULTIPLE = 16
 LARGEST_NORMALISED = 1.5  # a little over 1: of boxes over the edge
+EXAMPLES_KEPT = 20  # of a rule, unless all are asked for
 GZIP_START = b"\x1f\x8b"
 OTHER_ENCODING = "gbk"  # of files written on a Chinese Windows
+OTHER_ENCODING_READ = Rule(
+    f"file is not UTF-8 and was read as {OTHER_ENCODING.upper()}", Severity.KEEP
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,21 +135,22 @@ class CocoIndex:
     image_dir: str
     image_ids: np.ndarray  # (I,) int64
     sizes: np.ndarray  # (I, 2) int32 height, width
-    file_names: np.ndarray  # (I,) 'S', UTF-8
-    # (I, 2) float32: the largest bottom and right of any box of the image, in pixels
+    file_names: np.ndarray  # (I,) 'S', of `name_to_bytes`
+    # (I, 2) float32: the largest bottom and right of any box of the image, in pixels; also of one
+    # that lies outside the image
     far_corners: np.ndarray
     offsets: np.ndarray  # (I + 1,) int64: the annotations of image i are offsets[i]:offsets[i + 1]
     table: np.recarray  # (A,) of TABLE_COLUMNS
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]  # of each class; -1 for one that the file does not have
-    report: dict[Rule, list[str]]  # the entries that break each rule that was checked
+    report: dict[Rule, Findings]  # of each rule that was checked
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def path(self, i: int) -> str:
         """Return the path of the file of image `i`."""
-        return os.path.join(self.image_dir, self.file_names[i].decode())
+        return os.path.join(self.image_dir, name_from_bytes(self.file_names[i]))
 
     def annotations(self, i: int) -> np.recarray:
         """Return the annotations of image `i`, in file order."""
@@ -178,8 +198,9 @@ class CocoIndex:
                 unknown_used.append(repr(name))
             else:
                 unknown_unused.append(repr(name))
-        self.report[Rule(text, Severity.ERROR)] = unknown_used
-        self.report[Rule(f"{text}, no box uses it", Severity.KEEP)] = unknown_unused
+        self.report[Rule(text, Severity.ERROR)] = Findings.of(unknown_used)
+        unused = Rule(f"{text}, no box uses it", Severity.KEEP)
+        self.report[unused] = Findings.of(unknown_unused)
 
     def require_annotations(self) -> None:
         """Raise UserError where no annotation is usable: there is nothing to evaluate against."""
@@ -190,20 +211,20 @@ class CocoIndex:
                 findings, "give a val set that has some; evaluate.py --format_only needs none"
             )
 
-    def broken_rules(self) -> dict[Rule, list[str]]:
+    def broken_rules(self) -> dict[Rule, Findings]:
         """Return the rules that are broken, with the entries that break them."""
-        return {rule: entries for rule, entries in self.report.items() if entries}
+        return {rule: findings for rule, findings in self.report.items() if findings.count}
 
     def lines(self, limit: int | None = 5) -> list[str]:
         """Return a line for each broken rule, with its count and up to `limit` examples."""
-        return [rule.line(entries, limit) for rule, entries in self.broken_rules().items()]
+        return [rule.line(findings, limit) for rule, findings in self.broken_rules().items()]
 
     def raise_errors(self) -> None:
         """Raise all errors of the report together as one UserError, if there are any."""
         errors = []
-        for rule, entries in self.broken_rules().items():
+        for rule, findings in self.broken_rules().items():
             if rule.severity is Severity.ERROR:
-                errors.append(rule.summary(entries, limit=3))
+                errors.append(rule.summary(findings, limit=3))
         if errors:
             hint = "train.py --check_data lists them in full"
             raise UserError(f"{self.annotation_file}: {'; '.join(errors)}; {hint}")
@@ -221,7 +242,16 @@ def read_index(
     them the classes are those of the file, in `usual_order` if it has the same names. Raise one
     UserError with all errors, files missing in `image_dir` among them.
     """
-    index = read_annotations(annotation_file, image_dir, classes)
+    annotations = read_annotations(annotation_file, image_dir, classes)
+    return usable_index(annotations, classes, usual_order)
+
+
+def usable_index(
+    index: CocoIndex,
+    classes: Sequence[str] | None = None,
+    usual_order: Sequence[str] | None = None,
+) -> CocoIndex:
+    """Do the second half of `read_index`: what it does with all annotations of a file."""
     names = index.class_names
     if classes is not None:
         names = tuple(classes)
@@ -253,7 +283,7 @@ def find_image_files(index: CocoIndex) -> CocoIndex:
     missing = []
     found_otherwise = []
     for i, encoded in enumerate(index.file_names.tolist()):
-        name = encoded.decode()
+        name = name_from_bytes(encoded)
         if _is_there(index.image_dir, name, folders):
             file_names.append(encoded)
             continue
@@ -263,10 +293,20 @@ def find_image_files(index: CocoIndex) -> CocoIndex:
             file_names.append(encoded)
         else:
             found_otherwise.append(f"{name!r} is {other!r}")
-            file_names.append(os.fsencode(other))
-    index.report[IMAGE_FILE_MISSING] = missing
-    index.report[FILE_FOUND_OTHERWISE] = found_otherwise
+            file_names.append(name_to_bytes(other))
+    index.report[IMAGE_FILE_MISSING] = Findings.of(missing)
+    index.report[FILE_FOUND_OTHERWISE] = Findings.of(found_otherwise)
     return replace(index, file_names=np.array(file_names))
+
+
+def name_to_bytes(name: str) -> bytes:
+    """Return a file name as the index keeps it: in UTF-8, surrogates as they are."""
+    return name.encode(errors="surrogatepass")
+
+
+def name_from_bytes(encoded: bytes) -> str:
+    """Return a file name of the index."""
+    return encoded.decode(errors="surrogatepass")
 
 
 class _Folder:
@@ -319,14 +359,18 @@ class _Breach(NamedTuple):
 
 @np.errstate(invalid="ignore")  # NaN and infinity are compared and cast; the report has them
 def read_annotations(
-    annotation_file: str, image_dir: str = "", classes: Sequence[str] | None = None
+    annotation_file: str,
+    image_dir: str = "",
+    classes: Sequence[str] | None = None,
+    examples: int | None = EXAMPLES_KEPT,
 ) -> CocoIndex:
     """Read a COCO annotation file; index all annotations of its images, with a report on them.
 
-    A category that is among `classes` stays even if no box uses it. The arrays mean nothing where
-    the report has errors. Raise UserError only for what is no COCO file.
+    A category that is among `classes` stays even if no box uses it. The report has up to `examples`
+    of each rule, all for None. The arrays mean nothing where it has errors. Raise UserError only
+    for what is no COCO file.
     """
-    report: dict[Rule, list[str]] = {}
+    report = _Report(examples)
     images, categories, annotations = _read_json(annotation_file, report)
 
     image_ids = _numbers(images, "id")
@@ -348,9 +392,9 @@ def read_annotations(
 
     ids = _numbers(annotations, "id")
     id_of_image = _numbers(annotations, "image_id")
-    area = _numbers(annotations, "area")
-    crowd = np.nan_to_num(_numbers(annotations, "iscrowd"))
-    ignore = np.nan_to_num(_numbers(annotations, "ignore"))
+    area = _numbers(annotations, "area", null=np.nan)
+    crowd = np.nan_to_num(_numbers(annotations, "iscrowd", null=np.nan))
+    ignore = np.nan_to_num(_numbers(annotations, "ignore", null=np.nan))
     box_xywh = _boxes(annotations)
     image = _positions(id_of_image, image_ids)
     label = _positions(id_of_category, category_ids)
@@ -363,8 +407,8 @@ def read_annotations(
     outside = (x >= image_width) | (y >= image_height) | (right <= 0) | (bottom <= 0)
     over_edge = (x < -1) | (y < -1) | (right > image_width + 1) | (bottom > image_height + 1)
     has_size = (width > 0) & (height > 0)
+    is_id = _is_id(ids)
     breaches = [
-        _Breach(BAD_ANNOTATION_ID, ~_is_id(ids), "id"),
         _Breach(UNKNOWN_CATEGORY, label < 0, "category_id"),
         _Breach(INFINITE_MARK, (box_xywh == np.inf).any(axis=1) & (area == 0), "bbox"),
         _Breach(BAD_BOX, ~np.isfinite(box_xywh).all(axis=1), "bbox"),
@@ -377,46 +421,61 @@ def read_annotations(
         _Breach(BOX_OUTSIDE, outside, "bbox"),
         _Breach(BOX_OVER_EDGE, over_edge, "bbox"),
         _Breach(ZERO_AREA, area == 0, "area"),
-        _Breach(REPEATED_ANNOTATION_ID, _comes_again(ids), "id"),
+        _Breach(BAD_ANNOTATION_ID, ~is_id, "id"),
+        _Breach(REPEATED_ANNOTATION_ID, is_id & _comes_again(ids), "id"),
     ]
     usable = _usable(annotations, breaches, report)
     area = np.where(has_size & (area == 0), np.nan, area)  # as where the file has none
     if _are_normalised(box_xywh[usable], heights, widths):
-        report[NORMALISED_BOXES] = [_description(annotations[0], 0, "bbox")]
+        report.add(NORMALISED_BOXES, annotations, usable, "bbox")
 
+    ids = np.where(is_id, ids, -1)
     columns = [ids, id_of_image, label, box_xywh, area, crowd, ignore, usable]
     table = np.rec.fromarrays(columns, dtype=TABLE_COLUMNS)
     by_image = np.argsort(image, kind="stable")
     num_without_image = np.count_nonzero(image < 0)  # these come first
     by_image = by_image[num_without_image:]
     far_corners = np.zeros((len(images), 2), np.float32)
-    np.maximum.at(far_corners, image[by_image], np.stack([bottom, right], axis=1)[by_image])
+    with_corner = by_image[(has_size & np.isfinite(box_xywh).all(axis=1))[by_image]]
+    np.maximum.at(far_corners, image[with_corner], np.stack([bottom, right], axis=1)[with_corner])
     return CocoIndex(
         annotation_file=str(annotation_file),
         image_dir=str(image_dir),
         image_ids=image_ids.astype(np.int64),
         sizes=np.stack([heights, widths], axis=1).astype(np.int32),
-        file_names=np.array([name.encode(errors="replace") for name in file_names]),
+        file_names=np.array([name_to_bytes(name) for name in file_names]),
         far_corners=far_corners,
         # The annotations of an image begin after those of all images before it.
         offsets=np.searchsorted(image[by_image], np.arange(len(images) + 1)),
         table=table[by_image],
         class_names=tuple(class_names),
         category_ids=tuple(category_ids.astype(np.int64).tolist()),
-        report=report,
+        report=report.findings,
     )
 
 
-def _usable(
-    entries: list[dict], breaches: list[_Breach], report: dict[Rule, list[str]]
-) -> np.ndarray:
+class _Report:
+    """Collects the findings of each rule, with up to `limit` examples, all for None."""
+
+    def __init__(self, limit: int | None):
+        self.limit = limit
+        self.findings: dict[Rule, Findings] = {}
+
+    def add(self, rule: Rule, entries: list[dict], broken: np.ndarray, key: str) -> None:
+        """Put in which entries break a rule, `broken` (n,) bool, by their value of a key."""
+        positions = np.flatnonzero(broken)
+        examples = [_description(entries[i], i, key) for i in positions[: self.limit]]
+        self.findings[rule] = Findings(len(positions), examples)
+
+
+def _usable(entries: list[dict], breaches: list[_Breach], report: _Report) -> np.ndarray:
     """Put breaches into the report; return which entries (n,) none of them makes unusable.
 
     An entry is reported by the first rule that makes it unusable, and by none after that.
     """
     usable = np.ones(len(entries), dtype=bool)
     for rule, broken, key in breaches:
-        report[rule] = _descriptions(entries, broken & usable, key)
+        report.add(rule, entries, broken & usable, key)
         if rule.severity is not Severity.KEEP:
             usable &= ~broken
     return usable
@@ -426,19 +485,24 @@ def _read_categories(
     categories: list[dict],
     used_ids: set[float],
     kept_names: set[str],
-    report: dict[Rule, list[str]],
+    report: _Report,
 ) -> tuple[np.ndarray, list[str]]:
     """Return the ids and the names of the categories that are classes.
 
-    Left out are those listed again and, of those that no box uses and that are not `kept_names`,
-    the roots of others and the namesakes of used ones. In a file without boxes all count as used.
+    Left out are those listed again, and of those that no box uses the namesakes of another and,
+    unless they are `kept_names`, the roots of others. In a file without boxes roots stay.
     """
     ids = _numbers(categories, "id")
     names = [_category_name(category) for category in categories]
     used_names = set()
     roots = set()
-    for ident, name, category in zip(ids.tolist(), names, categories, strict=True):
-        if ident in used_ids:
+    first_of_name = {}  # its position; of one that boxes use, where there is one
+    for position, category in enumerate(categories):
+        name = names[position]
+        is_used = ids[position] in used_ids
+        if name not in first_of_name or (is_used and name not in used_names):
+            first_of_name[name] = position
+        if is_used:
             used_names.add(name)
         parent = category.get("supercategory")
         if isinstance(parent, str) and parent != name:
@@ -448,13 +512,13 @@ def _read_categories(
     again = []
     is_root = []
     is_namesake = []
-    for ident, name in zip(ids.tolist(), names, strict=True):
+    for position, (ident, name) in enumerate(zip(ids.tolist(), names, strict=True)):
         again.append((ident, name) in listed)
         listed.add((ident, name))
-        is_unused = bool(used_ids) and ident not in used_ids
-        is_namesake.append(is_unused and name in used_names)
-        is_needless_root = is_unused and name not in used_names and name not in kept_names
-        is_root.append(is_needless_root and name in roots)
+        is_unused = ident not in used_ids
+        is_namesake.append(is_unused and first_of_name[name] != position)
+        is_needless = is_unused and name not in used_names and name not in kept_names
+        is_root.append(bool(used_ids) and is_needless and name in roots)
     left_out = {
         CATEGORY_LISTED_AGAIN: np.array(again),
         UNUSED_ROOT: np.array(is_root),
@@ -462,14 +526,18 @@ def _read_categories(
     }
     stays = np.ones(len(categories), dtype=bool)
     for rule, broken in left_out.items():
-        report[rule] = _descriptions(categories, broken & stays, "name")
+        report.add(rule, categories, broken & stays, "name")
         stays &= ~broken
 
     ids = ids[stays]
     names = [name for name, stay in zip(names, stays, strict=True) if stay]
     rest = [category for category, stay in zip(categories, stays, strict=True) if stay]
     has_no_name = [name == "" for name in names]
-    came_before = [name in names[:i] for i, name in enumerate(names)]
+    came_before = []
+    names_before = set()
+    for name in names:
+        came_before.append(name in names_before)
+        names_before.add(name)
     breaches = [
         _Breach(BAD_CATEGORY_ID, ~_is_id(ids), "id"),
         _Breach(REPEATED_CATEGORY_ID, _comes_again(ids), "id"),
@@ -485,17 +553,17 @@ def _category_name(category: dict) -> str:
     return "" if name is None else str(name)
 
 
-def _file_names(images: list[dict], report: dict[Rule, list[str]]) -> list[str]:
+def _file_names(images: list[dict], report: _Report) -> list[str]:
     """Return the file name of each image; LVIS has only an address, which ends in it."""
     names = []
-    taken_from_address = []
+    is_from_address = np.zeros(len(images), dtype=bool)
     for number, image in enumerate(images):
         name = image.get("file_name")
         if name is None and isinstance(image.get("coco_url"), str):
             name = image["coco_url"].rpartition("/")[2]
-            taken_from_address.append(_description(image, number, "coco_url"))
+            is_from_address[number] = True
         names.append("" if name is None else str(name))
-    report[NO_FILE_NAME] = taken_from_address
+    report.add(NO_FILE_NAME, images, is_from_address, "coco_url")
     return names
 
 
@@ -506,9 +574,7 @@ def _are_normalised(box_xywh: np.ndarray, heights: np.ndarray, widths: np.ndarra
     return bool(box_xywh.min() >= 0 and box_xywh.max() <= LARGEST_NORMALISED)
 
 
-def _read_json(
-    annotation_file: str, report: dict[Rule, list[str]]
-) -> tuple[list[dict], list[dict], list[dict]]:
+def _read_json(annotation_file: str, report: _Report) -> tuple[list[dict], list[dict], list[dict]]:
     """Return the images, categories and annotations of a file, which may be a gzip file.
 
     An entry that is no dictionary becomes an empty one. Raise UserError for a file that is not
@@ -540,17 +606,31 @@ def _read_json(
     return images, categories, annotations
 
 
-def _parse(annotation_file: str, content: bytes, report: dict[Rule, list[str]]) -> object:
-    """Return what a JSON text holds, without its polygons. Raise ValueError for another text."""
+def _parse(annotation_file: str, content: bytes, report: _Report) -> object:
+    """Return what a JSON text holds, without its polygons.
+
+    Raise ValueError for a text that is no JSON, UserError for one in an unknown encoding.
+    """
     try:
         return json.loads(POLYGONS.sub(b"", content))
-    except UnicodeDecodeError:
-        text = content.decode(OTHER_ENCODING)
-        rule = Rule(f"file is not UTF-8 and was read as {OTHER_ENCODING.upper()}", Severity.KEEP)
-        report[rule] = [annotation_file]
+    except UnicodeDecodeError as error:
+        text = _decode_otherwise(annotation_file, content, error)
+        report.findings[OTHER_ENCODING_READ] = Findings.of([annotation_file])
         return json.loads(text)
     except ValueError:
         return json.loads(content)  # whose error names the right position
+
+
+def _decode_otherwise(annotation_file: str, content: bytes, error: UnicodeDecodeError) -> str:
+    """Return the text of a file that is not UTF-8, as `error` says."""
+    try:
+        return content.decode(OTHER_ENCODING)
+    except UnicodeDecodeError:
+        raise UserError(
+            f"{annotation_file}: not a text in UTF-8 ({error}), and none in "
+            f"{OTHER_ENCODING.upper()}",
+            "save it in UTF-8, or give an instances_*.json file",
+        ) from error
 
 
 def _no_coco_file(annotation_file: str, reason: str) -> UserError:
@@ -561,9 +641,16 @@ def _dictionaries(entries: list) -> list[dict]:
     return [entry if isinstance(entry, dict) else {} for entry in entries]
 
 
-def _numbers(entries: list[dict], key: str) -> np.ndarray:
-    """Return a value of each entry (n,) float64 as `_number` gives it, NaN where it is absent."""
-    return np.array([_number(entry.get(key, np.nan)) for entry in entries], dtype=np.float64)
+def _numbers(entries: list[dict], key: str, null: float = -np.inf) -> np.ndarray:
+    """Return a value of each entry (n,) float64 as `_number` gives it.
+
+    It is NaN where the value is absent, and `null` where the file says so.
+    """
+    numbers = []
+    for entry in entries:
+        value = entry.get(key, np.nan)
+        numbers.append(null if value is None else _number(value))
+    return np.array(numbers, dtype=np.float64)
 
 
 def _boxes(annotations: list[dict]) -> np.ndarray:
@@ -613,11 +700,6 @@ def _positions(ids: np.ndarray, known_ids: np.ndarray) -> np.ndarray:
     position_of = {known: position for position, known in enumerate(known_ids.tolist())}
     positions = [position_of.get(ident, -1) for ident in ids.tolist()]
     return np.array(positions, dtype=np.int64)
-
-
-def _descriptions(entries: list[dict], broken: np.ndarray, key: str) -> list[str]:
-    """Return how the report names the entries that break a rule, `broken` (n,) bool."""
-    return [_description(entries[i], i, key) for i in np.flatnonzero(broken)]
 
 
 def _description(entry: dict, number: int, keys: str) -> str:

@@ -13,7 +13,7 @@ from common.coco.evaluation import (
     evaluate,
     save_results,
 )
-from common.coco.images import ImageReader
+from common.coco.images import ImageReader, turned_images_line
 from common.coco.index import CocoIndex
 from common.npu.distributed import Ranks
 
@@ -51,10 +51,11 @@ def turned_images(reader: ImageReader, ranks: Ranks) -> list[str]:
 
     All ranks must call it.
     """
-    count = sum(ranks.all_gather_objects(reader.num_turned))
-    if count == 0:
+    is_turned = np.any(ranks.all_gather_objects(reader.is_turned), axis=0)
+    num_turned = np.count_nonzero(is_turned)
+    if num_turned == 0:
         return []
-    return [f"{count} images were turned by their EXIF orientation, as their annotated sizes ask"]
+    return [turned_images_line(num_turned, len(is_turned))]
 
 
 def per_class_lines(evaluation: Evaluation) -> str:

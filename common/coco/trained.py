@@ -13,9 +13,9 @@ def trained_boxes_line(index: CocoIndex, untrained: dict[str, np.ndarray]) -> st
     leaves out. A box counts for the first of its reasons. Raise UserError where none is left.
     """
     reasons = {}
-    for rule, entries in index.broken_rules().items():
+    for rule, findings in index.broken_rules().items():
         if rule.severity is Severity.SKIP:
-            reasons[rule.text] = reasons.get(rule.text, 0) + len(entries)  # of several files
+            reasons[rule.text] = reasons.get(rule.text, 0) + findings.count  # of several files
     num_boxes = len(index.table) + sum(reasons.values())
     is_left = np.ones(len(index.table), dtype=bool)
     for reason, is_untrained in untrained.items():

@@ -61,6 +61,7 @@ class Progress:
         self.window = LossWindow(terms, run.device)
         self.meter = Meter(self.images_per_step)
         self._evaluated_at = -1
+        self._began_at = 0  # steps done when this process began
         self.logged_at = 0  # steps done at the last log line
         self._to_report: tuple[int, LossWindow] | None = None  # on its way from the device
         self._logged_losses: list[float] = []
@@ -77,6 +78,7 @@ class Progress:
             f"{self.steps_per_epoch} iterations an epoch, steps {self.steps_done} to {self.end}; "
             f"{self.meter.formula}"
         )
+        self._began_at = self.steps_done
         self.run.log.begin(self.end, self.steps_done, self.steps_per_epoch)
 
     def steps(self, loader: Iterable) -> Iterator[tuple[int, object]]:
@@ -134,6 +136,13 @@ class Progress:
         """Return whether a log line follows this many steps."""
         within_period = (steps_done - 1) % self.log_period + 1
         return within_period % self.log_interval == 0
+
+    def first_epoch_done(self) -> bool:
+        """Return whether this process has now done an epoch's number of steps, or all its steps.
+
+        It is true once: this is when to say what was noticed in the images.
+        """
+        return self.steps_done == min(self._began_at + self.steps_per_epoch, self.end)
 
     def checkpoint_due(self) -> bool:
         """Return whether the state is to be saved now.

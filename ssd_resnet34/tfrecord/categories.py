@@ -1,22 +1,24 @@
-"""The category ids of a run's classes, where `--category_ids` does not say them."""
+"""The category ids and the names of a run's classes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from common.coco.index import COCO_CLASSES, read_annotations
 from common.errors import UserError
 from ssd_resnet34.tfrecord.config import COCO_CATEGORY_IDS
-from ssd_resnet34.tfrecord.index import CATEGORY_REMEDY, RecordIndex
+from ssd_resnet34.tfrecord.index import CATEGORY_REMEDY, RecordIndex, names_of_categories
 
 COCO_CATEGORIES = tuple(zip(COCO_CATEGORY_IDS, COCO_CLASSES, strict=True))
 CATEGORIES_SHOWN = 5  # of those that are unknown
 
 
 class Categories(NamedTuple):
-    """The category id of each class, and where they are from."""
+    """The category id and the name of each class, and where they are from."""
 
     ids: tuple[int, ...]
+    names: tuple[str, ...]
     source: str
 
     @property
@@ -24,34 +26,46 @@ class Categories(NamedTuple):
         return self.ids == COCO_CATEGORY_IDS
 
     def line(self) -> str:
-        """Return the line of the log, which says the ids and their source."""
-        ids = ", ".join(str(category_id) for category_id in self.ids)
-        return f"{len(self.ids)} classes, from {self.source}, with the category ids {ids}"
+        """Return the line of the log, which says the ids, the names and their source."""
+        classes = []
+        for category_id, name in zip(self.ids, self.names, strict=True):
+            classes.append(f"{category_id} {name}")
+        return f"{len(self.ids)} classes, from {self.source}: {', '.join(classes)}"
+
+    def of(self, records: RecordIndex) -> RecordIndex:
+        """Return the index of the same records with these classes."""
+        return replace(records, category_ids=self.ids, class_names=self.names)
 
 
 def find_categories(
     from_flag: Sequence[int] | None,
-    resumed: Sequence[int] | None,
+    resumed: Mapping | None,
     annotation_file: str,
     records: RecordIndex,
 ) -> Categories:
-    """Return the category ids of the first of these sources that is there.
+    """Return the classes of the first of these sources that is there.
 
-    They are `--category_ids`, the run that is resumed, the annotation file (a run that does not
-    evaluate may name one that is not there) and the records. The ids of the last two are sorted, so
-    that both give the same classes. Raise UserError for a bad annotation file.
+    They are `--category_ids`, the state of the run that is `resumed`, the annotation file (a run
+    that does not evaluate may name one that is not there) and the records. The ids of the last two
+    are sorted, so that both give the same classes. The names of ids that are given by the flag are
+    those in the records. Raise UserError for a bad annotation file.
     """
     if from_flag is not None:
-        return Categories(tuple(from_flag), "--category_ids")
+        ids = tuple(from_flag)
+        return Categories(ids, names_of_categories(ids, records.categories), "--category_ids")
     if resumed is not None:
-        return Categories(tuple(resumed), "the run that is resumed")
+        ids = tuple(resumed["category_ids"])
+        return Categories(ids, tuple(resumed["classes"]), "the run that is resumed")
     if annotation_file and Path(annotation_file).is_file():
         names = [name for _, name in records.categories]
         annotations = read_annotations(annotation_file, classes=names)
         annotations.raise_errors()
+        pairs = list(zip(annotations.category_ids, annotations.class_names, strict=True))
         ids = tuple(sorted(annotations.category_ids))
-        return Categories(ids, f"--val_json_file={annotation_file}")
-    return Categories(ids_of_records(records), "the records")
+        source = f"--val_json_file={annotation_file}"
+        return Categories(ids, names_of_categories(ids, pairs), source)
+    ids = ids_of_records(records)
+    return Categories(ids, names_of_categories(ids, records.categories), "the records")
 
 
 def ids_of_records(records: RecordIndex) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 
 from tqdm import tqdm
 
@@ -30,7 +29,7 @@ def check_records(
             categories = find_categories(category_ids, None, val_json_file, records)
             if not categories.are_cocos:
                 print(categories.line())
-        records = replace(records, category_ids=categories.ids)
+        records = categories.of(records)
         for record in tqdm(range(len(records)), flag, unit="record", disable=None):
             try:
                 check_record(records, record)

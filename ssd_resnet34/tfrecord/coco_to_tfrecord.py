@@ -28,8 +28,13 @@ import simplejpeg
 from tqdm import tqdm
 
 from common import flags
-from common.coco.images import decode_upright, is_annotated_turned, stored_size
-from common.coco.index import CocoIndex, Severity, read_annotations, read_index
+from common.coco.images import (
+    decode_upright,
+    is_annotated_turned,
+    stored_size,
+    turned_images_line,
+)
+from common.coco.index import CocoIndex, Severity, read_annotations, usable_index
 from common.errors import UserError
 from common.npu import entry
 from ssd_resnet34.tfrecord.example import encode
@@ -70,12 +75,13 @@ def convert(image_dir: Path, annotation_file: Path, prefix: Path, num_shards: in
     """
     if num_shards < 1:
         raise UserError(f"--num_shards={num_shards}: give 1 or more")
-    index = read_index(str(annotation_file), str(image_dir))
+    all_annotations = read_annotations(str(annotation_file), str(image_dir))
+    has_annotations = np.diff(all_annotations.offsets) > 0  # usable or not
+    index = usable_index(all_annotations)
     for line in index.lines():
         print(line)
     is_over_edge = boxes_over_edge(index)
     print(written_boxes_line(index, is_over_edge))
-    has_annotations = images_with_annotations(annotation_file)
     num_turned = 0
     with suppress(OSError):  # the writers say what is wrong
         prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -92,17 +98,8 @@ def convert(image_dir: Path, annotation_file: Path, prefix: Path, num_shards: in
             writers[i % num_shards].write(encode(features))
             num_turned += file.is_turned
     if num_turned:
-        print(
-            f"{num_turned} of {len(index)} images were turned by their EXIF orientation, as their "
-            "annotated sizes ask, and encoded again"
-        )
+        print(f"{turned_images_line(num_turned, len(index))}, and encoded again")
     return len(index)
-
-
-def images_with_annotations(annotation_file: Path) -> np.ndarray:
-    """Return which images (I,) of a file have annotations, usable or not."""
-    all_annotations = read_annotations(str(annotation_file))
-    return np.diff(all_annotations.offsets) > 0
 
 
 def boxes_over_edge(index: CocoIndex) -> np.ndarray:
@@ -121,10 +118,10 @@ def written_boxes_line(index: CocoIndex, is_over_edge: np.ndarray) -> str:
     """
     reasons = []
     num_boxes = len(index.table)
-    for rule, entries in index.broken_rules().items():
+    for rule, findings in index.broken_rules().items():
         if rule.severity is Severity.SKIP:
-            reasons.append(f"{len(entries)} {rule.text}")
-            num_boxes += len(entries)
+            reasons.append(f"{findings.count} {rule.text}")
+            num_boxes += findings.count
     num_over_edge = np.count_nonzero(is_over_edge)
     if num_over_edge:
         reasons.append(f"{num_over_edge} over the image's edge")
@@ -140,8 +137,8 @@ def written_boxes_line(index: CocoIndex, is_over_edge: np.ndarray) -> str:
 def read_image_file(index: CocoIndex, i: int) -> ImageFile:
     """Read the file of image `i` for its record: as it is, or turned upright.
 
-    Raise UserError for a file that cannot be read, is neither JPEG nor PNG or has another size than
-    annotated.
+    Only the header of a file that stays as it is is read. Raise UserError for a file that cannot be
+    read, is neither JPEG nor PNG or has another size than annotated.
     """
     path = index.path(i)
     try:

@@ -72,7 +72,10 @@ class Detector:
         model = build_model(recipe, num_classes_of(state))
         report = load_weights(model, state).require_complete(name_of(state))
         model.to(device, memory_format=memory_format(device)).eval()
-        return Detector(model, recipe, names_of_categories(recipe.category_ids), device, report)
+        names = state.get("classes")
+        if names is None:
+            names = names_of_categories(recipe.category_ids, categories=())
+        return Detector(model, recipe, tuple(names), device, report)
 
     def __call__(self, images: ImageLike | list[ImageLike]) -> Detections | list[Detections]:
         """Detect on an image, or on a list of them, which gives a list of Detections.

@@ -10,6 +10,8 @@ have no table of contents, and the id and the boxes stand in the same message as
 fixed order. To skip the images, the message would have to be parsed here instead of by protobuf.
 """
 
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -50,13 +52,10 @@ class RecordIndex:
     # The name is empty where a record has none.
     categories: tuple[tuple[int, str], ...]
     category_ids: tuple[int, ...]  # of each class
+    class_names: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.file_of_record)
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return names_of_categories(self.category_ids)
 
     def read(self, record: int) -> AnnotatedImage:
         """Read a record and verify its checksum. Raise UserError for a damaged one."""
@@ -102,11 +101,23 @@ class RecordIndex:
         return round_up(int(self.num_boxes.max(initial=1)), BOXES_MULTIPLE)
 
 
-def names_of_categories(category_ids: tuple[int, ...]) -> tuple[str, ...]:
-    """Return the names of the classes: COCO's for COCO's category ids, else the ids."""
+def names_of_categories(
+    category_ids: tuple[int, ...], categories: Collection[tuple[int, str]]
+) -> tuple[str, ...]:
+    """Return the names of the classes: COCO's for COCO's category ids, else those of `categories`.
+
+    These are pairs of an id and its name. An id without a name, with several, or with that of
+    another id is its own name.
+    """
     if category_ids == COCO_CATEGORY_IDS:
         return COCO_CLASSES
-    return tuple(str(category_id) for category_id in category_ids)
+    num_names = Counter(category_id for category_id, _ in categories)
+    num_ids = Counter(name for _, name in categories)
+    names = {}
+    for category_id, name in categories:
+        if name and num_names[category_id] == 1 and num_ids[name] == 1:
+            names[category_id] = name
+    return tuple(names.get(category_id, str(category_id)) for category_id in category_ids)
 
 
 def read_index(
@@ -135,6 +146,7 @@ def read_index(
         num_boxes=np.array([entry.num_boxes for entry in entries], np.int64),
         categories=tuple(sorted(categories)),
         category_ids=category_ids,
+        class_names=names_of_categories(category_ids, categories),
     )
 
 

@@ -173,13 +173,10 @@ def read_training_records(
     """
     records = read_index(pattern, "--training_file_pattern")
     run.log.info(trained_boxes_line(records))
-    resumed_ids = None
-    if run.resumed is not None:
-        resumed_ids = run.resumed["category_ids"]
-    categories = find_categories(category_ids, resumed_ids, val_json_file, records)
+    categories = find_categories(category_ids, run.resumed, val_json_file, records)
     if not categories.are_cocos:
         run.log.info(categories.line())
-    records = replace(records, category_ids=categories.ids)
+    records = categories.of(records)
     require_known_categories(records)
     return training_records(records)
 

@@ -42,18 +42,11 @@ def write(folder, annotations=(), images=(IMAGE,), categories=({"id": 3, "name":
         ({"bbox": "1234"}, "not 4 finite numbers"),
         ({"category_id": "dog"}, "unknown category: 1 (image 1 annotation 1 category 'dog'"),
         (
-            {"id": None},
-            "annotation id that is no whole number from 0 on: 1 (image 1 annotation None",
-        ),
-        ({"id": 1.5}, "annotation id that is no whole number"),
-        ({"id": -1}, "annotation id that is no whole number"),
-        ({"id": 2**60}, "annotation id that is no whole number"),
-        (
             {"iscrowd": "no"},
             "iscrowd that is not 0 or 1: 1 (image 1 annotation 1 category 3: iscrowd",
         ),
         ({"iscrowd": 2}, "iscrowd that is not 0 or 1"),
-        ({"ignore": None}, "ignore that is not 0 or 1"),
+        ({"ignore": "maybe"}, "ignore that is not 0 or 1"),
         (
             {"area": -1},
             "area that is no number from 0 on: 1 (image 1 annotation 1 category 3: area -1)",
@@ -106,13 +99,16 @@ def test_broken_annotations_are_refused(tmp_path, annotation, message):
             "category id of several names: 1 (entry 0",
         ),
         (
-            {"categories": [{"id": i, "name": "a"} for i in (3, 4)]},
+            {
+                "categories": [{"id": i, "name": "a"} for i in (3, 4)],
+                "annotations": [BOX, {**BOX, "id": 2, "category_id": 4}],
+            },
             "category name of several ids that boxes use: 1 (entry 1 with id 4: name 'a')",
         ),
         ({"annotations": {"1": BOX}}, "its 'annotations' are no list"),
         (
             {"annotations": [[1, 2, 3, 4]]},
-            "annotation id that is no whole number from 0 on: 1 (entry 0 with id None: id None)",
+            "unknown category: 1 (entry 0 with id None: category_id None)",
         ),
     ],
 )
@@ -131,7 +127,6 @@ def test_broken_files_are_refused(tmp_path, changes, message):
         ("[]", "holds a list, no dictionary"),
         ("3", "holds a int, no dictionary"),
         ("[" * 100_000, "no JSON: "),
-        ("\xff", "no JSON: "),
     ],
 )
 def test_what_is_no_coco_file_is_refused(tmp_path, content, reason):
@@ -165,8 +160,8 @@ def test_skipped_and_kept_annotations_are_noted(tmp_path):
     assert index.lines() == [
         "note: box of negative size, skipped: 1 (image 1 annotation 8 category 3: bbox "
         "[9, 9, -3, 4])",
-        "note: unknown image, annotation skipped: 1 (image 99 annotation 9 category 3: image_id "
-        "99)",
+        "note: annotation of an unknown image, skipped: 1 (image 99 annotation 9 category 3: "
+        "image_id 99)",
         "note: zero-size box, skipped: 1 (image 1 annotation 2 category 3: bbox [1, 2, 0, 4])",
         "note: box wholly outside its image, skipped: 2 (image 1 annotation 3 category 3: bbox "
         "[40, 2, 3, 4]; image 1 annotation 4 category 3: bbox [-3, 2, 3, 4])",
@@ -250,21 +245,24 @@ def test_check_data_lists_everything(tmp_path, capsys):
     annotations.append({**BOX, "id": 30, "bbox": [0, 0, 0, 1]})
     path = write(tmp_path, annotations, images)
     report_file = tmp_path / "output_check_data.txt"
-    assert check((path, str(folder)), folder=tmp_path) == 1
+    assert check((path, str(folder)), (path, str(folder)), folder=tmp_path) == 1
     broken = [f"image 1 annotation {i} category 3: bbox [0, 0, 1]" for i in range(30)]
-    assert capsys.readouterr().out.splitlines() == [
-        f"{Files(path, folder, 'as named')}: 3 errors, 1 notes",
+    headline = f"{Files(path, folder, 'as named')}: 34 errors, 1 notes"
+    lines = [
+        headline,
         f"  error: box that is not 4 finite numbers: 30 ({'; '.join(broken[:20])})",
         "  note: zero-size box, skipped: 1 (image 1 annotation 30 category 3: bbox [0, 0, 0, 1])",
         f"  error: image file missing: 1 ({folder}/5.jpg)",
-        "  error: image that cannot be read, or of another size than annotated: 4 "
+        "  error: image that cannot be read, or of another size than annotated: 3 "
         f"({folder}/2.jpg: is 30 x 40 pixels, 40 x 30 in the annotation file; "
         f"{folder}/3.jpg: cannot read the image (not an image in a format that Pillow knows); "
-        f"{folder}/4.jpg: cannot read the image (image file is truncated (0 bytes not processed)); "
-        f"{folder}/5.jpg: cannot read the image (No such file or directory))",
-        f"  all of them: {report_file}",
+        f"{folder}/4.jpg: cannot read the image (image file is truncated (0 bytes not processed)))",
     ]
-    assert f"box that is not 4 finite numbers: 30 ({'; '.join(broken)})" in report_file.read_text()
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [*lines, *lines, f"all of them: {report_file}"]
+    report = report_file.read_text()
+    assert report.count(headline) == 2
+    assert report.count(f"box that is not 4 finite numbers: 30 ({'; '.join(broken)})") == 2
 
 
 def test_turned_images_and_trained_boxes_are_counted(tmp_path, capsys):
@@ -278,7 +276,7 @@ def test_turned_images_and_trained_boxes_are_counted(tmp_path, capsys):
     assert check(files, untrained=lambda index: {"iscrowd": index.table.crowd}) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"{Files(path, folder, 'as named')}: 0 errors, 0 notes",
-        "  1 of 1 images are turned by their EXIF orientation, as their annotated sizes ask",
+        "  1 of 1 images were turned by their EXIF orientation, as their annotated sizes ask",
         "  1 of 2 boxes are trained on; left out: 1 iscrowd",
     ]
     assert check(files, untrained=lambda index: {"any": index.table.id > 0}) == 1

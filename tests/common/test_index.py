@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.coco.index import Rule, Severity, read_annotations, read_index
+from common.coco.index import Findings, Rule, Severity, read_annotations, read_index
 from common.errors import UserError
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_coco"
@@ -111,17 +111,17 @@ def test_classes_of_a_checkpoint_map_by_name(coco):
 
 def test_the_severity_of_a_rule_decides_and_not_its_text(coco):
     index = read_index(*coco())
-    index.report[Rule("error: kept", Severity.KEEP)] = ["b"]
-    index.report[Rule("error: skipped", Severity.SKIP)] = ["c"]
-    index.report[Rule("of a file", Severity.SKIP, file="b.json")] = ["d"]
+    index.report[Rule("error: kept", Severity.KEEP)] = Findings.of(["b"])
+    index.report[Rule("error: skipped", Severity.SKIP)] = Findings.of(["c"])
+    index.report[Rule("of a file", Severity.SKIP, file="b.json")] = Findings.of(["d"])
     index.raise_errors()
-    index.report[Rule("a note that is kept", Severity.ERROR)] = list("abcd")
-    index.report[Rule("nothing is wrong", Severity.ERROR)] = []
-    index.report[Rule("another", Severity.ERROR)] = ["e"]
+    index.report[Rule("a note that is kept", Severity.ERROR)] = Findings.of(list("abcd"))
+    index.report[Rule("nothing is wrong", Severity.ERROR)] = Findings.of([])
+    index.report[Rule("another", Severity.ERROR)] = Findings.of(["e"])
     assert index.lines(limit=2) == [
         "note: error: kept: 1 (b)",
-        "note: error: skipped: 1 (c)",
-        "b.json: note: of a file: 1 (d)",
+        "note: error: skipped, skipped: 1 (c)",
+        "b.json: note: of a file, skipped: 1 (d)",
         "error: a note that is kept: 4 (a; b)",
         "error: another: 1 (e)",
     ]

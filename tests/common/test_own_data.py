@@ -10,7 +10,7 @@ from PIL import Image
 
 from common.coco.evaluation import evaluate
 from common.coco.images import ImageReader, read_image
-from common.coco.index import Rule, Severity, read_annotations, read_index
+from common.coco.index import Findings, Rule, Severity, read_annotations, read_index
 from common.coco.trained import trained_boxes_line
 from common.errors import UserError
 
@@ -84,7 +84,7 @@ def test_boxes_of_the_upright_picture_fit_whatever_the_orientation(tmp_path, ori
     index = read_index(*write(tmp_path))
     reader = ImageReader(index, turns_if_both_fit=True)
     assert box_iou(reader.read(0), index.table.box_xywh[0]) == 1
-    assert reader.num_turned == int(orientation != 1)
+    assert reader.is_turned.tolist() == [orientation != 1]
     keeps = ImageReader(index, turns_if_both_fit=False)
     assert box_iou(keeps.read(0), index.table.box_xywh[0]) == 1 or orientation in (2, 3, 4)
 
@@ -95,7 +95,7 @@ def test_boxes_of_the_stored_pixels_fit_as_well(tmp_path):
     for turns in (True, False):
         reader = ImageReader(index, turns)
         assert box_iou(reader.read(0), index.table.box_xywh[0]) == 1
-        assert reader.num_turned == 0
+        assert not reader.is_turned.any()
 
 
 @pytest.mark.parametrize("size", [(HEIGHT // 2, WIDTH // 2), (WIDTH, HEIGHT)])
@@ -116,6 +116,23 @@ def test_upright_boxes_with_stored_sizes_are_explained(tmp_path):
     for turns in (True, False):
         with pytest.raises(UserError, match=r"Label Studio.*; exchange width and height"):
             ImageReader(index, turns).read(0)
+
+
+def test_boxes_of_the_stored_pixels_with_the_upright_size_are_explained(tmp_path):
+    save(tmp_path / "images", picture(box=(3, 3, 5, 5)), orientation=6)
+    right = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [25, 4, 14, 20]}]
+    image = {"id": 1, "file_name": "a.png", "height": WIDTH, "width": HEIGHT}
+    index = read_index(*write(tmp_path, images=[image], annotations=right))
+    for turns in (True, False):
+        with pytest.raises(UserError, match=r"for the stored pixels.*; exchange width and height"):
+            ImageReader(index, turns).read(0)
+
+
+def test_a_box_a_little_over_the_edge_is_no_sign_of_another_position(tmp_path):
+    save(tmp_path / "images", picture(box=(3, 3, 5, 5)), orientation=6)
+    over = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [4, 25, 20, 6.5]}]
+    index = read_index(*write(tmp_path, annotations=over))
+    assert ImageReader(index, True).read(0).shape == (HEIGHT, WIDTH, 3)
 
 
 def test_a_tiff_is_turned_by_pillow_itself(tmp_path):
@@ -144,9 +161,10 @@ def test_pixels_that_8_bits_do_not_hold_are_refused_by_name(tmp_path):
     Image.fromarray(np.ones((3, 4), np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(UserError, match=r"float\.tif: has pixels of Pillow's mode F"):
         read_image(tmp_path / "float.tif")
-    Image.fromarray(np.full((3, 4), 2**20, np.int32)).save(tmp_path / "large.tif")
-    with pytest.raises(UserError, match=r"large\.tif: has pixels of Pillow's mode I,"):
-        read_image(tmp_path / "large.tif")
+    for value in (2**20, 200):
+        Image.fromarray(np.full((3, 4), value, np.int32)).save(tmp_path / "32_bits.tif")
+        with pytest.raises(UserError, match=r"32_bits\.tif: has pixels of Pillow's mode I,"):
+            read_image(tmp_path / "32_bits.tif")
 
 
 def test_what_pillow_says_is_told(tmp_path, monkeypatch):
@@ -208,6 +226,35 @@ def test_a_repeated_annotation_id_is_a_note(tmp_path):
     assert index.lines()[0].startswith("note: annotation id of several annotations, kept: 1 (")
 
 
+@pytest.mark.parametrize("changes", [{"id": "8d5e-1f"}, {"id": None}, {"id": -1}, {"id": 1.5}])
+def test_an_annotation_id_is_not_needed(tmp_path, changes):
+    index = read(tmp_path, annotations=[annotation() | changes])
+    assert index.table.id.tolist() == [-1]
+    (line,) = index.lines()
+    assert line.startswith("note: annotation id that is no whole number from 0 on, not needed: 1 (")
+    rows = np.array([[1, *BOX, 0.9, 1]], dtype=np.float64)
+    assert evaluate(index.annotation_file, rows).stats["AP"] == pytest.approx(1)
+
+
+def test_null_is_as_if_the_key_were_missing(tmp_path):
+    index = read(tmp_path, annotations=[annotation(area=None, iscrowd=None, ignore=None)])
+    assert np.isnan(index.table.area[0])
+    assert not index.table.crowd[0]
+    assert not index.table.ignore[0]
+    assert index.lines() == []
+
+
+def test_of_many_notes_only_some_are_described(tmp_path):
+    boxes = [annotation(number, area=0) for number in range(1000)]
+    path, _ = write(tmp_path, annotations=boxes)
+    report = read_annotations(path).broken_rules()
+    ((count, examples),) = report.values()
+    assert count == 1000
+    assert len(examples) < 100
+    ((_, examples),) = read_annotations(path, examples=None).broken_rules().values()
+    assert len(examples) == 1000
+
+
 def test_a_box_of_infinities_without_area_is_skipped(tmp_path):
     infinite = annotation(2, bbox=[float("inf"), float("inf"), float("-inf"), 3], area=0)
     index = read(tmp_path, annotations=[annotation(1), infinite])
@@ -218,6 +265,7 @@ def test_a_box_of_infinities_without_area_is_skipped(tmp_path):
 
 ROOT = {"id": 0, "name": "animals", "supercategory": "none"}
 DOG = {"id": 1, "name": "dog", "supercategory": "animals"}
+CATS = [{"id": 2, "name": "cat"}, {"id": 3, "name": "cat"}]
 
 
 @pytest.mark.parametrize(
@@ -228,7 +276,8 @@ DOG = {"id": 1, "name": "dog", "supercategory": "animals"}
             ("dog",),
             "others lie under, left out: 1 (entry 0 with id 0: name 'animals')",
         ),
-        ([{**ROOT, "name": "dog"}, DOG], ("dog",), "name of a used one, left out: 1 (entry 0"),
+        ([{**ROOT, "name": "dog"}, DOG], ("dog",), "name of another, left out: 1 (entry 0"),
+        ([DOG, *CATS], ("dog", "cat"), "name of another, left out: 1 (entry 2"),
         ([DOG, DOG], ("dog",), "category listed again, taken once: 1 (entry 1"),
         ([DOG, {"id": 2, "name": "cat"}], ("dog", "cat"), ""),
         ([{**DOG, "supercategory": "dog"}], ("dog",), ""),  # as COCO's person
@@ -350,6 +399,12 @@ def test_gzip_and_gbk_are_read(tmp_path):
     assert "note: file is not UTF-8 and was read as GBK" in index.lines()[0]
 
 
+def test_another_encoding_is_told(tmp_path):
+    (tmp_path / "a.json").write_bytes('{"name": "café"}'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"not a text in UTF-8 .* none in GBK; save it in UTF-8"):
+        read_annotations(str(tmp_path / "a.json"))
+
+
 def test_the_position_of_a_json_error_is_that_of_the_file(tmp_path):
     polygon = '"segmentation": [[1, 2, 3, 4, 5, 6]],\n'
     (tmp_path / "a.json").write_text('{"annotations": [{' + polygon + '"id": 1 "x": 2}]}')
@@ -366,9 +421,11 @@ def test_boxes_that_are_trained_on_are_counted_with_the_reasons(tmp_path):
     index = read(tmp_path, annotations=boxes)
     crowd = {"iscrowd": index.table.crowd}
     assert trained_boxes_line(index, crowd) == (
-        "4 of 6 boxes are trained on; left out: 1 zero-size box, skipped, 1 iscrowd"
+        "4 of 6 boxes are trained on; left out: 1 zero-size box, 1 iscrowd"
     )
-    two_files = {Rule("skipped", Severity.SKIP, file): ["a"] for file in ("a.json", "b.json")}
+    two_files = {}
+    for file in ("a.json", "b.json"):
+        two_files[Rule("skipped", Severity.SKIP, file)] = Findings.of(["a"])
     index.report.update(two_files)
     assert "2 skipped" in trained_boxes_line(index, crowd)
     for rule in two_files:

@@ -17,7 +17,7 @@ from ssd_resnet34.tfrecord.check import check_records
 from ssd_resnet34.tfrecord.coco_to_tfrecord import convert
 from ssd_resnet34.tfrecord.config import COCO_CATEGORY_IDS
 from ssd_resnet34.tfrecord.example import encode
-from ssd_resnet34.tfrecord.index import read_index
+from ssd_resnet34.tfrecord.index import names_of_categories, read_index
 from ssd_resnet34.tfrecord.records import RecordWriter
 from tests.ssd_resnet34_tfrecord.test_example import GOOD
 
@@ -63,14 +63,29 @@ def annotation_file(path, categories=OWN_CATEGORIES):
 def test_the_flag_comes_before_the_resumed_run_the_file_and_the_records(tmp_path):
     records = records_of(tmp_path / "records", (40, "boat"), (2, "buoy"), (2, "buoy"))
     file = annotation_file(tmp_path / "own.json")
-    found = find_categories((9, 2), [5], file, records)
-    assert found.line() == "2 classes, from --category_ids, with the category ids 9, 2"
-    assert find_categories(None, [5, 3], file, records).ids == (5, 3)
+    resumed = {"category_ids": [5, 3], "classes": ["oar", "sail"]}
+    found = find_categories((9, 2), resumed, file, records)
+    assert found.line() == "2 classes, from --category_ids: 9 9, 2 buoy"
+    found = find_categories(None, resumed, file, records)
+    assert found.line() == "2 classes, from the run that is resumed: 5 oar, 3 sail"
     found = find_categories(None, None, file, records)
-    assert found.line() == f"3 classes, from --val_json_file={file}, with the category ids 2, 7, 40"
+    assert found.line() == f"3 classes, from --val_json_file={file}: 2 buoy, 7 crew, 40 boat"
     for missing in ("", str(tmp_path / "none.json")):
         found = find_categories(None, None, missing, records)
-        assert found.line() == "2 classes, from the records, with the category ids 2, 40"
+        assert found.line() == "2 classes, from the records: 2 buoy, 40 boat"
+
+
+@pytest.mark.parametrize(
+    ("categories", "names"),
+    [
+        ({(1, "person"), (2, "car")}, ("person", "car")),
+        ({(1, ""), (2, "")}, ("1", "2")),
+        ({(1, "a"), (1, "b"), (2, "c")}, ("1", "c")),
+        ({(1, "a"), (2, "a")}, ("1", "2")),
+    ],
+)
+def test_an_id_without_a_name_of_its_own_is_its_name(categories, names):
+    assert names_of_categories((1, 2), categories) == names
 
 
 def test_cocos_files_give_cocos_classes(golden_dir, tmp_path):
@@ -118,9 +133,10 @@ def test_a_run_on_own_data_from_the_records_to_its_evaluation(tmp_path, capsys):
     train.main([*flags, f"--val_json_file={file}"])
     printed = "".join(capsys.readouterr())
     assert "2 of 2 boxes are trained on" in printed
-    assert f"3 classes, from --val_json_file={file}, with the category ids 2, 7, 40" in printed
+    assert f"3 classes, from --val_json_file={file}: 2 buoy, 7 crew, 40 boat" in printed
     state = checkpoint.load(tmp_path / "run/iter_1.pt")
     assert tuple(state["category_ids"]) == (2, 7, 40)
+    assert tuple(state["classes"]) == ("buoy", "crew", "boat")
 
     train.main(flags)  # the finished run again: it keeps its classes
     assert "3 classes, from the run that is resumed" in "".join(capsys.readouterr())
@@ -135,7 +151,7 @@ def test_check_data_takes_own_ids(tmp_path, capsys):
     convert(tmp_path, tmp_path / "own.json", tmp_path / "records/own", num_shards=1)
     patterns = {FLAG: f"{tmp_path}/records/own*"}
     assert check_records(patterns, None, val_json_file="") == 0
-    assert "2 classes, from the records, with the category ids 2, 40" in capsys.readouterr().out
+    assert "2 classes, from the records: 2 buoy, 40 boat" in capsys.readouterr().out
     assert check_records(patterns, (2,), val_json_file="") == 1
     assert "category 40 is none of the recipe's; give the ids" in capsys.readouterr().err
 

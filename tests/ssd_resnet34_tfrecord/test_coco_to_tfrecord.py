@@ -97,8 +97,8 @@ def test_what_is_left_out_is_counted_and_leaves_empty_features(coco, convert, ca
     assert printed[0].startswith("note: box of negative size, skipped: 1 (")
     assert printed[1].startswith("note: zero-size box, skipped: 1 (")
     assert printed[-1] == (
-        "42 of 45 boxes written; left out: 1 box of negative size, skipped, "
-        "1 zero-size box, skipped, 1 over the image's edge"
+        "42 of 45 boxes written; left out: 1 box of negative size, "
+        "1 zero-size box, 1 over the image's edge"
     )
 
 
@@ -152,7 +152,7 @@ def test_boxes_are_divided_in_double(coco, convert):
     ("change", "complaint"),
     [
         (lambda c: c.pop("images"), "has no 'images'"),
-        (lambda c: c.update(annotations=[3]), "annotation id that is no whole number"),
+        (lambda c: c.update(annotations=[3]), "unknown category"),
         (lambda c: c["annotations"][0].pop("bbox"), "box that is not 4 finite numbers: 1"),
         (lambda c: c["images"].insert(0, 5), "image id that is no whole number"),
         (lambda c: c["images"].append(c["images"][0]), "image id of several images: 1"),

@@ -1,6 +1,5 @@
 """Which ranks a host starts and what they are told; what ssd_main refuses."""
 
-import dataclasses
 import json
 import os
 
@@ -151,4 +150,4 @@ def test_images_unknown_to_the_annotations_are_found_at_the_start(golden_dir, re
 def test_class_names(golden_dir):
     index = read_index(str(golden_dir / "train2017*"), "flag")
     assert index.class_names[0] == "person"
-    assert dataclasses.replace(index, category_ids=(7, 9)).class_names == ("7", "9")
+    assert index.class_names[79] == "toothbrush"
