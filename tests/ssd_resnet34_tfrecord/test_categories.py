@@ -75,6 +75,16 @@ def test_the_flag_comes_before_the_resumed_run_the_file_and_the_records(tmp_path
         assert found.line() == "2 classes, from the records: 2 buoy, 40 boat"
 
 
+def test_a_root_that_the_records_use_is_a_class(tmp_path):
+    records = records_of(tmp_path / "records", (0, "vessels"), (2, "buoy"))
+    root = {"id": 0, "name": "vessels"}
+    under_it = [{**category, "supercategory": "vessels"} for category in OWN_CATEGORIES]
+    file = annotation_file(tmp_path / "own.json", [root, *under_it])
+    assert find_categories(None, None, file, records).ids == (0, 2, 7, 40)
+    without_root = records_of(tmp_path / "others", (2, "buoy"))
+    assert find_categories(None, None, file, without_root).ids == (2, 7, 40)
+
+
 @pytest.mark.parametrize(
     ("categories", "names"),
     [
