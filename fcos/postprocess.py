@@ -47,14 +47,17 @@ def detect_resized(
     these sizes over the original ones.
     """
     boxes, logits, centerness = decode_outputs(outputs, recipe)
-    probabilities = logits.sigmoid()
     centerness = centerness.sigmoid()
-    scores = probabilities.amax(dim=2) * centerness.squeeze(2)  # (N, P)
+    # The sigmoid rises with the logit: few points need that of every class.
+    scores = logits.amax(dim=2).sigmoid() * centerness.squeeze(2)  # (N, P)
     best = best_points(scores, outputs.map_sizes(), recipe.candidates)
+    of_best = [
+        gather_points(boxes, best),
+        gather_points(centerness, best),
+        gather_points(logits, best).sigmoid(),
+    ]
     # In one tensor, so that the host waits for the device once.
-    packed = torch.cat([boxes, centerness, probabilities], dim=2)
-    index = best.unsqueeze(-1).expand(-1, -1, packed.shape[2])
-    packed = packed.gather(1, index).cpu().numpy()  # (N, K, 4 + 1 + classes)
+    packed = torch.cat(of_best, dim=2).cpu().numpy()  # (N, K, 4 + 1 + classes)
     boxes = packed[:, :, :4]
     centerness = packed[:, :, 4:5]
     probabilities = packed[:, :, 5:]
@@ -99,6 +102,11 @@ def best_points(scores: Tensor, map_sizes: MapSizes, candidates: int) -> Tensor:
         best.append(indices + start)
         start += count
     return torch.cat(best, dim=1)
+
+
+def gather_points(values: Tensor, indices: Tensor) -> Tensor:
+    """Return the values (N, K, C) of the points with the given indices (N, K), of (N, P, C)."""
+    return values.gather(1, indices.unsqueeze(-1).expand(-1, -1, values.shape[2]))
 
 
 def select(
