@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.npu import checkpoint
 from common.npu.device import DEVICES
 from common.npu.distributed import Ranks
-from common.parser import Parser
+from common.parser import OldFlag, Parser, answered, needless, renamed
 
 
 class Flag(NamedTuple):
@@ -96,6 +96,47 @@ FLAGS = (
     ),
     Flag("run", "--tag", "", "put before the experiment's name in the logs"),
 )
+
+# The flags of MMDetection's programs, and those that several of the Ascend ports had.
+OLD_FLAGS = (
+    *renamed("--learning-rate", "--lr"),
+    *renamed("--opt-level", "--amp"),
+    *needless("--amp", value=""),
+    *renamed("--work-dir --train-url", "--output-dir"),
+    *renamed("--data-url", "--data"),
+    *renamed("--resume-from", "--resume"),
+    *renamed("--auto-resume", "--resume=auto"),
+    *renamed("--resume", "--resume=auto", value=""),
+    *renamed("--load-from", "--checkpoint"),
+    *renamed("--no-validate", "--kind=perf"),
+    *renamed("--max-steps", "--max-iters"),
+    *answered(
+        "--cfg-options --options --eval-options",
+        "each number of the recipe has a flag of its own, such as --lr=0.01",
+    ),
+    *answered(
+        "--gpus --gpu-ids --gpu-id --npus --npu-ids",
+        "--device_id=N takes the card of one process, test/train_full_8p.sh --nproc_per_node=N "
+        "starts N processes",
+    ),
+    *needless("--launcher", value="none"),
+    *needless("--launcher", value="pytorch"),
+    *answered("--launcher", "start the processes with torchrun or test/train_full_8p.sh"),
+    # Evaluation
+    *needless("--eval", value="bbox"),
+    *answered("--eval", "COCO's metrics of boxes are always computed; omit it"),
+    *answered("--out", "the detections are in results.bbox.json of --output_dir"),
+    *answered(
+        "--show --show-dir --show-score-thr",
+        "demo.py draws detections, and detections.png of --output_dir shows some",
+    ),
+    *answered("--tmpdir --gpu-collect", "results never pass through files; omit it"),
+    *answered("--fuse-conv-bn", "has no counterpart; omit it"),
+)
+OLD_FLAGS_SENTENCE = (
+    "Flags of the programs that this one replaces work too, or are answered with today's."
+)
+CHECKPOINT_SUFFIXES = (".pth", ".pt")  # of the weights that a demo takes before the images
 TRAINING_GROUPS = ("data", "files", "run", "evaluation", "device", "process")
 
 
@@ -104,14 +145,17 @@ def make_parser(
     *groups: str,
     recipes: dict | None = None,
     log_interval: int | None = None,
+    old_flags: tuple[OldFlag, ...] = (),
 ) -> Parser:
     """Return the parser of an entry script, with the shared flags of these groups.
 
-    `log_interval` is another default of that flag. With `recipes` there is `--recipe NAME` and a
+    `log_interval` is another default of that flag. `old_flags` of the model come before `OLD_FLAGS`
+    of all. With `recipes` there is `--recipe NAME` and a
     flag for every documented field as well. The parsed arguments have `started`, the time in epoch
     seconds at which the launch script did.
     """
-    parser = Parser(description=description, allow_abbrev=False)
+    parser = Parser(description=description, epilog=OLD_FLAGS_SENTENCE, allow_abbrev=False)
+    parser.old_flags = (*old_flags, *OLD_FLAGS)
     started = os.environ.get("ONESTAGE_LAUNCH_TIME", time.time())
     parser.set_defaults(started=float(started))
     for title in groups:
@@ -170,6 +214,31 @@ def add(
     action = group.add_argument(*names.split(), default=argparse.SUPPRESS, help=text, **options)
     if not only_if_given:
         action.default = default
+
+
+def parse_demo(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
+    """Parse the flags of a demo, after adding those that all demos have.
+
+    `inputs` of the result are the images and folders. A file of weights before them becomes
+    `checkpoint`.
+    """
+    parser.add_argument(
+        "inputs",
+        nargs="*",
+        metavar="FILE.pth|IMAGE|FOLDER",
+        help="weights first, if named here; default: sample images",
+    )
+    parser.add_argument("--img", nargs="+", default=[], metavar="IMAGE|FOLDER", help="the same")
+    add(parser, "--show-dir", Path("demo_output"), "folder of the pictures")
+    add(parser, "--min-score --score-thr", 0.3, "lowest score that is drawn")
+    add(parser, "--show", False, "no effect: pictures are written, see --show-dir")
+    args = parser.parse_args(argv)
+    if args.show:
+        print(f"--show has no effect: the pictures will be in {args.show_dir}")
+    args.inputs += args.img
+    if args.inputs and args.inputs[0].endswith(CHECKPOINT_SUFFIXES):
+        args.checkpoint, *args.inputs = args.inputs
+    return args
 
 
 def chosen_recipe(args: argparse.Namespace, recipes: dict):

@@ -6,6 +6,7 @@ This module needs the standard library only, so that a program without torch can
 import argparse
 import re
 import sys
+from typing import NamedTuple
 
 # Flags for which -1 has a meaning, and those of which there must be one at least; all other numbers
 # are at least 0.
@@ -15,24 +16,116 @@ MAX_INTEGER = 2**63
 INDEXED_DEVICE = re.compile(r"(npu|cuda):(\d+)")
 
 
+# What an old command gives as a positional: MMDetection's CONFIG and CHECKPOINT.
+CONFIG_SUFFIX = ".py"
+CHECKPOINT_SUFFIXES = (".pth", ".pt")
+
+
+class OldFlag(NamedTuple):
+    """A flag of the programs that these ones replace, written with dashes.
+
+    With `new` it works: that flag takes its value, or is taken as it is where it has one of its own
+    (`--kind=perf`). With an empty `new` it asks for what happens anyway and is left out. Without it
+    the program ends with `advice`.
+    """
+
+    name: str
+    new: str | None = None
+    advice: str = ""
+    value: str | None = None  # with this value only; "": without any; None: whatever follows
+    takes_value: bool = False  # the next word belongs to it where there is no "="
+
+
+def renamed(names: str, new: str, value: str | None = None) -> list[OldFlag]:
+    """Return old flags, separated by spaces, that are called `new` today."""
+    return [OldFlag(name, new, value=value) for name in names.split()]
+
+
+def needless(names: str, value: str | None = None, takes_value: bool = False) -> list[OldFlag]:
+    """Return old flags, separated by spaces, that ask for what happens anyway."""
+    return [OldFlag(name, "", value=value, takes_value=takes_value) for name in names.split()]
+
+
+def answered(names: str, advice: str, value: str | None = None) -> list[OldFlag]:
+    """Return old flags, separated by spaces, of which `advice` says what to do instead."""
+    return [OldFlag(name, advice=advice, value=value) for name in names.split()]
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line and three liberties of the old scripts.
+    """argparse with errors of one line and the liberties of old commands.
 
     `--batch_size` and `--batch-size` are the same flag, `--device npu:1` is
-    `--device npu --device_id 1`, and `--steps=3,5` is `--steps 3 5`.
+    `--device npu --device_id 1`, `--steps=3,5` is `--steps 3 5`, and `old_flags` work or are
+    answered.
     """
+
+    old_flags: tuple[OldFlag, ...] = ()
 
     def parse_args(self, argv=None, namespace=None):
         words = sys.argv[1:] if argv is None else list(argv)
         words = [_with_dashes(word) for word in words]
+        words = self._replace_old_flags(words)
         words = _split_device_index(words)
         words = self._split_lists(words)
-        args = super().parse_args(words, namespace)
+        args, unknown_words = self.parse_known_args(words, namespace)
+        if unknown_words:
+            self.error(_explain_unknown(unknown_words))
         self._check_ranges(args)
         return args
 
     def error(self, message: str):
         self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+    def _replace_old_flags(self, words: list[str]) -> list[str]:
+        """Write the flags of old commands as today's; end the program where there is none."""
+        replaced = []
+        answers = []
+        position = 0
+        while position < len(words):
+            word = words[position]
+            name, equals, value = word.partition("=")
+            position += 1
+            value_is_next = (
+                not equals and position < len(words) and not words[position].startswith("-")
+            )
+            if value_is_next:
+                value = words[position]
+            old = self._find_old_flag(name, value)
+            if old is None:
+                replaced.append(word)
+            elif old.new is None:
+                answers.append(f"{word}: {old.advice}")
+            elif old.new == "":
+                if value_is_next and (old.takes_value or old.value):
+                    position += 1
+            elif "=" in old.new:
+                replaced.append(old.new)
+            else:
+                replaced.append(old.new + word.removeprefix(name))
+        if answers:
+            self.error("; ".join(answers))
+        return replaced
+
+    def _find_old_flag(self, name: str, value: str) -> OldFlag | None:
+        """Return the old flag of this name, None where the program has a flag of that name.
+
+        One that is old with certain values only may have the name of a flag of today.
+        """
+        for old in self.old_flags:
+            if old.name != name:
+                continue
+            if old.value is None:
+                matches = not self._has_flag(name)
+            else:
+                matches = old.value == value
+            if old.new:
+                matches = matches and self._has_flag(old.new.partition("=")[0])
+            if matches:
+                return old
+        return None
+
+    def _has_flag(self, name: str) -> bool:
+        return any(name in action.option_strings for action in self._actions)
 
     def _split_lists(self, words: list[str]) -> list[str]:
         """Split `--steps=3,5` into three words; commas in lists of texts belong to the texts."""
@@ -62,6 +155,21 @@ class Parser(argparse.ArgumentParser):
             limit = MAX_INTEGER if isinstance(value, int) else float("inf")
             if not least <= value < limit:
                 self.error(f"--{name} {value}: must be at least {least} and below {limit}")
+
+
+def _explain_unknown(words: list[str]) -> str:
+    """Return what to do about words that the parser has no use for, in one line."""
+    for word in words:
+        if word.startswith("-"):
+            continue
+        if word.endswith(CONFIG_SUFFIX):
+            return (
+                f"{word}: no config file is read; --recipe takes a preset by its name, each of its "
+                "numbers has a flag, and --checkpoint takes weights"
+            )
+        if word.endswith(CHECKPOINT_SUFFIXES):
+            return f"{word}: write --checkpoint={word}"
+    return f"unrecognized arguments: {' '.join(words)}"
 
 
 def _with_dashes(word: str) -> str:

@@ -27,9 +27,9 @@ from common.npu import entry
 from common.npu.device import setup_device
 from fcos.config import RECIPES
 from fcos.detector import Detector
+from fcos.old_flags import OLD_FLAGS
 from fcos.weights import note_on_preset
 
-CHECKPOINT_SUFFIXES = (".pth", ".pt")
 SAMPLE_IMAGES = 12  # drawn where no image is given
 
 
@@ -37,9 +37,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     device, reason = setup_device(args.device, args.device_id)
     print(reason)
-    inputs = args.inputs + args.img
-    if inputs and inputs[0].endswith(CHECKPOINT_SUFFIXES):
-        args.checkpoint, *inputs = inputs
     state = flags.checkpoint_to_use(args)
     recipe = flags.chosen_recipe(args, RECIPES)
     detector = Detector.from_checkpoint(state, recipe, device, user_fields=vars(args))
@@ -49,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{state['path']}: {detector.report}")
     demo_output = DemoOutput(args.show_dir, detector.class_names, args.min_score)
     with tempfile.TemporaryDirectory() as scratch:
+        inputs = args.inputs
         if not inputs:
             sample = Path(scratch, "sample")
             write_sample(sample, train=1, val=SAMPLE_IMAGES)
@@ -70,23 +68,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> Namespace:
-    parser = flags.make_parser(__doc__.split("\n")[0], "files", "device", recipes=RECIPES)
-    parser.add_argument(
-        "inputs",
-        nargs="*",
-        metavar="FILE.pth|IMAGE|FOLDER",
-        help="weights first, if named here; default: sample images",
+    parser = flags.make_parser(
+        __doc__.split("\n")[0], "files", "device", recipes=RECIPES, old_flags=OLD_FLAGS
     )
-    parser.add_argument("--img", nargs="+", default=[], metavar="IMAGE|FOLDER", help="the same")
-    flags.add(parser, "--show-dir", Path("demo_output"), "folder of the pictures")
-    flags.add(parser, "--min-score --score-thr", 0.3, "lowest score that is drawn")
     flags.add(parser, "--config", "", "no effect: the checkpoint shows its network")
-    flags.add(parser, "--show", False, "no effect: pictures are written, see --show-dir")
-    args = parser.parse_args(argv)
+    args = flags.parse_demo(parser, argv)
     if args.config:
         print("--config has no effect: the checkpoint shows its network")
-    if args.show:
-        print(f"--show has no effect: the pictures will be in {args.show_dir}")
     return args
 
 

@@ -34,6 +34,7 @@ from fcos.anchors import clear_caches
 from fcos.config import RECIPES, Recipe
 from fcos.data import CANVAS_MULTIPLE, normalise, resize
 from fcos.detector import Detector
+from fcos.old_flags import OLD_FLAGS
 from fcos.postprocess import decode_outputs
 from fcos.weights import note_on_preset
 
@@ -123,7 +124,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> Namespace:
-    parser = flags.make_parser(__doc__.split("\n")[0], "files", recipes=RECIPES)
+    parser = flags.make_parser(
+        __doc__.split("\n")[0], "files", recipes=RECIPES, old_flags=OLD_FLAGS
+    )
     parser.add_argument(
         "files",
         nargs="*",

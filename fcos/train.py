@@ -44,6 +44,7 @@ from fcos.data import (
 from fcos.evaluate import detect_all, evaluate_and_save
 from fcos.loss import DetectionLoss
 from fcos.model import build_model, param_groups
+from fcos.old_flags import OLD_FLAGS
 from fcos.weights import NETWORK, load_weights, named_classes, recipe_of_checkpoint, with_mean_of
 
 LOSSES = ("loss_cls", "loss_bbox", "loss_centerness", "loss")
@@ -165,7 +166,9 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def parse(argv: list[str] | None):
-    parser = flags.make_parser(__doc__.split("\n")[0], *flags.TRAINING_GROUPS, recipes=RECIPES)
+    parser = flags.make_parser(
+        __doc__.split("\n")[0], *flags.TRAINING_GROUPS, recipes=RECIPES, old_flags=OLD_FLAGS
+    )
     return parser.parse_args(argv)
 
 

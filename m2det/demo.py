@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Detect and draw: M2Det on images, or on folders of images such as a video's frames.
 
-    python3 demo.py IMAGE FOLDER ... --checkpoint FILE
-    python3 demo.py                                      newest checkpoint, built-in sample
+    python3 demo.py FILE.pth IMAGE FOLDER ...    a checkpoint and images
+    python3 demo.py                              newest checkpoint, built-in sample
 
 Pictures keep the names of their images, below the folder that all have in common; `results.json`
 lists what is drawn. A file that cannot be read is reported and left out; the exit status is 1 then.
@@ -19,6 +19,7 @@ import common.npu.interpreter  # noqa: F401 before torch
 import tempfile
 import time
 from argparse import Namespace
+from dataclasses import replace
 
 from common import flags
 from common.coco.demo_images import DemoOutput, find_images, read_images
@@ -27,6 +28,7 @@ from common.npu import entry
 from common.npu.device import setup_device
 from m2det.config import RECIPES
 from m2det.detector import Detector
+from m2det.old_flags import OLD_FLAGS
 
 SAMPLE_IMAGES = 12  # drawn where no image is given
 
@@ -37,11 +39,13 @@ def main(argv: list[str] | None = None) -> int:
     print(reason)
     state = flags.checkpoint_to_use(args)
     recipe = flags.chosen_recipe(args, RECIPES)
+    if hasattr(args, "batch_size"):  # the flag was given
+        recipe = replace(recipe, eval_batch_size=args.batch_size)
     detector = Detector.from_checkpoint(state, recipe, device)
     print(f"{state['path']}: {detector.report}")
     demo_output = DemoOutput(args.show_dir, detector.class_names, args.min_score)
     with tempfile.TemporaryDirectory() as scratch:
-        inputs = args.inputs + args.img + args.directory
+        inputs = args.inputs
         if not inputs:
             sample = Path(scratch, "sample")
             write_sample(sample, train=1, val=SAMPLE_IMAGES)
@@ -63,13 +67,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> Namespace:
-    parser = flags.make_parser(__doc__.split("\n")[0], "data", "files", "device", recipes=RECIPES)
-    parser.add_argument("inputs", nargs="*", metavar="IMAGE|FOLDER", help="default: sample images")
-    parser.add_argument("--img", nargs="+", default=[], metavar="IMAGE|FOLDER", help="the same")
-    parser.add_argument("-f", "--directory", nargs="+", default=[], help="the same")
-    flags.add(parser, "--show-dir", Path("demo_output"), "folder of the pictures")
-    flags.add(parser, "--min-score --score-thr", 0.3, "lowest score that is drawn")
-    return parser.parse_args(argv)
+    parser = flags.make_parser(
+        __doc__.split("\n")[0], "data", "files", "device", recipes=RECIPES, old_flags=OLD_FLAGS
+    )
+    return flags.parse_demo(parser, argv)
 
 
 if __name__ == "__main__":

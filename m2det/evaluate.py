@@ -45,6 +45,7 @@ from common.npu.weights import require_num_classes
 from m2det.config import RECIPES, Recipe
 from m2det.data import TURNS_IF_BOTH_FIT, build_loader, find_files, normalise, read_records
 from m2det.detector import Detector
+from m2det.old_flags import OLD_FLAGS
 from m2det.postprocess import detect, submission_boxes
 from m2det.weights import named_classes
 
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     evaluation = evaluate_and_save(result_rows, records, recipe, args.output_dir, options, log)
     closing_lines = write_summary(
         args.output_dir,
-        network=recipe.name,
+        network=f"{args.tag}{recipe.name}",
         batch_size=recipe.eval_batch_size,
         num_ranks=ranks.world_size,
         kind="eval",
@@ -101,8 +102,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse(argv: list[str] | None) -> Namespace:
     groups = ("data", "files", "evaluation", "device", "process")
-    parser = flags.make_parser(__doc__.split("\n")[0], *groups, recipes=RECIPES)
+    parser = flags.make_parser(
+        __doc__.split("\n")[0], *groups, recipes=RECIPES, old_flags=OLD_FLAGS
+    )
     flags.add(parser, "--format-only", False, "write results, no metrics")
+    flags.add(parser, "--tag", "", "put before the network's name in the summary")
     return parser.parse_args(argv)
 
 

@@ -33,6 +33,7 @@ from m2det.anchors import make_anchors
 from m2det.config import RECIPES, Recipe
 from m2det.data import prepare_image
 from m2det.detector import Detector
+from m2det.old_flags import OLD_FLAGS
 from m2det.postprocess import decode_outputs
 
 # Numbers of the recipe that a deployer needs.
@@ -94,7 +95,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> Namespace:
-    parser = flags.make_parser(__doc__.split("\n")[0], "files", recipes=RECIPES)
+    parser = flags.make_parser(
+        __doc__.split("\n")[0], "files", recipes=RECIPES, old_flags=OLD_FLAGS
+    )
     flags.add(parser, "--output-file", Path("m2det.onnx"), "file to write")
     flags.add(parser, "--decoded", False, "boxes and scores instead of raw outputs")
     flags.add(parser, "--opset", 18, "version of ONNX's operator set; its Resize needs 18")

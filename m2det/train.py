@@ -47,6 +47,7 @@ from m2det.data import (
 from m2det.evaluate import detect_all, evaluate_and_save
 from m2det.loss import DetectionLoss
 from m2det.model import build_model
+from m2det.old_flags import OLD_FLAGS
 from m2det.weights import load_weights, named_classes, recipe_of_checkpoint
 
 # Where the port keeps the backbone's ImageNet weights.
@@ -165,7 +166,9 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def parse(argv: list[str] | None):
-    parser = flags.make_parser(__doc__.split("\n")[0], *flags.TRAINING_GROUPS, recipes=RECIPES)
+    parser = flags.make_parser(
+        __doc__.split("\n")[0], *flags.TRAINING_GROUPS, recipes=RECIPES, old_flags=OLD_FLAGS
+    )
     parser.add_argument(
         "--pth-path", dest="checkpoint", default=SUPPRESS, help="the same as --checkpoint"
     )

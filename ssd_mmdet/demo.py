@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Detect and draw: SSD300-VGG16 on images, or on folders of images such as a video's frames.
 
-    python3 demo.py IMAGE FOLDER ... --checkpoint FILE
-    python3 demo.py                                      newest checkpoint, built-in sample
+    python3 demo.py FILE.pth IMAGE FOLDER ...    a checkpoint and images
+    python3 demo.py                              newest checkpoint, built-in sample
 
 Pictures keep the names of their images, below the folder that all have in common; `results.json`
 lists what is drawn. A file that cannot be read is reported and left out; the exit status is 1 then.
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{state['path']}: {detector.report}")
     demo_output = DemoOutput(args.show_dir, detector.class_names, args.min_score)
     with tempfile.TemporaryDirectory() as scratch:
-        inputs = args.inputs + args.img
+        inputs = args.inputs
         if not inputs:
             sample = Path(scratch, "sample")
             write_sample(sample, train=1, val=SAMPLE_IMAGES)
@@ -65,18 +65,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> Namespace:
     parser = flags.make_parser(__doc__.split("\n")[0], "files", "device")
-    parser.add_argument("inputs", nargs="*", metavar="IMAGE|FOLDER", help="default: sample images")
-    parser.add_argument("--img", nargs="+", default=[], metavar="IMAGE|FOLDER", help="the same")
-    flags.add(parser, "--show-dir", Path("demo_output"), "folder of the pictures")
-    flags.add(parser, "--min-score --score-thr", 0.3, "lowest score that is drawn")
     flags.add(parser, "-b --batch-size", 8, "images that go through the network at once")
     flags.add(parser, "--config", "", "no effect: the checkpoint shows its network")
-    flags.add(parser, "--show", False, "no effect: pictures are written, see --show-dir")
-    args = parser.parse_args(argv)
+    args = flags.parse_demo(parser, argv)
     if args.config:
         print("--config has no effect: the checkpoint shows its network")
-    if args.show:
-        print(f"--show has no effect: the pictures will be in {args.show_dir}")
     return args
 
 

@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     evaluation = evaluate_and_save(result_rows, records, recipe, args.output_dir, options, log)
     closing_lines = write_summary(
         args.output_dir,
-        network=recipe.name,
+        network=f"{args.tag}{recipe.name}",
         batch_size=recipe.eval_batch_size,
         num_ranks=ranks.world_size,
         kind="eval",
@@ -103,6 +103,7 @@ def parse(argv: list[str] | None) -> Namespace:
     groups = ("data", "files", "evaluation", "device", "process")
     parser = flags.make_parser(__doc__.split("\n")[0], *groups, recipes=RECIPES)
     flags.add(parser, "--format-only", False, "write results, no metrics")
+    flags.add(parser, "--tag", "", "put before the network's name in the summary")
     return parser.parse_args(argv)
 
 

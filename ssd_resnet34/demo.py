@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Detect and draw: SSD300-ResNet34 on images, or on folders of images such as a video's frames.
 
-    python3 demo.py IMAGE FOLDER ... --checkpoint FILE
-    python3 demo.py                                      newest checkpoint, built-in sample
+    python3 demo.py FILE.pth IMAGE FOLDER ...    a checkpoint and images
+    python3 demo.py                              newest checkpoint, built-in sample
 
 Pictures keep the names of their images, below the folder that all have in common; `results.json`
 lists what is drawn. A file that cannot be read is reported and left out; the exit status is 1 then.
@@ -28,6 +28,7 @@ from common.npu import entry
 from common.npu.device import setup_device
 from ssd_resnet34.config import RECIPES
 from ssd_resnet34.detector import Detector
+from ssd_resnet34.old_flags import OLD_FLAGS
 
 SAMPLE_IMAGES = 12  # drawn where no image is given
 
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{state['path']}: {detector.report}")
     demo_output = DemoOutput(args.show_dir, detector.class_names, args.min_score)
     with tempfile.TemporaryDirectory() as scratch:
-        inputs = args.inputs + args.img
+        inputs = args.inputs
         if not inputs:
             sample = Path(scratch, "sample")
             write_sample(sample, train=1, val=SAMPLE_IMAGES)
@@ -64,13 +65,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> Namespace:
-    parser = flags.make_parser(__doc__.split("\n")[0], "files", "device")
-    parser.add_argument("inputs", nargs="*", metavar="IMAGE|FOLDER", help="default: sample images")
-    parser.add_argument("--img", nargs="+", default=[], metavar="IMAGE|FOLDER", help="the same")
-    flags.add(parser, "--show-dir", Path("demo_output"), "folder of the pictures")
-    flags.add(parser, "--min-score --score-thr", 0.3, "lowest score that is drawn")
+    parser = flags.make_parser(__doc__.split("\n")[0], "files", "device", old_flags=OLD_FLAGS)
     flags.add(parser, "-b --batch-size", 8, "images that go through the network at once")
-    return parser.parse_args(argv)
+    return flags.parse_demo(parser, argv)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ from common.npu.weights import require_num_classes
 from ssd_resnet34.config import RECIPES, Recipe
 from ssd_resnet34.data import TURNS_IF_BOTH_FIT, build_loader, normalise
 from ssd_resnet34.detector import Detector
+from ssd_resnet34.old_flags import OLD_FLAGS
 from ssd_resnet34.postprocess import detect
 from ssd_resnet34.weights import named_classes
 
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     evaluation = evaluate_and_save(result_rows, records, recipe, args.output_dir, options, log)
     closing_lines = write_summary(
         args.output_dir,
-        network=recipe.name,
+        network=f"{args.tag}{recipe.name}",
         batch_size=recipe.eval_batch_size,
         num_ranks=ranks.world_size,
         kind="eval",
@@ -101,8 +102,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse(argv: list[str] | None) -> Namespace:
     groups = ("data", "files", "evaluation", "device", "process")
-    parser = flags.make_parser(__doc__.split("\n")[0], *groups, recipes=RECIPES)
+    parser = flags.make_parser(
+        __doc__.split("\n")[0], *groups, recipes=RECIPES, old_flags=OLD_FLAGS
+    )
     flags.add(parser, "--format-only", False, "write results, no metrics")
+    flags.add(parser, "--tag", "", "put before the network's name in the summary")
     return parser.parse_args(argv)
 
 

@@ -33,6 +33,7 @@ from ssd_resnet34.anchors import make_anchors
 from ssd_resnet34.config import RECIPES, Recipe
 from ssd_resnet34.data import prepare_image
 from ssd_resnet34.detector import Detector
+from ssd_resnet34.old_flags import OLD_FLAGS
 from ssd_resnet34.postprocess import decode_outputs
 
 # Numbers of the recipe that a deployer needs.
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> Namespace:
-    parser = flags.make_parser(__doc__.split("\n")[0], "files")
+    parser = flags.make_parser(__doc__.split("\n")[0], "files", old_flags=OLD_FLAGS)
     flags.add(parser, "--output-file", Path("ssd300_resnet34.onnx"), "file to write")
     flags.add(parser, "--decoded", False, "boxes and scores instead of raw outputs")
     flags.add(parser, "--opset", 17, "version of ONNX's operator set")

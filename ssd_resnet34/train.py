@@ -44,6 +44,7 @@ from ssd_resnet34.data import (
 from ssd_resnet34.evaluate import detect_all, evaluate_and_save
 from ssd_resnet34.loss import DetectionLoss
 from ssd_resnet34.model import build_model
+from ssd_resnet34.old_flags import OLD_FLAGS
 from ssd_resnet34.weights import load_weights, named_classes, recipe_of_checkpoint
 
 LOSSES = ("loss_cls", "loss_bbox", "loss")
@@ -155,7 +156,9 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def parse(argv: list[str] | None):
-    parser = flags.make_parser(__doc__.split("\n")[0], *flags.TRAINING_GROUPS, recipes=RECIPES)
+    parser = flags.make_parser(
+        __doc__.split("\n")[0], *flags.TRAINING_GROUPS, recipes=RECIPES, old_flags=OLD_FLAGS
+    )
     return parser.parse_args(argv)
 
 

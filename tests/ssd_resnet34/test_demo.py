@@ -98,7 +98,7 @@ def test_without_images_draws_the_sample_with_the_newest_checkpoint(weights, tmp
 def test_old_flag_names(tmp_path):
     own = ["--img", str(PHOTOS[0]), "--show-dir", str(tmp_path), "--score-thr", "0.99"]
     args = demo.parse(own)
-    assert (args.inputs + args.img, args.show_dir, args.min_score) == (
+    assert (args.inputs, args.show_dir, args.min_score) == (
         [str(PHOTOS[0])],
         tmp_path,
         0.99,
