@@ -275,6 +275,17 @@ def evaluation_options(args: argparse.Namespace) -> EvaluationOptions:
     return EvaluationOptions(per_class=args.per_class, faster=args.eval_backend == "faster")
 
 
+def ap_goal(args: argparse.Namespace, checkpoint: dict) -> float:
+    """Return the AP at which training ends, 0 where there is no such goal.
+
+    It is that of `--threshold`, else that of the run which wrote the checkpoint: an evaluation does
+    not know the run's preset.
+    """
+    if hasattr(args, "threshold"):  # the flag was given
+        return args.threshold
+    return checkpoint.get("recipe", {}).get("threshold", 0.0)
+
+
 def starting_weights(args: argparse.Namespace, ranks: Ranks) -> list[dict]:
     """Load the checkpoints that a new run starts from: the backbone's, then the detector's.
 

@@ -28,7 +28,7 @@ from common.coco.trained import trained_boxes_line
 from common.fps.progress import Progress
 from common.npu import distributed, entry
 from common.npu.device import memory_format
-from common.npu.loading import repeat_first_batch
+from common.npu.loading import repeat_first_batch, require_memory_for_batch
 from common.npu.precision import build_sgd, set_learning_rate
 from common.npu.run import Run, RunState
 from fcos.augment import augment
@@ -36,6 +36,7 @@ from fcos.config import RECIPES, Recipe
 from fcos.data import (
     TURNS_IF_BOTH_FIT,
     build_loader,
+    canvas_size,
     iterations_per_epoch,
     small_images,
     training_records,
@@ -45,7 +46,7 @@ from fcos.evaluate import detect_all, evaluate_and_save
 from fcos.loss import DetectionLoss
 from fcos.model import build_model, param_groups
 from fcos.old_flags import OLD_FLAGS
-from fcos.weights import NETWORK, load_weights, named_classes, recipe_of_checkpoint, with_mean_of
+from fcos.weights import load_weights, named_classes, recipe_of_checkpoint, with_mean_of
 
 LOSSES = ("loss_cls", "loss_bbox", "loss_centerness", "loss")
 REMEDY = "lower --lr, clip with --clip_norm=10, use --loss_scale=dynamic, or see --check_data"
@@ -79,6 +80,9 @@ def main(argv: list[str] | None = None) -> int | None:
     train_set, val_set = read_data(run, train_files, val_files, weights)
     num_classes = len(train_set.class_names)
     flags.check_num_classes(args, num_classes)
+    # That of the smallest image.
+    canvas = canvas_size([(1, 2)], recipe.shapes, recipe.scales)
+    require_memory_for_batch(recipe.batch_size, canvas, run.ranks, run.device)
 
     model = build_model(recipe, num_classes)
     for checkpoint in weights:
@@ -109,8 +113,7 @@ def main(argv: list[str] | None = None) -> int | None:
     if recipe.clip_norm:
         terms = (*LOSSES, "grad_norm")
     progress = Progress(run, recipe, terms, steps_per_epoch, total_steps, REMEDY)
-    identity = {field: getattr(recipe, field) for field in NETWORK}
-    identity["backbone frozen"] = frozen
+    identity = {"backbone frozen": frozen}
     state = RunState(run, model, optimizer, progress, recipe, train_set, val_set, identity)
     state.restore()
     parallel_model, optimizer = run.parallel(model, optimizer)
@@ -220,7 +223,13 @@ def evaluate(
         evaluation = None
         if result_rows is not None:
             evaluation = evaluate_and_save(
-                result_rows, val_set, recipe, run.output_dir, run.evaluation_options, run.log.info
+                result_rows,
+                val_set,
+                recipe,
+                run.output_dir,
+                run.evaluation_options,
+                run.log.info,
+                progress.steps_done,
             )
         if progress.add_evaluation(evaluation):
             state.save_best()

@@ -31,7 +31,7 @@ from common.fps.progress import Progress
 from common.npu import distributed, entry
 from common.npu.checkpoint import load as load_checkpoint
 from common.npu.device import memory_format
-from common.npu.loading import repeat_first_batch
+from common.npu.loading import repeat_first_batch, require_memory_for_batch
 from common.npu.precision import build_sgd, set_learning_rate
 from common.npu.run import Run, RunState
 from m2det.augment import augment
@@ -88,6 +88,8 @@ def main(argv: list[str] | None = None) -> int | None:
     train_set, val_set = read_data(run, train_files, val_files, weights)
     num_classes = len(train_set.class_names)
     flags.check_num_classes(args, num_classes)
+    canvas = (recipe.image_size, recipe.image_size)
+    require_memory_for_batch(recipe.batch_size, canvas, run.ranks, run.device)
 
     require_trainable(recipe)
     model = build_model(recipe, num_classes)
@@ -112,8 +114,7 @@ def main(argv: list[str] | None = None) -> int | None:
     steps_per_epoch = iterations_per_epoch(train_set, recipe, world_size)
     total_steps = recipe.epochs * steps_per_epoch
     progress = Progress(run, recipe, LOSSES, steps_per_epoch, total_steps, REMEDY)
-    identity = {"backbone": recipe.backbone, "image size": recipe.image_size}
-    state = RunState(run, model, optimizer, progress, recipe, train_set, val_set, identity)
+    state = RunState(run, model, optimizer, progress, recipe, train_set, val_set)
     state.restore()
     parallel_model, optimizer = run.parallel(model, optimizer)
     parallel_model.train()
@@ -227,7 +228,13 @@ def evaluate(
         evaluation = None
         if result_rows is not None:
             evaluation = evaluate_and_save(
-                result_rows, val_set, recipe, run.output_dir, run.evaluation_options, run.log.info
+                result_rows,
+                val_set,
+                recipe,
+                run.output_dir,
+                run.evaluation_options,
+                run.log.info,
+                progress.steps_done,
             )
         if progress.add_evaluation(evaluation):
             state.save_best()

@@ -30,12 +30,14 @@ from common.coco.evaluation import (
     Evaluation,
     EvaluationOptions,
     gather_result_rows,
+    require_evaluator,
     save_results,
     to_result_rows,
 )
 from common.coco.index import CocoIndex, read_index
 from common.coco.layout import find_coco
 from common.coco.report import RESULTS_FILE, draw_examples, report_results
+from common.files import require_writable
 from common.fps.summary import write_summary
 from common.npu import entry
 from common.npu.distributed import Ranks
@@ -73,6 +75,13 @@ def main(argv: list[str] | None = None) -> None:
     require_num_classes(state["path"], len(detector.class_names), num_classes)
     log(f"{state['path']}: {detector.report}")
 
+    # What is needed after detecting must be there before it.
+    options = flags.evaluation_options(args)
+    if ranks.main:
+        require_writable(args.output_dir)
+    if not args.format_only:
+        require_evaluator(options.faster)
+
     # The recipe's precision is that of training; evaluation is fp32 unless --amp is given.
     level = getattr(args, "amp", "O0")
     precision = Precision(device, level, recipe.loss_scale, args.amp_dtype)
@@ -85,7 +94,6 @@ def main(argv: list[str] | None = None) -> None:
         save_results(path, result_rows)
         log(f"{len(result_rows)} detections in {len(records)} images: {path}")
         return
-    options = flags.evaluation_options(args)
     evaluation = evaluate_and_save(result_rows, records, recipe, args.output_dir, options, log)
     closing_lines = write_summary(
         args.output_dir,
@@ -150,8 +158,12 @@ def evaluate_and_save(
     folder: Path,
     options: EvaluationOptions,
     log: Callable[[str], None],
+    step: int | None = None,
 ) -> Evaluation:
-    """Evaluate result rows, log the metrics, and save rows and pictures in the output folder."""
+    """Evaluate result rows, log the metrics, and save them, rows and pictures in the output folder.
+
+    `step` is that of a run, which is saved with the metrics.
+    """
     evaluation = report_results(
         result_rows,
         records.annotation_file,
@@ -160,6 +172,7 @@ def evaluate_and_save(
         options,
         log,
         records.class_names,
+        step=step,
     )
     draw_examples(folder / "detections.png", records, result_rows, TURNS_IF_BOTH_FIT)
     return evaluation

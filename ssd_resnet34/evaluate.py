@@ -19,6 +19,7 @@ import common.npu.interpreter  # noqa: F401 before torch
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -30,12 +31,14 @@ from common.coco.evaluation import (
     Evaluation,
     EvaluationOptions,
     gather_result_rows,
+    require_evaluator,
     save_results,
     to_result_rows,
 )
 from common.coco.index import CocoIndex, read_index
 from common.coco.layout import find_coco
 from common.coco.report import RESULTS_FILE, draw_examples, report_results
+from common.files import require_writable
 from common.fps.summary import write_summary
 from common.npu import entry
 from common.npu.distributed import Ranks
@@ -61,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
 
     state = flags.checkpoint_to_use(args, ranks)
     detector = Detector.from_checkpoint(state, flags.chosen_recipe(args, RECIPES), device)
-    recipe = detector.recipe
+    recipe = replace(detector.recipe, threshold=flags.ap_goal(args, state))
     files = find_coco(args.data, "val", args.val_annotations, args.val_images)
     records = read_index(files.annotation_file, files.image_dir, classes=named_classes(state))
     log(f"data: {files}")
@@ -73,6 +76,13 @@ def main(argv: list[str] | None = None) -> None:
     flags.check_num_classes(args, num_classes)
     require_num_classes(state["path"], len(detector.class_names), num_classes)
     log(f"{state['path']}: {detector.report}")
+
+    # What is needed after detecting must be there before it.
+    options = flags.evaluation_options(args)
+    if ranks.main:
+        require_writable(args.output_dir)
+    if not args.format_only:
+        require_evaluator(options.faster)
 
     # The recipe's precision is that of training; evaluation is fp32 unless --amp is given.
     level = getattr(args, "amp", "O0")
@@ -86,7 +96,6 @@ def main(argv: list[str] | None = None) -> None:
         save_results(path, result_rows)
         log(f"{len(result_rows)} detections in {len(records)} images: {path}")
         return
-    options = flags.evaluation_options(args)
     evaluation = evaluate_and_save(result_rows, records, recipe, args.output_dir, options, log)
     closing_lines = write_summary(
         args.output_dir,
@@ -153,8 +162,12 @@ def evaluate_and_save(
     folder: Path,
     options: EvaluationOptions,
     log: Callable[[str], None],
+    step: int | None = None,
 ) -> Evaluation:
-    """Evaluate result rows, log the metrics, and save rows and pictures in the output folder."""
+    """Evaluate result rows, log the metrics, and save them, rows and pictures in the output folder.
+
+    `step` is that of a run, which is saved with the metrics.
+    """
     evaluation = report_results(
         result_rows,
         records.annotation_file,
@@ -163,9 +176,9 @@ def evaluate_and_save(
         options,
         log,
         records.class_names,
+        goal=recipe.threshold,
+        step=step,
     )
-    # The line that the port's users look for.
-    log(f"Current AP: {evaluation.stats['AP']:.5f} AP goal: {recipe.threshold:.5f}")
     draw_examples(folder / "detections.png", records, result_rows, TURNS_IF_BOTH_FIT)
     return evaluation
 

@@ -29,7 +29,7 @@ from common.coco.trained import trained_boxes_line
 from common.fps.progress import Progress
 from common.npu import distributed, entry
 from common.npu.device import memory_format
-from common.npu.loading import repeat_first_batch
+from common.npu.loading import repeat_first_batch, require_memory_for_batch
 from common.npu.precision import build_sgd, set_learning_rate
 from common.npu.run import Run, RunState
 from ssd_resnet34.augment import augment
@@ -81,6 +81,8 @@ def main(argv: list[str] | None = None) -> int | None:
     train_set, val_set = read_data(run, train_files, val_files, weights)
     num_classes = len(train_set.class_names)
     flags.check_num_classes(args, num_classes)
+    canvas = (recipe.image_size, recipe.image_size)
+    require_memory_for_batch(recipe.batch_size, canvas, run.ranks, run.device)
 
     model = build_model(recipe, num_classes)
     for checkpoint in weights:
@@ -102,8 +104,7 @@ def main(argv: list[str] | None = None) -> int | None:
     steps_per_epoch = iterations_per_epoch(train_set, recipe, world_size)
     total_steps = recipe.epochs * steps_per_epoch
     progress = Progress(run, recipe, LOSSES, steps_per_epoch, total_steps, REMEDY)
-    identity = {"network": recipe.name, "backbone": recipe.backbone}
-    state = RunState(run, model, optimizer, progress, recipe, train_set, val_set, identity)
+    state = RunState(run, model, optimizer, progress, recipe, train_set, val_set)
     state.restore()
     parallel_model, optimizer = run.parallel(model, optimizer)
     parallel_model.train()
@@ -214,7 +215,13 @@ def evaluate(
         evaluation = None
         if result_rows is not None:
             evaluation = evaluate_and_save(
-                result_rows, val_set, recipe, run.output_dir, run.evaluation_options, run.log.info
+                result_rows,
+                val_set,
+                recipe,
+                run.output_dir,
+                run.evaluation_options,
+                run.log.info,
+                progress.steps_done,
             )
         if progress.add_evaluation(evaluation):
             state.save_best()

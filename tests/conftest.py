@@ -23,7 +23,8 @@ def _one_thread():
 @pytest.fixture(autouse=True)
 def _handlers():
     """A run in this process takes the signals; pytest gets them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    taken = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in taken}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -18,14 +18,27 @@ from common.coco.index import CocoIndex, read_annotations
 from common.errors import UserError
 from common.files import write_atomically
 
-STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+STATS = (
+    "AP",
+    "AP50",
+    "AP75",
+    "APsmall",
+    "APmedium",
+    "APlarge",
+    "AR1",
+    "AR10",
+    "AR100",
+    "ARsmall",
+    "ARmedium",
+    "ARlarge",
+)
 MMDET_NAMES = {
     "AP": "bbox_mAP",
     "AP50": "bbox_mAP_50",
     "AP75": "bbox_mAP_75",
-    "APs": "bbox_mAP_s",
-    "APm": "bbox_mAP_m",
-    "APl": "bbox_mAP_l",
+    "APsmall": "bbox_mAP_s",
+    "APmedium": "bbox_mAP_m",
+    "APlarge": "bbox_mAP_l",
 }
 # Positions in the precision array of pycocotools, (IoU, recall, class, area range, max detections).
 ALL_AREAS = 0
@@ -151,6 +164,11 @@ def evaluate(
         per_class=_per_class_ap(ground_truth, precision),
         precision=precision,
     )
+
+
+def require_evaluator(faster: bool) -> None:
+    """Raise UserError where the package that `evaluate` needs is absent."""
+    _import_evaluator(faster)
 
 
 def _import_evaluator(faster: bool):

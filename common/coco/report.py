@@ -1,5 +1,6 @@
 """The report of an evaluation: metrics in the log, results and pictures in the output folder."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from common.coco.evaluation import (
 )
 from common.coco.images import ImageReader, turned_images_line
 from common.coco.index import CocoIndex
+from common.files import HeldBackErrors, write_atomically
 from common.npu.distributed import Ranks
 
 RESULTS_FILE = "results.bbox.json"  # in COCO's submission format
+METRICS_FILE = "metrics.json"  # the 12 metrics by name
 PR_CURVES_FILE = "pr_curves.png"
 
 
@@ -29,21 +32,49 @@ def report_results(
     options: EvaluationOptions,
     log: Callable[[str], None],
     classes: Sequence[str] | None = None,
+    goal: float | None = None,
+    step: int | None = None,
 ) -> Evaluation:
-    """Evaluate result rows, log the metrics, and save the rows and their curves in the folder.
+    """Evaluate result rows, log the metrics, and save rows, metrics and curves in the folder.
 
-    `classes` are those that were detected. The rows are saved first, so that they are there if the
-    evaluation fails. Raise UserError as `evaluate` does.
+    `classes` are those that were detected. With a `goal`, an AP or 0 for none, the line that users
+    of the ports look for is logged as well. `step` is that of the run, for the file of metrics. The
+    rows are saved first, so that they are there if the evaluation fails. Raise UserError as
+    `evaluate` does; that a file cannot be written is raised after the metrics were logged.
     """
+    errors = HeldBackErrors()
     results_path = folder / RESULTS_FILE
-    save_results(results_path, result_rows)
+    with errors.hold_back():
+        save_results(results_path, result_rows)
     evaluation = evaluate(annotation_file, result_rows, options.faster, classes)
     count = f"{len(result_rows)} detections in {num_images} images"
     log(f"{evaluation.text}\n{count}: {results_path}")
     if options.per_class:
         log(per_class_lines(evaluation))
-    draw_pr_curves(folder / PR_CURVES_FILE, evaluation)
+    if goal is not None:
+        log(current_ap_line(evaluation, goal))
+    with errors.hold_back():
+        save_metrics(folder / METRICS_FILE, evaluation, step)
+    with errors.hold_back():
+        draw_pr_curves(folder / PR_CURVES_FILE, evaluation)
+    errors.raise_first()
     return evaluation
+
+
+def save_metrics(path: Path, evaluation: Evaluation, step: int | None) -> None:
+    """Write the 12 metrics as JSON, atomically; in a run also the step, counted from 1."""
+    metrics = dict(evaluation.stats)
+    if step is not None:
+        metrics["step"] = step
+    write_atomically(path, (json.dumps(metrics, indent=2, allow_nan=False) + "\n").encode())
+
+
+def current_ap_line(evaluation: Evaluation, goal: float) -> str:
+    """Return the line of the ports with the AP, and with the goal unless it is 0."""
+    line = f"Current AP: {evaluation.stats['AP']:.5f}"
+    if goal:
+        line += f" AP goal: {goal:.5f}"
+    return line
 
 
 def turned_images(reader: ImageReader, ranks: Ranks) -> list[str]:

@@ -14,6 +14,7 @@ from common.fps.summary import write_summary
 from common.fps.window import LossWindow, NotFinite
 from common.npu.checkpoint import checkpoints_newest_first
 from common.npu.device import in_host_memory, memory_mib
+from common.npu.entry import as_user_error, leave_dead_workers_to_the_loader
 from common.npu.run import Run
 
 NOT_EVALUATED = -1.0  # an AP that there is not
@@ -66,7 +67,7 @@ class Progress:
         self._to_report: tuple[int, LossWindow] | None = None  # on its way from the device
         self._logged_losses: list[float] = []
         self._waited = 0.0  # seconds for the batch of this step
-        self._bad_data: UserError | None = None
+        self._data_error: UserError | None = None
 
     def begin(self, num_images: int, num_classes: int, rate: str) -> None:
         """Log the plan of the run and start the clock; `rate` describes the learning rate."""
@@ -79,24 +80,33 @@ class Progress:
             f"{self.meter.formula}"
         )
         self._began_at = self.steps_done
+        if self.images_per_step > num_images:
+            self.run.log.warning(
+                f"the global batch of {self.images_per_step} images is larger than the data set of "
+                f"{num_images}: a step sees images more than once; lower --batch_size"
+            )
         self.run.log.begin(self.end, self.steps_done, self.steps_per_epoch)
 
     def steps(self, loader: Iterable) -> Iterator[tuple[int, object]]:
         """Yield the number of each step, from 0, and its batch; `add` must follow each.
 
-        It ends early where the goal is reached, a signal asks for it or a rank meets bad data: all
-        ranks leave at the same step. For the latter two `interrupted` is set.
+        It ends early where the goal is reached, a signal asks for it, a rank meets bad data or one
+        of its loader workers has died: all ranks leave at the same step. But for the goal,
+        `interrupted` is set.
         """
         batches = iter(loader)
+        leave_dead_workers_to_the_loader()
         while self.steps_done < self.end and not self.goal_reached:
             asked_at = time.perf_counter()
             batch = None
             try:
                 batch = next(batches)
-            except UserError as error:
-                self._bad_data = error
+            except Exception as error:
+                self._data_error = as_user_error(error)
+                if self._data_error is None:
+                    raise
             self._waited = time.perf_counter() - asked_at
-            if self.run.stop.agreed(self.run.ranks, also=self._bad_data is not None):
+            if self.run.stop.agreed(self.run.ranks, also=self._data_error is not None):
                 self.interrupted = True
                 return
             yield self.steps_done, batch
@@ -107,8 +117,8 @@ class Progress:
         Every rank raises what one of them has met: whichever ends first tells it.
         """
         message = None
-        if self._bad_data is not None:
-            message = one_line(self._bad_data)
+        if self._data_error is not None:
+            message = one_line(self._data_error)
         for message_of_rank in self.run.ranks.all_gather_objects(message):
             if message_of_rank is not None:
                 raise UserError(message_of_rank)

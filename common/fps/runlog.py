@@ -39,8 +39,12 @@ class RunLog:
         self._steps = 0
         self._per_epoch = 1
 
-    def open(self, folder: Path, name: int | str) -> None:
-        """Begin the files in `folder`, with the lines logged so far."""
+    def open(self, folder: Path, name: int | str, first_step: int = 1) -> None:
+        """Begin the files in `folder`, with the lines logged so far.
+
+        `first_step` is the first one of this run, from 1: a resumed run takes the place of what an
+        earlier one has left in TensorBoard's events of that step and later ones.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self.text_path = folder / f"train_{name}.log"
         self.json_path = folder / f"{datetime.now():%Y%m%d_%H%M%S}.log.json"
@@ -48,15 +52,16 @@ class RunLog:
             _append(self.text_path, line)
         self._waiting_lines.clear()
         if self.ranks.main:
-            self._open_events(folder / "tensorboard")
+            self._open_events(folder / "tensorboard", first_step)
 
-    def _open_events(self, folder: Path) -> None:
+    def _open_events(self, folder: Path, first_step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             self.warning("no events: the package tensorboard is not installed")
         else:
-            self._events = SummaryWriter(str(folder))
+            purge_step = first_step if first_step > 1 else None
+            self._events = SummaryWriter(str(folder), purge_step=purge_step)
 
     def header(self, **about: str | int) -> None:
         """Write the first JSON line: env_info, config, seed, exp_name.
@@ -157,7 +162,8 @@ class RunLog:
     def _say(self, level: str, text: str) -> None:
         if self.ranks.main:
             line = self._write(level, text)
-            with tqdm.external_write_mode():  # takes the bar away meanwhile
+            # The file has the line already. The bar is taken away meanwhile.
+            with suppress(OSError), tqdm.external_write_mode():
                 print(line, flush=True)
 
     def _write(self, level: str, text: str) -> str:

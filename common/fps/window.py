@@ -82,5 +82,8 @@ class LossWindow:
         return {"figures": self._figures.cpu(), "steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
+        """Go on with a saved window; one of another number of terms is left out."""
+        if state["figures"].shape != self._figures.shape:
+            return
         self._figures.copy_(state["figures"])
         self.steps = state["steps"]

@@ -14,10 +14,22 @@ import torch
 
 from common.errors import UserError
 
+OLDEST_TORCH = (2, 6)
 KINDS = ("npu", "cuda", "cpu")  # in the order in which `auto` tries them
 DEVICES = ("auto", *KINDS)
 CANN_ADVICE = "source CANN's set_env.sh (bash: `source common/npu/env_npu.sh`)"
 BF16_PROCESSOR_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86 and Arm in /proc/cpuinfo
+
+
+def require_supported_torch() -> None:
+    """Raise UserError where torch is older than what the programs need."""
+    major, minor = torch.__version__.split(".")[:2]
+    if (int(major), int(minor)) < OLDEST_TORCH:
+        needed = ".".join(map(str, OLDEST_TORCH))
+        raise UserError(
+            f"torch {torch.__version__} is too old: {needed} is the oldest that works",
+            f"pip install 'torch>={needed}' (on an NPU with the torch_npu of the same version)",
+        )
 
 
 def setup_device(name: str = "auto", index: int = 0) -> tuple[torch.device, str]:

@@ -1,5 +1,6 @@
 """What every entry script does around its work: errors in one line, a stop at the next step."""
 
+import errno
 import gc
 import multiprocessing
 import os
@@ -7,17 +8,70 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from textwrap import shorten
+from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 
 from common.errors import UserError, one_line
+from common.npu.device import require_supported_torch
 from common.npu.distributed import Ranks
 from common.npu.output import release_output_folders
+from common.npu.terminal import make_output_last
 
-# The only place that reads messages of other libraries: torch, gloo and HCCL raise plain
-# RuntimeErrors and tell only in words that a rank is gone or that a loader worker was killed.
-LOST_RANK = re.compile("[Cc]onnection (closed|reset)|[Tt]imed? ?out|Hccl")
-KILLED_WORKER = re.compile("DataLoader worker")
+DEVICE_MEMORY_IS_FULL = (
+    "the memory of the device is full; lower --batch_size (in evaluation --eval_batch_size), or "
+    "take a device that nothing else uses"
+)
+HOST_MEMORY_IS_FULL = (
+    "the memory of the host is full; lower --num_workers or --batch_size (in evaluation "
+    "--eval_batch_size)"
+)
+MORE_FILES = "raise the limit with `ulimit -n 65536`, or lower --num_workers"
+# What is behind some of the OSErrors.
+MEANINGS = {
+    errno.EMFILE: MORE_FILES,
+    errno.ENFILE: MORE_FILES,
+    errno.ENOMEM: HOST_MEMORY_IS_FULL,
+    errno.EPIPE: "a process that reads this one's output has ended",
+    errno.EIO: "a terminal was closed, or a disk or a network drive fails",
+}
+
+
+class ForeignError(NamedTuple):
+    """An error that another library tells only in words, and what a user can do about it."""
+
+    pattern: re.Pattern
+    advice: str
+
+
+# The only place that reads messages of other libraries: torch, torch_npu, gloo and HCCL raise plain
+# RuntimeErrors where memory is full, a rank is gone or a loader worker was killed.
+FOREIGN_ERRORS = (
+    ForeignError(
+        re.compile(r"DataLoader worker \(pid"),
+        "a loader worker has ended, often because memory or /dev/shm is full; lower --num_workers; "
+        "a run goes on with --resume=auto",
+    ),
+    ForeignError(
+        re.compile("DefaultCPUAllocator|Cannot allocate memory|bad_alloc"), HOST_MEMORY_IS_FULL
+    ),
+    ForeignError(
+        re.compile("out of memory|STATUS_ALLOC_FAILED|Failed to allocate memory"),
+        DEVICE_MEMORY_IS_FULL,
+    ),
+    ForeignError(
+        re.compile("Too many open files|received 0 items of ancdata"),
+        f"too many open files; {MORE_FILES}",
+    ),
+)
+LOST_RANK = ForeignError(
+    re.compile("[Cc]onnection (closed|reset)|[Tt]imed? ?out|Hccl"),
+    "another rank has ended or does not answer, see its own message; a run goes on with "
+    "--resume=auto",
+)
+LONGEST_REASON = 200  # characters of another library's message
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -25,45 +79,77 @@ def run(main: Callable[[], int | None]) -> None:
 
     Mistakes of ours keep their traceback.
     """
+    make_output_last()
     try:
+        require_supported_torch()
         status = main()
         _leave_process_group()
-    except UserError as error:
-        status = f"{_error_label()}: {one_line(error)}"
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
-    except OSError as error:  # such as a full or read-only disk
-        status = f"{_error_label()}: {_reason(error)}"
-    except RuntimeError as error:
-        advice = _advice(error)
-        if advice is None:
+    except Exception as error:
+        explained = as_user_error(error)
+        if explained is None:
             raise
-        reason = str(error).strip().splitlines()[0]
-        status = f"{_error_label()}: {advice}; go on with --resume=auto ({reason})"
+        status = f"{_error_label()}: {one_line(explained)}"
     finally:
         _kill_workers()
         release_output_folders()
     sys.exit(status)
 
 
+def as_user_error(error: Exception) -> UserError | None:
+    """Return an error as one that a user can put right, None for a mistake of ours.
+
+    Of the machine's errors that is a full memory, disk or table of files, a lost rank, and a loader
+    worker that was killed.
+    """
+    if isinstance(error, UserError):
+        return error
+    message = str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        return UserError(_reason(error))
+    if isinstance(error, MemoryError):
+        return UserError(_with_reason(HOST_MEMORY_IS_FULL, _last_line(message)))
+    if isinstance(error, torch.OutOfMemoryError):
+        return UserError(_with_reason(DEVICE_MEMORY_IS_FULL, message.partition("\n")[0]))
+    if not isinstance(error, OSError | RuntimeError):
+        return None
+    candidates = list(FOREIGN_ERRORS)
+    if dist.is_initialized():
+        candidates.append(LOST_RANK)
+    for pattern, advice in candidates:
+        for line in message.splitlines():
+            if pattern.search(line):
+                return UserError(_with_reason(advice, line))
+    if isinstance(error, OSError):  # such as one that a loader worker has met
+        return UserError(_last_line(message))
+    return None
+
+
 def _reason(error: OSError) -> str:
-    reason = error.strerror or str(error)
-    return f"{reason}: {error.filename}" if error.filename else reason
+    details = [error.strerror]
+    if error.filename:
+        details.append(str(error.filename))
+    if error.errno in MEANINGS:
+        details.append(MEANINGS[error.errno])
+    return ": ".join(details)
+
+
+def _with_reason(advice: str, line: str) -> str:
+    """Add a line of another library's message."""
+    if not line:
+        return advice
+    return f"{advice} ({shorten(line, LONGEST_REASON, placeholder=' ...')})"
+
+
+def _last_line(message: str) -> str:
+    lines = message.strip().splitlines()
+    return lines[-1].strip() if lines else ""
 
 
 def _error_label() -> str:
     rank = os.environ.get("RANK")
     return "error" if rank is None else f"error (rank {rank})"
-
-
-def _advice(error: RuntimeError) -> str | None:
-    """Return what a user can do about an error of another library, None for a mistake of ours."""
-    message = str(error)
-    if KILLED_WORKER.search(message):
-        return "often because memory or /dev/shm is full; lower --num_workers"
-    if dist.is_initialized() and LOST_RANK.search(message):
-        return "another rank has ended or does not answer, see its own message"
-    return None
 
 
 def _leave_process_group() -> None:
@@ -74,15 +160,24 @@ def _leave_process_group() -> None:
 
 def _kill_workers() -> None:
     """Kill loader workers that an error left behind, which outlive a SIGTERM."""
-    # torch's handler would raise a RuntimeError for the workers killed here.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    leave_dead_workers_to_the_loader()
     for worker in multiprocessing.active_children():
         worker.kill()
+
+
+def leave_dead_workers_to_the_loader() -> None:
+    """Let the loader itself raise the error about a worker that was killed, at its next batch.
+
+    torch's handler of SIGCHLD raises it wherever the program happens to be: in the middle of a step
+    or of saving.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 class StopRequest:
     """SIGTERM and Ctrl-C ask all ranks to stop at the same step; a second Ctrl-C does not wait.
 
+    So does the loss of the terminal, unless the program was started to outlive that (`nohup`).
     `status` is the exit status of a process ended by the signal, 143 for SIGTERM.
     """
 
@@ -91,6 +186,8 @@ class StopRequest:
         self.status = 128 + signal.SIGTERM
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._request)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self._request)
 
     def _request(self, number: int, frame: object) -> None:
         self.requested = True

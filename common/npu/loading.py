@@ -1,14 +1,31 @@
-"""How loader workers run: their number, what they read ahead, which signals they outlive."""
+"""How loader workers run: their number, what they read ahead, which signals they outlive.
+
+And whether what they load fits the host's memory.
+"""
 
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
+import torch
 from torch.utils.data import DataLoader
+
+from common.errors import UserError
+from common.npu.device import in_host_memory
+from common.npu.distributed import Ranks
 
 PREFETCHED_BATCHES = 4  # by each worker: a slow batch now and then does not hold up a step
 MAX_WORKERS = 16  # for each rank: more do not speed up decoding, but cost memory
 SECONDS_TO_OUTLIVE_SIGTERM = 60
+CHANNELS = 3  # of an image
+FLOAT_BYTES = 4
+MEMORY_INFO = Path("/proc/meminfo")
+# The limit of a container, in the two versions of Linux's control groups.
+MEMORY_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 
 
 def workers_per_rank(requested: int, ranks_on_host: int) -> int:
@@ -30,6 +47,46 @@ def usable_cores() -> int:
     return os.cpu_count()
 
 
+def require_memory_for_batch(
+    batch_size: int, canvas: tuple[int, int], ranks: Ranks, device: torch.device
+) -> None:
+    """Raise UserError where the images of one batch a rank do not fit the memory of this host.
+
+    `canvas` is the smallest (height, width) in pixels that an image has in a batch. Counted are the
+    loader's bytes and, on a CPU, the network's input. A run takes much more than that, so a batch
+    that is not refused may still be too large.
+    """
+    total = host_memory()
+    if total is None:
+        return
+    height, width = canvas
+    value_bytes = 1 + FLOAT_BYTES if in_host_memory(device) else 1
+    needed = ranks.local_world_size * batch_size * CHANNELS * height * width * value_bytes
+    if needed > total:
+        raise UserError(
+            f"--batch_size {batch_size}: the images of one batch take {needed / 2**30:.1f} GiB for "
+            f"the ranks of this host, which has {total / 2**30:.1f} GiB of memory",
+            "give a smaller one",
+        )
+
+
+def host_memory() -> int | None:
+    """Return the bytes of memory and swap that processes may use, None where that is not known."""
+    if not MEMORY_INFO.exists():
+        return None
+    sizes = {}
+    for line in MEMORY_INFO.read_text().splitlines():
+        name, _, size = line.partition(":")
+        sizes[name] = int(size.split()[0]) * 1024
+    memory = sizes["MemTotal"]
+    for path in MEMORY_LIMITS:
+        if path.exists():
+            limit = path.read_text().strip()
+            if limit.isdecimal():  # else "max", for none
+                memory = min(memory, int(limit))
+    return memory + sizes.get("SwapTotal", 0)
+
+
 def loader_options(workers: int, pin_memory: bool) -> dict:
     """Return the arguments of a DataLoader that concern its workers."""
     return {
@@ -41,13 +98,14 @@ def loader_options(workers: int, pin_memory: bool) -> dict:
 
 
 def outlive_signals(worker: int) -> None:
-    """Let a worker live on after Ctrl-C or SIGTERM, so that the main process can save.
+    """Let a worker live on after Ctrl-C, SIGHUP or SIGTERM, so that the main process can save.
 
-    Both signals may reach the whole process group. The main process finishes its step and writes
+    These signals may reach the whole process group. The main process finishes its step and writes
     a checkpoint, for which the workers must still be there; one that nobody ends after that ends
     by itself a minute later.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end_later)
 
 

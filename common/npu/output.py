@@ -2,12 +2,14 @@
 
 import errno
 import fcntl
+import glob
 from datetime import datetime
 from pathlib import Path
 
 from common.errors import UserError
 
 LOCK_FILE = ".lock"
+TIME_STAMP = "_%Y%m%d_%H%M%S_%f"  # at the end of the name of a former run's folder
 _held_locks = []  # open files: a lock lasts as long as its file is open
 
 
@@ -45,7 +47,19 @@ def _holds_a_run(folder: Path) -> bool:
 
 def _name_with_time(folder: Path) -> Path:
     changed = datetime.fromtimestamp(folder.stat().st_mtime)
-    return folder.with_name(f"{folder.name}_{changed:%Y%m%d_%H%M%S_%f}")
+    return folder.with_name(folder.name + changed.strftime(TIME_STAMP))
+
+
+def renamed_folders(folder: Path) -> list[Path]:
+    """Return the folders of former runs that `claim_output_folder` has renamed, newest first."""
+    renamed = []
+    for neighbour in folder.absolute().parent.glob(f"{glob.escape(folder.name)}_*"):
+        try:
+            datetime.strptime(neighbour.name.removeprefix(folder.name), TIME_STAMP)
+        except ValueError:
+            continue  # a folder of another name
+        renamed.append(neighbour)
+    return sorted(renamed, reverse=True)
 
 
 def _lock(folder: Path) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from common import flags
-from common.coco.evaluation import EvaluationOptions
+from common.coco.evaluation import EvaluationOptions, require_evaluator
 from common.errors import UserError
 from common.fps.runlog import RunLog
 from common.npu import checkpoint, distributed
@@ -19,12 +19,28 @@ from common.npu.device import be_deterministic, environment, in_host_memory, set
 from common.npu.distributed import Ranks
 from common.npu.entry import StopRequest
 from common.npu.loading import workers_per_rank
-from common.npu.output import claim_output_folder
+from common.npu.output import claim_output_folder, renamed_folders
 from common.npu.precision import Precision, default_level
 from common.npu.weights import weights_on_cpu
 
 if TYPE_CHECKING:
     from common.fps.progress import Progress
+
+# The fields of a recipe that may differ in a resumed run, which takes the new value: the schedule,
+# the optimizer, the precision and the evaluation. What is learned from what data stays.
+MAY_CHANGE = frozenset(
+    (
+        *("name", "epochs", "num_examples_per_epoch"),
+        "batch_size",  # of a rank; the global batch, which must stay, is compared as such
+        *("lr", "lr_step", "lr_decay_epochs", "lr_decay_factor", "lr_factors", "lr_last_epochs"),
+        *("lr_warmup_epochs", "lr_cosine_epochs", "lr_floor", "bias_lr_factor"),
+        *("warmup", "warmup_epochs", "warmup_factor", "warmup_kind", "warmup_lr", "warmup_ratio"),
+        *("momentum", "weight_decay", "clip_norm", "clip_each", "amp", "loss_scale"),
+        *("evaluation", "threshold", "eval_batch_size", "eval_shapes", "score_threshold"),
+        *("nms", "nms_iou", "soft_nms_iou", "soft_nms_min_score", "hard_nms_iou"),
+        *("candidates", "max_per_class", "max_detections", "plus_one", "clamp_boxes"),
+    )
+)
 
 
 class Process(NamedTuple):
@@ -99,6 +115,10 @@ class Run:
         ranks, device, reason = start_process(
             args.device, args.device_id, args.timeout, args.deterministic, card
         )
+        evaluation_options = flags.evaluation_options(args)
+        evaluates = args.kind == "acc"
+        if evaluates:
+            require_evaluator(evaluation_options.faster)
         stop = StopRequest()
         torch.manual_seed(args.seed)
         if hasattr(args, "amp"):  # the flag was given
@@ -113,6 +133,8 @@ class Run:
         resumed = None
         if ranks.main:
             resumed = checkpoint.load_resume_state(args.resume, args.output_dir)
+            if resumed is None and args.resume == "auto":
+                log.warning(_nothing_to_resume(args.output_dir))
         return Run(
             ranks=ranks,
             device=device,
@@ -131,9 +153,9 @@ class Run:
                 save_interval=args.save_interval,
                 keep=args.keep,
                 save=args.save,
-                evaluate=args.kind == "acc",
+                evaluate=evaluates,
             ),
-            evaluation_options=flags.evaluation_options(args),
+            evaluation_options=evaluation_options,
             resumed=ranks.from_main(resumed),
         )
 
@@ -187,7 +209,10 @@ class Run:
                 for path in checkpoint.set_aside_later(self.output_dir, last_step):
                     messages.append(f"{path} is later than the resumed state: set aside")
         self.ranks.barrier()
-        self.log.open(self.output_dir, self.log_name)
+        first_step = 1
+        if self.goes_on_in_its_folder:
+            first_step = self.resumed["iteration"] + 1
+        self.log.open(self.output_dir, self.log_name, first_step)
         self.log.header(
             env_info=environment(),
             config=recipe.listing(),
@@ -206,11 +231,38 @@ class Run:
         return network, optimizer
 
 
+class Difference(NamedTuple):
+    """A value of a resumed run that is another one now."""
+
+    name: str
+    before: object
+    now: object
+
+
+def _differences(before: dict, now: dict) -> list[Difference]:
+    """Return in what two runs differ; an earlier version's may lack a name that came later."""
+    differences = []
+    for name, value in now.items():
+        if name in before and before[name] != value:
+            differences.append(Difference(name, before[name], value))
+    return differences
+
+
+def _nothing_to_resume(folder: Path) -> str:
+    """Return the line on `--resume=auto` without a checkpoint; it names those of renamed runs."""
+    line = f"--resume auto: there is no whole checkpoint in {folder}, so a new run begins"
+    for former in renamed_folders(folder):
+        checkpoints = checkpoint.checkpoints_newest_first(former)
+        if checkpoints:
+            return f"{line}; to go on with the former run give --resume={checkpoints[0]}"
+    return line
+
+
 class RunState:
     """Writes the state of a run, and puts a written one back: the only place that knows its form.
 
-    `identity` holds what must be the same in a run that is resumed, by the words that a message
-    calls it; the global batch, the number of images and the seed are added. `train_set` and
+    A run that is resumed must have the same global batch, number of images, seed, recipe but for
+    the fields in MAY_CHANGE, and `identity`, by the words that a message calls it. `train_set` and
     `val_set` give the classes and their category ids.
     """
 
@@ -223,7 +275,7 @@ class RunState:
         recipe,
         train_set,
         val_set,
-        identity: dict[str, object],
+        identity: dict[str, object] | None = None,
         remedy: str = "start anew from its weights with --checkpoint_path",
     ):
         self.run = run
@@ -231,9 +283,8 @@ class RunState:
         self.optimizer = optimizer
         self.progress = progress
         self.remedy = remedy
-        # What must be the same for a resumed run to go on where it was.
         self.identity = {
-            **identity,
+            **(identity or {}),
             "global batch": recipe.batch_size * run.ranks.world_size,
             "training images": len(train_set),
             "seed": run.seed,
@@ -248,8 +299,9 @@ class RunState:
     def restore(self) -> None:
         """Go on from `run.resumed`, in mid-epoch and with the same order and augmentation.
 
-        On another number of ranks the running statistics are the averaged ones. Raise UserError
-        where the resumed run was another one.
+        What a recipe may change takes effect in the optimizer as well, and is logged. On another
+        number of ranks the running statistics are the averaged ones. Raise UserError where the
+        resumed run was another one.
         """
         state = self.run.resumed
         if state is None:
@@ -260,22 +312,35 @@ class RunState:
         if len(state["windows"]) == self.run.ranks.world_size:
             self.model.load_state_dict(state["buffers"][rank], strict=False)
             self.progress.window.load_state_dict(state["windows"][rank])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._restore_optimizer(state["optimizer"])
         if state["scaler"]:
             self.run.precision.scaler.load_state_dict(state["scaler"])
         self.progress.steps_done = state["iteration"]
         self.progress.best_ap = state["best"]
         self.run.log.info(f"resumed from {state['path']} at iteration {state['iteration']}")
+        for field, before, now in _differences(state["recipe"], self.description["recipe"]):
+            self.run.log.info(f"from here on {field} is {now}; it was {before}")
 
     def _require_same_run(self, state: dict) -> None:
-        for name, value in self.identity.items():
-            # A checkpoint of an earlier version may lack a name that came later.
-            before = state["run"].get(name, value)
-            if before != value:
-                raise UserError(
-                    f"--resume {state['path']}: its {name} was {before}, now {value}; "
-                    f"go on as it was, or {self.remedy}"
-                )
+        differences = _differences(state["run"], self.identity)
+        for difference in _differences(state["recipe"], self.description["recipe"]):
+            if difference.name not in MAY_CHANGE:
+                differences.append(difference)
+        if differences:
+            texts = [f"its {name} was {before}, now {now}" for name, before, now in differences]
+            raise UserError(
+                f"--resume {state['path']}: {'; '.join(texts)}",
+                f"go on as it was, or {self.remedy}",
+            )
+
+    def _restore_optimizer(self, state: dict) -> None:
+        """Restore what the optimizer has gathered; its options are those of this run's recipe."""
+        options = []
+        for group in self.optimizer.param_groups:
+            options.append({name: value for name, value in group.items() if name != "params"})
+        self.optimizer.load_state_dict(state)
+        for group, options_of_group in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(options_of_group)
 
     def save(self, name: str | None = None) -> None:
         """Write the state to `iter_<n>.pt`, or under another name; all ranks must call it.

@@ -27,11 +27,13 @@ from common.coco.evaluation import (
     Evaluation,
     EvaluationOptions,
     gather_result_rows,
+    require_evaluator,
     to_result_rows,
 )
 from common.coco.index import read_annotations
 from common.coco.report import report_results
 from common.errors import UserError
+from common.files import require_writable
 from common.fps.runlog import RunLog
 from common.npu import checkpoint, entry
 from common.npu.distributed import Ranks
@@ -47,20 +49,21 @@ from ssd_resnet34.tfrecord.options import parse, require_files, require_ranks
 from ssd_resnet34.tfrecord.port_lines import announce
 from ssd_resnet34.tfrecord.postprocess import detect
 
+EVALUATION_FOLDER = "eval"  # in the folder of the run
 # What the TensorFlow port calls COCO's twelve metrics.
 PORT_NAMES = {
     "AP": "COCO/AP",
     "AP50": "COCO/AP50",
     "AP75": "COCO/AP75",
-    "APs": "COCO/APs",
-    "APm": "COCO/APm",
-    "APl": "COCO/APl",
+    "APsmall": "COCO/APs",
+    "APmedium": "COCO/APm",
+    "APlarge": "COCO/APl",
     "AR1": "COCO/ARmax1",
     "AR10": "COCO/ARmax10",
     "AR100": "COCO/ARmax100",
-    "ARs": "COCO/ARs",
-    "ARm": "COCO/ARm",
-    "ARl": "COCO/ARl",
+    "ARsmall": "COCO/ARs",
+    "ARmedium": "COCO/ARm",
+    "ARlarge": "COCO/ARl",
 }
 
 
@@ -82,6 +85,12 @@ def main(argv: list[str] | None = None) -> None:
     records = validation_records(
         args.validation_file_pattern, args.val_json_file, recipe.category_ids
     )
+    # What is needed after detecting must be there before it.
+    options = flags.evaluation_options(args)
+    if ranks.main:
+        require_writable(args.model_dir / EVALUATION_FOLDER)
+    require_evaluator(options.faster)
+
     # The recipe's precision is that of training; evaluation is fp32 unless --amp is given.
     level = getattr(args, "amp", "O0")
     precision = Precision(device, level, loss_scale=NO_SCALE, dtype=args.amp_dtype)
@@ -94,7 +103,6 @@ def main(argv: list[str] | None = None) -> None:
         result_rows = detect_all(detector.model, recipe, records, device, ranks, workers, precision)
         if result_rows is None:
             return
-        options = flags.evaluation_options(args)
         evaluation = evaluate_and_save(
             result_rows, records, args.val_json_file, args.model_dir, options, log.info
         )
@@ -168,13 +176,21 @@ def evaluate_and_save(
     folder: Path,
     options: EvaluationOptions,
     log: Callable[[str], None],
+    step: int | None = None,
 ) -> Evaluation:
     """Evaluate result rows, log the metrics, and save rows and metrics in `eval/`.
 
-    The metrics are printed in the lines of the TensorFlow port, too.
+    `step` is that of a run, which is saved with the metrics. They are printed in the lines of the
+    TensorFlow port, too.
     """
     evaluation = report_results(
-        result_rows, val_json_file, len(records), folder / "eval", options, log
+        result_rows,
+        val_json_file,
+        len(records),
+        folder / EVALUATION_FOLDER,
+        options,
+        log,
+        step=step,
     )
     announce(f"Current AP: {evaluation.stats['AP']:.5f}")
     metrics = {PORT_NAMES[name]: value for name, value in evaluation.stats.items()}

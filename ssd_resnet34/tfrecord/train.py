@@ -26,6 +26,7 @@ from common.errors import UserError
 from common.fps.progress import Progress
 from common.npu import distributed, entry
 from common.npu.device import memory_format
+from common.npu.loading import require_memory_for_batch
 from common.npu.precision import build_sgd, set_learning_rate
 from common.npu.run import Run, RunState
 from ssd_resnet34.tfrecord.augment import augment
@@ -83,6 +84,8 @@ def main(argv: list[str] | None = None) -> int | None:
             args.validation_file_pattern, args.val_json_file, recipe.category_ids
         )
 
+    canvas = (recipe.image_size, recipe.image_size)
+    require_memory_for_batch(recipe.batch_size, canvas, run.ranks, run.device)
     num_classes = len(recipe.category_ids)
     model = build_model(recipe, num_classes)
     if args.resnet_checkpoint and not run.resumed:
@@ -103,13 +106,8 @@ def main(argv: list[str] | None = None) -> int | None:
     progress = Progress(
         run, recipe, LOSSES, steps_per_epoch, total_steps, REMEDY, log_period=total_steps
     )
-    identity = {
-        "network": recipe.name,
-        "backbone": recipe.backbone,
-        "list of category ids": recipe.category_ids,
-    }
     state = RunState(
-        run, model, optimizer, progress, recipe, train_set, val_set, identity, RESUME_REMEDY
+        run, model, optimizer, progress, recipe, train_set, val_set, remedy=RESUME_REMEDY
     )
     state.restore()
     parallel_model, optimizer = run.parallel(model, optimizer)
@@ -204,6 +202,7 @@ def evaluate(
                 run.output_dir,
                 run.evaluation_options,
                 run.log.info,
+                progress.steps_done,
             )
         if progress.add_evaluation(evaluation):
             state.save_best()

@@ -25,15 +25,6 @@ def _own_environment(monkeypatch):
     signal.signal(signal.SIGCHLD, before)
 
 
-@pytest.fixture
-def _handlers():
-    """Gives the signals back as they were."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def status_of(main):
     with pytest.raises(SystemExit) as ended:
         run(main)
@@ -82,6 +73,82 @@ def test_a_lost_rank_is_told_in_one_line(monkeypatch, text):
     assert status.endswith(f"--resume=auto ({text.splitlines()[0]})")
 
 
+CUDA_FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free."
+NPU_FULL = "NPU out of memory. Tried to allocate 5.03 GiB (NPU 3; 60.96 GiB total capacity)"
+CPU_FULL = (
+    "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"
+)
+IN_WORKER = "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback:\n  at x.py\n"
+DEVICE = "the memory of the device is full; lower --batch_size (in evaluation --eval_batch_size)"
+HOST = "the memory of the host is full; lower --num_workers or --batch_size"
+
+
+@pytest.mark.parametrize(
+    ("error", "beginning", "end"),
+    [
+        (torch.OutOfMemoryError(CUDA_FULL), DEVICE, f"({CUDA_FULL})"),
+        (RuntimeError(NPU_FULL + "\n[ERROR] 2026-01-01"), DEVICE, f"({NPU_FULL})"),
+        (RuntimeError("CUDA error: out of memory\nCompile with"), DEVICE, "of memory)"),
+        (RuntimeError(CPU_FULL), HOST, f"({CPU_FULL})"),
+        (RuntimeError(f"{IN_WORKER}RuntimeError: {CPU_FULL}"), HOST, f"(RuntimeError: {CPU_FULL})"),
+        (MemoryError(), HOST, "(in evaluation --eval_batch_size)"),
+        (MemoryError("Unable to allocate 9 TiB"), HOST, "(Unable to allocate 9 TiB)"),
+        (OSError(12, "Cannot allocate memory"), f"Cannot allocate memory: {HOST}", ""),
+        (
+            OSError(24, "Too many open files", "a.jpg"),
+            "Too many open files: a.jpg: raise the limit with `ulimit -n 65536`",
+            "",
+        ),
+        (
+            RuntimeError(
+                "unable to open shared memory object </torch_1>: Too many open files (24)"
+            ),
+            "too many open files; raise the limit with `ulimit -n 65536`",
+            "(24))",
+        ),
+        (BrokenPipeError(32, "Broken pipe"), "Broken pipe: a process that reads this one's", ""),
+        (OSError(5, "Input/output error"), "Input/output error: a terminal was closed, or", ""),
+        (OSError(f"{IN_WORKER}OSError: [Errno 5] I/O error"), "OSError: [Errno 5] I/O error", ""),
+    ],
+)
+def test_what_the_machine_lacks_is_told_in_one_line_with_the_remedy(error, beginning, end):
+    def main():
+        raise error
+
+    status = status_of(main)
+    assert status.startswith(f"error: {beginning}")
+    assert status.endswith(end)
+    assert "\n" not in status
+
+
+def test_a_real_allocation_that_is_too_large_is_told_in_one_line():
+    status = status_of(lambda: torch.empty(2**60, dtype=torch.uint8))
+    assert status.startswith(f"error: {HOST}")
+
+
+def test_a_mistake_in_a_worker_keeps_its_traceback():
+    def main():
+        raise RuntimeError(f"{IN_WORKER}RuntimeError: shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        run(main)
+
+
+@pytest.mark.parametrize("version", ["2.5.1+cu121", "1.13.0", "2.2.0a0+git1"])
+def test_an_old_torch_is_told_before_anything_else(monkeypatch, version):
+    monkeypatch.setattr(torch, "__version__", version)
+    status = status_of(lambda: pytest.fail("started"))
+    assert status.startswith(
+        f"error: torch {version} is too old: 2.6 is the oldest that works; pip"
+    )
+
+
+@pytest.mark.parametrize("version", ["2.6.0a0+ecf3bae40a", "2.13.0", "3.0"])
+def test_a_torch_that_is_new_enough_starts(monkeypatch, version):
+    monkeypatch.setattr(torch, "__version__", version)
+    assert status_of(lambda: 7) == 7
+
+
 def test_a_full_disk_and_a_killed_worker_are_told_in_one_line():
     def fail(error):
         raise error
@@ -92,7 +159,10 @@ def test_a_full_disk_and_a_killed_worker_are_told_in_one_line():
     assert status_of(lambda: fail(named)) == "error: Read-only file system: out/tensorboard"
     killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
     status = status_of(lambda: fail(killed))
-    assert status.startswith("error: often because memory or /dev/shm is full; lower --num_workers")
+    assert status.startswith(
+        "error: a loader worker has ended, often because memory or /dev/shm is full; lower "
+        "--num_workers; a run goes on with --resume=auto "
+    )
     assert status.endswith("(DataLoader worker (pid 7) is killed by signal: Killed.)")
     assert status_of(lambda: fail(KeyboardInterrupt())) == 130
 
@@ -152,8 +222,9 @@ def test_an_error_leaves_no_worker_behind(error):
     assert worker.exitcode == -signal.SIGKILL
 
 
-@pytest.mark.usefixtures("_handlers")
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_a_signal_is_a_request(number, status):
     stop = StopRequest()
     assert not stop.agreed(Ranks())
@@ -162,7 +233,6 @@ def test_a_signal_is_a_request(number, status):
     assert stop.status == status
 
 
-@pytest.mark.usefixtures("_handlers")
 def test_a_second_ctrl_c_does_not_wait():
     stop = StopRequest()
     os.kill(os.getpid(), signal.SIGINT)
@@ -171,8 +241,14 @@ def test_a_second_ctrl_c_does_not_wait():
         os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.usefixtures("_handlers")
 def test_ranks_agree_also_for_another_reason():
     stop = StopRequest()
     assert stop.agreed(Ranks(), also=True)
+    assert not stop.agreed(Ranks())
+
+
+def test_a_program_started_by_nohup_outlives_its_terminal():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopRequest()
+    os.kill(os.getpid(), signal.SIGHUP)
     assert not stop.agreed(Ranks())

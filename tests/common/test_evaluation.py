@@ -178,7 +178,7 @@ def test_mmdet_keys():
         *(f"bbox_mAP{suffix}" for suffix in ("", "_50", "_75", "_s", "_m", "_l")),
         "bbox_mAP_copypaste",
     ]
-    assert log["bbox_mAP_s"] == round(stats["APs"], 3)
+    assert log["bbox_mAP_s"] == round(stats["APsmall"], 3)
     assert log["bbox_mAP_copypaste"].split()[1] == f"{stats['AP50']:.3f}"
 
 

@@ -1,7 +1,10 @@
+import errno
+import tempfile
+
 import pytest
 
 from common.errors import UserError
-from common.files import write_atomically
+from common.files import require_writable, write_atomically
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -19,3 +22,18 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
         UserError, match=r"file/x cannot be written: .*; free space or choose another folder"
     ):
         write_atomically(tmp_path / "file" / "x", b"new")
+
+
+def test_a_folder_is_asked_for_before_the_work(tmp_path, monkeypatch):
+    require_writable(tmp_path / "new" / "folder")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    (tmp_path / "file").write_bytes(b"in the way")
+    with pytest.raises(UserError, match=r"/file cannot be written: File exists; free space or"):
+        require_writable(tmp_path / "file")
+
+    def full(dir):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(UserError, match=r"cannot be written: No space left on device; free space"):
+        require_writable(tmp_path)

@@ -2,9 +2,12 @@ import os
 import signal
 
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
+from common.errors import UserError
 from common.npu import loading
+from common.npu.distributed import Ranks
 
 
 def test_workers_are_as_many_as_asked_for_or_a_share_of_the_cores(monkeypatch):
@@ -20,13 +23,15 @@ def test_a_loader_takes_the_options(workers):
     assert list(DataLoader([1, 2, 3], **options)) == [1, 2, 3]
 
 
-def test_a_worker_outlives_both_signals_for_a_minute(monkeypatch):
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+def test_a_worker_outlives_the_signals_for_a_minute(monkeypatch):
+    sent = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in sent}
     alarms = []
     monkeypatch.setattr(signal, "alarm", alarms.append)
     try:
         loading.outlive_signals(0)
         os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGHUP)
         os.kill(os.getpid(), signal.SIGTERM)
     finally:
         for number, handler in before.items():
@@ -37,3 +42,42 @@ def test_a_worker_outlives_both_signals_for_a_minute(monkeypatch):
 def test_the_first_batch_is_repeated():
     loader = DataLoader([1, 2, 3])
     assert [batch.item() for batch in loading.repeat_first_batch(loader)] == [1, 1, 1]
+
+
+@pytest.fixture
+def gib_of_host(tmp_path, monkeypatch):
+    """Give the host 3 GiB of memory and 1 GiB of swap; the function limits a container."""
+    info = tmp_path / "meminfo"
+    info.write_text("MemTotal: 3145728 kB\nMemFree: 1 kB\nSwapTotal: 1048576 kB\nHuge: 0\n")
+    monkeypatch.setattr(loading, "MEMORY_INFO", info)
+    monkeypatch.setattr(loading, "MEMORY_LIMITS", (tmp_path / "max", tmp_path / "v1"))
+    return lambda limit: (tmp_path / "max").write_text(f"{limit}\n")
+
+
+def test_a_batch_that_the_host_cannot_hold_is_refused(gib_of_host):
+    cuda = torch.device("cuda")
+    two_ranks = Ranks(local_world_size=2)
+    image = (1024, 1024)  # 3 MiB
+    loading.require_memory_for_batch(682, image, two_ranks, cuda)
+    with pytest.raises(
+        UserError,
+        match=r"^--batch_size 683: the images of one batch take 4\.0 GiB for the ranks of this "
+        r"host, which has 4\.0 GiB of memory; give a smaller one$",
+    ):
+        loading.require_memory_for_batch(683, image, two_ranks, cuda)
+    # A CPU also holds the floats of the network's input.
+    loading.require_memory_for_batch(273, image, Ranks(), torch.device("cpu"))
+    with pytest.raises(UserError, match=r"--batch_size 274: .* 4\.0 GiB"):
+        loading.require_memory_for_batch(274, image, Ranks(), torch.device("cpu"))
+
+
+def test_a_container_has_less_memory(gib_of_host):
+    gib_of_host("max")
+    assert loading.host_memory() == 4 * 2**30
+    gib_of_host(2**30)
+    assert loading.host_memory() == 2 * 2**30
+
+
+def test_nothing_is_refused_where_the_memory_is_not_known(monkeypatch, tmp_path):
+    monkeypatch.setattr(loading, "MEMORY_INFO", tmp_path / "none")
+    loading.require_memory_for_batch(10**9, (300, 300), Ranks(), torch.device("cpu"))

@@ -44,10 +44,49 @@ def test_metrics_are_logged_and_files_written(result_rows, tmp_path):
     assert evaluation.stats == expected.stats
     path = folder / "results.bbox.json"
     assert lines == [f"{expected.text}\n{len(result_rows)} detections in 50 images: {path}"]
-    assert sorted(file.name for file in folder.iterdir()) == ["pr_curves.png", "results.bbox.json"]
+    names = ["metrics.json", "pr_curves.png", "results.bbox.json"]
+    assert sorted(file.name for file in folder.iterdir()) == names
+    assert json.loads((folder / "metrics.json").read_text()) == expected.stats
     assert Image.open(folder / "pr_curves.png").format == "PNG"
     save_results(tmp_path / "again.json", result_rows)
     assert path.read_bytes() == (tmp_path / "again.json").read_bytes()
+
+
+def test_the_metrics_of_a_run_have_its_step_and_coco_names(result_rows, tmp_path):
+    evaluation = report.report_results(result_rows, VAL, 50, tmp_path, PLAIN, print, step=40)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics == {**evaluation.stats, "step": 40}
+    assert " ".join(metrics) == (
+        "AP AP50 AP75 APsmall APmedium APlarge AR1 AR10 AR100 ARsmall ARmedium ARlarge step"
+    )
+
+
+@pytest.mark.parametrize(
+    ("goal", "end"),
+    [
+        (None, "results.bbox.json"),
+        (0.0, "Current AP: 0.99999"),
+        (0.23, "Current AP: 0.99999 AP goal: 0.23000"),
+    ],
+)
+def test_the_line_of_the_ports_names_a_goal_only_where_there_is_one(
+    result_rows, tmp_path, monkeypatch, goal, end
+):
+    evaluation = evaluate(VAL, result_rows)
+    evaluation.stats["AP"] = 0.99999
+    monkeypatch.setattr(report, "evaluate", lambda *_: evaluation)
+    lines = []
+    report.report_results(result_rows, VAL, 50, tmp_path, PLAIN, lines.append, goal=goal)
+    assert lines[-1].endswith(end)
+
+
+def test_metrics_are_logged_where_no_file_can_be_written(result_rows, tmp_path):
+    (tmp_path / "out").write_text("a file in the place of the folder")
+    lines = []
+    with pytest.raises(UserError, match=r"results\.bbox\.json cannot be written: File exists;"):
+        report.report_results(result_rows, VAL, 50, tmp_path / "out", PLAIN, lines.append, goal=0.0)
+    assert "Average Precision  (AP) @[ IoU=0.50:0.95" in lines[0]
+    assert lines[-1].startswith("Current AP: ")
 
 
 def test_the_ap_of_every_class_comes_in_columns(result_rows, tmp_path):

@@ -1,19 +1,34 @@
 """A run's start, its state and the course of its steps, without a model of the product."""
 
-from dataclasses import asdict, dataclass
+import os
+import signal
+import sys
+from dataclasses import asdict, dataclass, fields, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+import fcos.config
+import m2det.config
+import ssd_mmdet.config
+import ssd_resnet34.config
+import ssd_resnet34.tfrecord.config
 from common import flags
 from common.errors import UserError
 from common.fps.progress import Progress
 from common.npu import checkpoint
 from common.npu.precision import build_sgd
-from common.npu.run import Run, RunState, start_process
+from common.npu.run import MAY_CHANGE, Run, RunState, start_process
 
+MODEL_RECIPES = (
+    ssd_mmdet.config.Recipe,
+    ssd_resnet34.config.Recipe,
+    ssd_resnet34.tfrecord.config.Recipe,
+    m2det.config.Recipe,
+    fcos.config.Recipe,
+)
 CPU = torch.device("cpu")
 LOSSES = ("loss_cls", "loss")
 
@@ -25,11 +40,15 @@ class Recipe:
     epochs: int = 3
     evaluation: tuple[int, ...] = (1,)
     threshold: float = 0.5
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    augment: bool = True
     amp: str = "O0"
     loss_scale: str = "dynamic"
 
     def lr_at(self, iteration, iters_per_epoch, world_size, batch_size):
-        return 0.1 / (1 + iteration)
+        return self.lr / (1 + iteration)
 
     def listing(self):
         return str(asdict(self))
@@ -54,7 +73,13 @@ def start(folder, *words, recipe=RECIPE):
 def parts_of(run, recipe=RECIPE, width=3):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, width), nn.BatchNorm1d(width))
-    optimizer = build_sgd(list(model.parameters()), CPU, lr=0.1, momentum=0.9)
+    optimizer = build_sgd(
+        list(model.parameters()),
+        CPU,
+        lr=0.1,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+    )
     progress = Progress(run, recipe, LOSSES, 4, recipe.epochs * 4, REMEDY)
     identity = {"width": width}
     state = RunState(run, model, optimizer, progress, recipe, RECORDS, RECORDS, identity)
@@ -156,6 +181,65 @@ def test_a_run_resumed_from_another_folder_begins_one_of_its_own(tmp_path):
     assert checkpoint.load(tmp_path / "run" / "iter_2.pt")["iteration"] == 2
 
 
+def test_nothing_to_resume_is_said_with_the_run_that_was_renamed(tmp_path, capsys):
+    folder = tmp_path / "run"
+    nothing = f"--resume auto: there is no whole checkpoint in {folder}, so a new run begins"
+    assert start(folder, "--resume=auto").resumed is None
+    assert f"WARNING - {nothing}\n" in capsys.readouterr().out
+    # Neither a folder of another name nor one without a checkpoint is a former run.
+    for name in ("run_old", "run_20990101_000000_000000", "run_20260101_000000_000000"):
+        (tmp_path / name).mkdir()
+    for name in ("run_old", "run_20260101_000000_000000"):
+        (tmp_path / name / "iter_7.pt").touch()
+    start(folder, "--resume=auto")
+    former = tmp_path / "run_20260101_000000_000000" / "iter_7.pt"
+    expected = f"{nothing}; to go on with the former run give --resume={former}\n"
+    assert expected in capsys.readouterr().out
+    start(folder)
+    assert "resume" not in capsys.readouterr().out
+
+
+def test_what_may_change_takes_effect_in_optimizer_checkpoint_and_log(tmp_path):
+    run = start(tmp_path, "--max_iters=2", "--kind=perf")
+    train(run, *parts_of(run))
+    changed = replace(RECIPE, lr=0.5, momentum=0.5, weight_decay=0.25, epochs=1)
+    resumed = start(tmp_path, "--resume=auto", "--kind=perf", recipe=changed)
+    state, progress = parts_of(resumed, changed)
+    state.restore()
+    train(resumed, state, progress)
+    saved = checkpoint.load(tmp_path / "iter_4.pt")
+    for group in (*state.optimizer.param_groups, *saved["optimizer"]["param_groups"]):
+        assert (group["momentum"], group["weight_decay"]) == (0.5, 0.25)
+    assert saved["recipe"] == asdict(changed)
+    text = resumed.log.text_path.read_text()
+    for line in (
+        "from here on epochs is 1; it was 3",
+        "from here on lr is 0.5; it was 0.1",
+        "from here on momentum is 0.5; it was 0.9",
+        "from here on weight_decay is 0.25; it was 0.0",
+    ):
+        assert text.count(f"INFO - {line}\n") == 1
+    assert text.count("from here on") == 4
+
+
+def test_all_that_may_not_change_is_named_at_once(tmp_path):
+    run = start(tmp_path, "--max_iters=1", "--kind=perf")
+    train(run, *parts_of(run))
+    changed = replace(RECIPE, lr=0.5, augment=False, batch_size=4)
+    resumed = start(tmp_path, "--resume=auto", recipe=changed)
+    state, _ = parts_of(resumed, changed)
+    message = "its global batch was 2, now 4; its augment was True, now False; go on as it was"
+    with pytest.raises(UserError, match=message):
+        state.restore()
+
+
+def test_the_fields_that_may_change_are_fields_of_recipes():
+    names = set()
+    for recipe in MODEL_RECIPES:
+        names.update(field.name for field in fields(recipe))
+    assert names >= MAY_CHANGE
+
+
 @pytest.mark.parametrize(
     ("words", "width", "message"),
     [
@@ -233,6 +317,58 @@ def test_bad_data_ends_the_run_with_a_checkpoint(tmp_path):
     with pytest.raises(UserError, match=r"^a\.jpg: cannot read the image$"):
         train(run, state, progress, Loader())
     assert [path.name for path in checkpoint.checkpoints_newest_first(tmp_path)] == ["iter_1.pt"]
+
+
+class Dying(torch.utils.data.Dataset):
+    """Its worker is killed, as by a host without memory, at item 4."""
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        if index == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.ones(2)
+
+
+class Unsliced:
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __getitem__(self, key):
+        return self.loader
+
+
+def test_a_worker_that_dies_ends_the_run_with_a_checkpoint(tmp_path):
+    run = start(tmp_path, "--kind=perf", "--save_interval=100")
+    loader = torch.utils.data.DataLoader(Dying(), batch_size=2, num_workers=1, prefetch_factor=1)
+    with pytest.raises(UserError, match=r"^a loader worker has ended, .*; lower --num_workers; "):
+        train(run, *parts_of(run), Unsliced(loader))
+    (saved,) = checkpoint.checkpoints_newest_first(tmp_path)
+    assert checkpoint.load(saved)["iteration"] in (1, 2)  # the last step whose batch arrived
+
+
+def test_a_batch_larger_than_the_data_set_is_said(tmp_path, capsys):
+    run = start(tmp_path)
+    _, progress = parts_of(run)
+    progress.begin(2, 2, "rate 0.1")
+    assert "larger" not in capsys.readouterr().out
+    progress.begin(1, 2, "rate 0.1")
+    assert (
+        "the global batch of 2 images is larger than the data set of 1: a step sees images more "
+        "than once; lower --batch_size"
+    ) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("backend", ["pycocotools", "faster"])
+def test_a_missing_evaluator_is_found_at_the_start(tmp_path, monkeypatch, backend):
+    package = {"pycocotools": "pycocotools.coco", "faster": "faster_coco_eval"}[backend]
+    monkeypatch.setitem(sys.modules, package, None)
+    folder = tmp_path / "run"
+    with pytest.raises(UserError, match=rf"{package}.*; pip install pycocotools faster-coco-eval"):
+        start(folder, f"--eval_backend={backend}")
+    assert not folder.exists()
+    start(folder, f"--eval_backend={backend}", "--kind=perf")
 
 
 def test_log_lines_begin_anew_with_every_epoch(tmp_path):

@@ -195,6 +195,19 @@ def test_events_hold_the_run(tmp_path):
     assert [e.step for e in events.Scalars("val/bbox_mAP")] == [200, 400, 600]
 
 
+def test_a_resumed_run_replaces_the_events_after_its_first_step(tmp_path):
+    for first_step, lr in ((1, 0.5), (3, 0.25)):
+        log = RunLog(Ranks())
+        log.open(tmp_path, 0, first_step)
+        log.begin(5, first_step - 1, per_epoch=5)
+        with log:
+            for step in range(first_step, 5):
+                train(log, step, lr=lr)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    rates = [(event.step, event.value) for event in events.Scalars("train/lr")]
+    assert rates == [(1, 0.5), (2, 0.5), (3, 0.25), (4, 0.25)]
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_the_bar_is_for_terminals_and_leaves_text_lines_whole(
     tmp_path, capsys, monkeypatch, terminal

@@ -1,0 +1,47 @@
+"""Output for a person, which is never vital: the log file has every line of a run already."""
+
+import errno
+import io
+import os
+import sys
+
+# The reader of a pipe has ended, the terminal was closed.
+READER_IS_GONE = (errno.EPIPE, errno.EIO)
+
+
+class LastingOutput(io.FileIO):
+    """A file descriptor whose reader may go away: what is written after that goes nowhere."""
+
+    def write(self, content) -> int:
+        try:
+            return super().write(content)
+        except OSError as error:
+            if error.errno not in READER_IS_GONE:
+                raise
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), self.fileno())
+        return super().write(content)
+
+
+def make_output_last() -> None:
+    """Let this process outlive its terminal and the program behind its pipe.
+
+    Characters that the terminal does not have are escaped. Streams that a caller has put in the
+    place of the process's own are left alone.
+    """
+    if sys.stdout is not None and sys.stdout is sys.__stdout__:
+        sys.stdout = _lasting(sys.stdout)
+    if sys.stderr is not None and sys.stderr is sys.__stderr__:
+        sys.stderr = _lasting(sys.stderr)
+
+
+def _lasting(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    stream.flush()
+    raw = LastingOutput(stream.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding=stream.encoding,
+        errors="backslashreplace",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
