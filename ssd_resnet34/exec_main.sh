@@ -8,7 +8,9 @@ path_to_annotations=${path_to_annotations:-/path/to/annotations}
 
 export RANK_ID=$1 RANK_SIZE=$2 DEVICE_ID=${DEVICE_ID:-$1}
 source "$3/../common/npu/env_npu.sh"
-exec "${PYTHON:-python3}" "$3/ssd_main.py" \
+source "$3/../common/npu/launch.sh"
+choose_python "$3/.."
+exec "$PYTHON" "$3/ssd_main.py" \
     --mode=train_and_eval \
     --train_batch_size=32 \
     --training_file_pattern="${path_to_tfrecord}/train2017*" \

@@ -3,12 +3,8 @@
 # `bash run_npu_1p.sh [FLAGS of ssd_main.py]`. --device_id=N takes another device than the first. Set
 # the paths in exec_main.sh. The output goes to training/D0 of the current folder.
 folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-if [ -z "${PYTHON:-}" ]; then
-    PYTHON=python3
-    if [ -x "$folder/../.venv/bin/python" ]; then
-        PYTHON=$folder/../.venv/bin/python
-    fi
-fi
+source "$folder/../common/npu/launch.sh"
+choose_python "$folder/.."
 export ONESTAGE_LAUNCH_TIME=${ONESTAGE_LAUNCH_TIME:-$(date +%s)}
 unset RANK_TABLE_FILE
 exec "$PYTHON" "$folder/tfrecord/launch.py" "$@"

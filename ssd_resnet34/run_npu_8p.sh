@@ -3,12 +3,8 @@
 # `bash run_npu_8p.sh [FLAGS of ssd_main.py]`. Set the paths in exec_main.sh. The output goes to
 # training/D<rank> of the current folder.
 folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-if [ -z "${PYTHON:-}" ]; then
-    PYTHON=python3
-    if [ -x "$folder/../.venv/bin/python" ]; then
-        PYTHON=$folder/../.venv/bin/python
-    fi
-fi
+source "$folder/../common/npu/launch.sh"
+choose_python "$folder/.."
 export ONESTAGE_LAUNCH_TIME=${ONESTAGE_LAUNCH_TIME:-$(date +%s)}
 export RANK_TABLE_FILE=${RANK_TABLE_FILE:-$folder/npu_config/8p.json}
 exec "$PYTHON" "$folder/tfrecord/launch.py" "$@"

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -67,7 +68,7 @@ def command(script: str, *flags, ranks: int = 1) -> list[str]:
         return ["bash", str(MODEL / "test" / script), *map(str, flags)]
     launcher = []
     if ranks > 1:
-        launcher = ["-m", "torch.distributed.launch", "--use_env", f"--nproc_per_node={ranks}"]
+        launcher = [str(ROOT / "common" / "npu" / "launch.py"), f"--nproc_per_node={ranks}"]
         launcher += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     return [sys.executable, *launcher, str(MODEL / script), *map(str, flags)]
 
@@ -127,14 +128,16 @@ def run_here(script: str, *flags) -> subprocess.CompletedProcess:
 
 
 @contextmanager
-def running(script: str, *flags, ranks: int = 1) -> Iterator[subprocess.Popen]:
+def running(
+    script: str, *flags, ranks: int = 1, stderr: int | TextIO = subprocess.DEVNULL
+) -> Iterator[subprocess.Popen]:
     """Started in a process group of its own, never left behind; the run log keeps its output."""
     process = subprocess.Popen(
         command(script, *flags, ranks=ranks),
         env=environment(),
         start_new_session=True,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=stderr,
     )
     try:
         yield process

@@ -78,17 +78,7 @@ launch() {
     if [ "${etp_running_flag:-}" != true ]; then
         source "$(dirname "${BASH_SOURCE[0]}")/env_npu.sh"
     fi
-    local venv=$model/../.venv/bin/python
-    if [ -z "${PYTHON:-}" ]; then
-        PYTHON=python3
-        if [ -x "$venv" ]; then
-            PYTHON=$venv
-        fi
-    fi
-    local has_torch='import sys; from importlib.util import find_spec; sys.exit(not find_spec("torch"))'
-    if ! "$PYTHON" -c "$has_torch" 2>/dev/null; then
-        _refuse "PYTHON=$PYTHON is not there or has no torch; bash quickstart.sh makes .venv"
-    fi
+    choose_python "$model/.."
     local command=("$PYTHON")
     if [ "$((ranks * nodes))" != 1 ]; then
         # A free port, so that two runs on one host do not meet; several nodes must agree on one.
@@ -98,7 +88,7 @@ launch() {
             local free_port='import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
             port=$("$PYTHON" -c "$free_port")
         fi
-        command+=(-W ignore::FutureWarning -m torch.distributed.launch --use_env
+        command+=("$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/launch.py"
             "--nproc_per_node=$ranks" "--nnodes=$nodes" "--node_rank=$node"
             "--master_addr=$master" "--master_port=$port")
     fi
@@ -109,6 +99,22 @@ launch() {
     command+=("--device_id=$id" "--output_dir=${output:-$model/test/output/$id}" "${flags[@]}")
     echo "${command[*]}"
     exec "${command[@]}"
+}
+
+# Set PYTHON, unless the user has: .venv of the repository $1 where it is there, else python3. Exit
+# where it lacks a package, with its line.
+choose_python() {
+    local venv=$1/.venv/bin/python
+    if [ -z "${PYTHON:-}" ]; then
+        PYTHON=python3
+        if [ -x "$venv" ]; then
+            PYTHON=$venv
+        fi
+    fi
+    if ! command -v "$PYTHON" >/dev/null; then
+        _refuse "PYTHON=$PYTHON does not exist; unset PYTHON to take .venv, which bash quickstart.sh makes"
+    fi
+    "$PYTHON" "$(dirname "${BASH_SOURCE[0]}")/interpreter.py" || exit 1
 }
 
 _require_whole_number() {

@@ -27,9 +27,12 @@ import common.npu.interpreter  # noqa: F401 before torch
 
 # isort: split
 
+from common import flags
 from common.errors import UserError
 from common.files import write_atomically
 from common.npu import entry
+from ssd_resnet34.tfrecord.config import RECIPES
+from ssd_resnet34.tfrecord.options import parse
 from ssd_resnet34.tfrecord.rank_table import RankTable, read_rank_table
 
 MODEL_FOLDER = Path(__file__).resolve().parents[1]
@@ -39,6 +42,11 @@ PORT_OF_SEVERAL_HOSTS = 23333  # all of them must know it
 
 
 def main() -> int:
+    program_flags = sys.argv[1:]
+    sys.argv[0] = "ssd_main.py"  # the name in the help text
+    # Before a rank is started, --help and a mistyped flag are answered once, not in every log.
+    args = parse(program_flags, "Train and evaluate on the devices of this host.")
+    flags.chosen_recipe(args, RECIPES)
     training_folder = Path("training").absolute()
     environments = {0: {}}
     world_size = 1
@@ -50,7 +58,7 @@ def main() -> int:
     signals = receive_signals()
     processes = {}
     for rank, environment in environments.items():
-        processes[rank] = start_rank(rank, world_size, training_folder, environment, sys.argv[1:])
+        processes[rank] = start_rank(rank, world_size, training_folder, environment, program_flags)
     wait_for_all(list(processes.values()), signals)
     failed_ranks = [rank for rank, process in processes.items() if process.returncode != 0]
     print_last_lines(failed_ranks, training_folder)

@@ -104,18 +104,23 @@ def test_means_over_steps_before_and_after_a_resume_are_the_same_on_2_ranks(tmp_
 
 
 @pytest.mark.parametrize(
-    ("send", "number"),
-    [(scripts.signal_all, signal.SIGTERM), (scripts.signal_group, signal.SIGINT)],
+    ("send", "number", "status"),
+    [(scripts.signal_all, signal.SIGTERM, 143), (scripts.signal_group, signal.SIGINT, 130)],
     ids=["SIGTERM to all processes", "Ctrl-C"],
 )
 def test_a_signal_to_2_ranks_leaves_a_checkpoint_of_that_step(
-    data, uninterrupted, tmp_path, send, number
+    data, uninterrupted, tmp_path, send, number, status
 ):
     output = tmp_path / "run"
     never = (*flags(data, output, 2), "--save_interval=1000")
-    with scripts.running("train.py", *never, ranks=2) as process:
+    errors = tmp_path / "stderr"
+    with (
+        errors.open("w") as stderr,
+        scripts.running("train.py", *never, ranks=2, stderr=stderr) as process,
+    ):
         scripts.wait_for_step(output, 4, process)
-        assert send(process, number) != 0
+        assert send(process, number) == status
+    assert errors.read_text() == f"stopped by {signal.Signals(number).name}\n"
     (saved,) = scripts.checkpoints(output)
     assert saved == max(scripts.losses(output)) < 9
     scripts.run("train.py", *flags(data, output, 2), "--resume=auto", ranks=2)

@@ -186,10 +186,10 @@ def test_a_launch_that_cannot_be_is_refused(flags, words):
     assert words in done.stderr
 
 
-def test_an_interpreter_without_torch_is_refused(monkeypatch):
+def test_a_missing_interpreter_is_refused(monkeypatch):
     monkeypatch.setattr(scripts.sys, "executable", "/nowhere/python3")
     done = scripts.run("train_full_1p.sh", "--data_path=.", status=2)
-    assert done.stderr.startswith("error: PYTHON=/nowhere/python3 is not there or has no torch")
+    assert done.stderr.startswith("error: PYTHON=/nowhere/python3 does not exist; unset PYTHON")
 
 
 def test_finetuning_on_own_classes(trained, tmp_path):

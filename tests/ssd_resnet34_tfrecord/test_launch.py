@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -19,6 +21,52 @@ TABLES = launch.MODEL_FOLDER / "npu_config"
 def table_of(*servers):
     devices = (Device(r, server, 7 - r, f"192.168.0.{r}") for r, server in enumerate(servers))
     return RankTable(tuple(devices))
+
+
+@pytest.mark.parametrize(
+    ("word", "status", "beginning"),
+    [
+        ("--help", 0, "usage: ssd_main.py "),
+        ("--train_batch=3", 2, "error: unrecognized arguments: --train-batch=3"),
+    ],
+)
+def test_help_and_a_wrong_flag_are_answered_once(
+    monkeypatch, tmp_path, capsys, word, status, beginning
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["launch.py", word])
+    monkeypatch.setenv("RANK_TABLE_FILE", str(TABLES / "8p.json"))
+    with pytest.raises(SystemExit) as ended:
+        launch.main()
+    assert ended.value.code == status
+    output, errors = capsys.readouterr()
+    assert (output + errors).startswith(beginning)
+    assert list(tmp_path.iterdir()) == []  # no rank was started
+
+
+@pytest.mark.parametrize("script", ["run_npu_1p.sh", "run_npu_8p.sh", "exec_main.sh"])
+def test_the_scripts_name_an_interpreter_that_cannot(tmp_path, script):
+    without_packages = tmp_path / "python"
+    without_packages.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    without_packages.chmod(0o755)
+    command = ["bash", launch.MODEL_FOLDER / script]
+    if script == "exec_main.sh":
+        command += ["0", "1", launch.MODEL_FOLDER]
+    for python, status, line in (
+        (without_packages, 1, f"error: {sys.executable} has no torch, "),
+        (tmp_path / "nowhere", 2, f"error: PYTHON={tmp_path}/nowhere does not exist; unset"),
+    ):
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHON": str(python)},
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stdout) == (status, "")
+        assert done.stderr.startswith(line)
+        assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "training").exists()
 
 
 @pytest.mark.parametrize("ranks", [1, 8])

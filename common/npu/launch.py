@@ -1,0 +1,101 @@
+#!/usr/bin/env python3
+"""Start a program on several devices with torchrun, whose flags come before the program's.
+
+    python3 common/npu/launch.py --nproc_per_node=8 fcos/train.py --data=coco
+
+The program's flags are read before a process is started, so that `--help` and a mistyped flag are
+answered once. A run that is stopped ends with 130 for Ctrl-C or 143 for SIGTERM, a run that fails
+with the status of the process that failed: the processes have said why.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import common.npu.interpreter  # noqa: F401 before torch
+
+# isort: split
+
+import importlib
+import logging
+import os
+import signal
+
+import torch.distributed as dist
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from common import flags
+from common.errors import UserError
+from common.npu import entry
+
+SECONDS_TO_STOP = 300  # for the step that runs, an evaluation at most, and the checkpoint
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = torchrun.parse_args(argv)
+    check_flags(Path(args.training_script), args.training_script_args)
+    prepare(args)
+    try:
+        torchrun.run(args)
+    except SignalException as stopped:
+        print(f"stopped by {signal.Signals(stopped.sigval).name}", file=sys.stderr)
+        return 128 + stopped.sigval
+    except ChildFailedError as failed:
+        return exit_status(failed)
+    except dist.DistError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"the processes do not meet at --master_addr={args.master_addr} "
+            f"--master_port={args.master_port} ({reason})",
+            "take a free port and the address of node 0",
+        ) from error
+    return 0
+
+
+def check_flags(script: Path, program_flags: list[str]) -> None:
+    """Let a program of this repository parse its flags: it exits for --help and for a wrong one."""
+    module_path = script.resolve().relative_to(ROOT).with_suffix("")
+    program = importlib.import_module(".".join(module_path.parts))
+    sys.argv = [str(script), *program_flags]  # the name in the help text
+    args = program.parse(program_flags)
+    flags.chosen_recipe(args, program.RECIPES)
+
+
+def prepare(args) -> None:
+    """Set what torchrun takes from its flags, its environment and the logging module."""
+    # torchrun says so in five lines.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if hasattr(args, "shutdown_timeout") and args.shutdown_timeout is None:
+        args.shutdown_timeout = SECONDS_TO_STOP
+    # torchrun would take a signal that `nohup` has switched off.
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
+    # What it logs about signals and statuses is raised as well.
+    logging.disable(logging.ERROR)
+
+
+def exit_status(failed: ChildFailedError) -> int:
+    """Return the status of a run of which processes failed; say which was ended by a signal.
+
+    torchrun sends SIGTERM to the other processes when one has failed, and these fail too.
+    """
+    failures = sorted(failed.failures.items(), key=lambda item: item[1].timestamp)
+    ended_by_torchrun = (-signal.SIGTERM, 128 + signal.SIGTERM)
+    by_themselves = [item for item in failures if item[1].exitcode not in ended_by_torchrun]
+    by_signal = [item for item in by_themselves if item[1].exitcode < 0]
+    rank, failure = [*by_signal, *by_themselves, *failures][0]
+    if failure.exitcode >= 0:
+        return failure.exitcode
+    number = signal.Signals(-failure.exitcode)
+    advice = ""
+    if number == signal.SIGKILL:
+        advice = ", often because the memory of the host is full; go on with --resume=auto"
+    print(f"error (rank {rank}): ended by {number.name}{advice}", file=sys.stderr)
+    return 128 + number
+
+
+if __name__ == "__main__":
+    entry.run(main)

@@ -1,0 +1,144 @@
+"""The start of a program on several devices, up to the first process and from the last one on."""
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from torch.distributed import DistNetworkError
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from common.errors import UserError
+from common.npu import launch
+
+ROOT = Path(__file__).parents[2]
+TRAIN = str(ROOT / "fcos" / "train.py")
+RANKS = ["--nproc_per_node=8", "--master_addr=127.0.0.1", "--master_port=23456"]
+
+
+@pytest.fixture(autouse=True)
+def _own_process(monkeypatch):
+    """`prepare` changes what belongs to the process of the launcher."""
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("TORCHELASTIC_SIGNALS_TO_HANDLE", raising=False)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The arguments of the calls of torchrun, which start nothing here."""
+    calls = []
+    monkeypatch.setattr(launch.torchrun, "run", calls.append)
+    return calls
+
+
+def ending_with(monkeypatch, error):
+    def run(args):
+        raise error
+
+    monkeypatch.setattr(launch.torchrun, "run", run)
+
+
+def failure(exitcode, timestamp):
+    made = ProcessFailure(local_rank=0, pid=1, exitcode=exitcode, error_file="none")
+    made.timestamp = timestamp
+    return made
+
+
+def test_a_program_starts_with_its_flags(started):
+    assert launch.main([*RANKS, TRAIN, "--data=a", "--seed=3"]) == 0
+    (args,) = started
+    assert (args.nproc_per_node, args.master_port) == ("8", 23456)
+    assert args.training_script == TRAIN
+    assert args.training_script_args == ["--data=a", "--seed=3"]
+    assert args.shutdown_timeout == launch.SECONDS_TO_STOP
+
+
+@pytest.mark.parametrize("model", ["ssd_mmdet", "ssd_resnet34", "m2det", "fcos"])
+@pytest.mark.parametrize("program", ["train.py", "evaluate.py"])
+def test_help_is_printed_once_and_starts_nothing(started, capsys, model, program):
+    with pytest.raises(SystemExit) as ended:
+        launch.main([*RANKS, str(ROOT / model / program), "--help"])
+    assert ended.value.code == 0
+    output = capsys.readouterr().out
+    assert output.startswith(f"usage: {program} ")
+    assert output.count("usage: ") == 1
+    assert started == []
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--learning_rat=3", "unrecognized arguments: --learning-rat=3"),
+        ("--batch_size=many", "argument --batch-size/-b: invalid int value: 'many'"),
+        ("configs/fcos.py --data=a", "configs/fcos.py: no config file is read"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_starts_nothing(started, capsys, words, line):
+    with pytest.raises(SystemExit) as ended:
+        launch.main([*RANKS, TRAIN, *words.split()])
+    assert ended.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: {line}")
+    assert errors.count("\n") == 1
+    assert started == []
+
+
+def test_a_number_that_a_recipe_refuses_starts_nothing(started):
+    with pytest.raises(UserError, match="--head_norm bn: not one of gn, none"):
+        launch.main([*RANKS, TRAIN, "--head_norm=bn"])
+    assert started == []
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_has_its_own_line_and_the_signals_status(monkeypatch, capsys, number, status):
+    ending_with(monkeypatch, SignalException("got a signal", sigval=number))
+    assert launch.main([*RANKS, TRAIN]) == status
+    assert capsys.readouterr().err == f"stopped by {number.name}\n"
+
+
+@pytest.mark.parametrize(
+    ("exitcodes", "status", "line"),
+    [
+        ({0: 143, 3: 1}, 1, ""),  # the process has said why, torchrun has ended the other
+        ({0: -15, 3: 1}, 1, ""),
+        ({2: 3, 3: 1}, 3, ""),  # the first
+        ({0: 143, 1: 143}, 143, ""),  # signalled from outside
+        (
+            {0: 1, 5: -9},  # the other has lost its connection
+            137,
+            "error (rank 5): ended by SIGKILL, often because the memory of the host is full; go on "
+            "with --resume=auto\n",
+        ),
+        ({1: -11, 2: -15}, 139, "error (rank 1): ended by SIGSEGV\n"),
+        ({1: -15}, 143, "error (rank 1): ended by SIGTERM\n"),
+    ],
+)
+def test_the_status_is_that_of_the_process_that_failed_by_itself(
+    monkeypatch, capsys, exitcodes, status, line
+):
+    failures = {}
+    for time, (rank, exitcode) in enumerate(exitcodes.items()):
+        failures[rank] = failure(exitcode, timestamp=time)
+    ending_with(monkeypatch, ChildFailedError("train", failures))
+    assert launch.main([*RANKS, TRAIN]) == status
+    assert capsys.readouterr().err == line
+
+
+def test_a_port_in_use_is_one_line(monkeypatch):
+    ending_with(monkeypatch, DistNetworkError("port 23456 in use\nand a stack"))
+    line = r"--master_addr=127.0.0.1 --master_port=23456 \(port 23456 in use\); take a free port"
+    with pytest.raises(UserError, match=line):
+        launch.main([*RANKS, TRAIN])
+
+
+def test_nohup_stays_in_force(started, monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+    launch.main([*RANKS, TRAIN])
+    assert "SIGHUP" not in os.environ.pop("TORCHELASTIC_SIGNALS_TO_HANDLE")
+    assert len(started) == 1
