@@ -48,7 +48,7 @@ class DetectionLoss(nn.Module):
         distances = torch.where(positive.unsqueeze(-1), distances, 1.0)
         target_centerness = torch.where(positive, centerness_of(target_distances), 0.0)
 
-        num_positives = positive.sum().float()
+        num_positives = positive.sum(dtype=torch.int32).float()
         total_centerness = target_centerness.sum()
         means = mean_over_ranks(torch.stack([num_positives, total_centerness]))
         class_divisor = means[0].clamp(min=1)

@@ -41,18 +41,16 @@ def assign(
     """
     # An empty box has no inside, so padding never matches.
     gt_boxes = torch.where(valid.unsqueeze(-1), gt_boxes, 0.0)
-    box_sizes = gt_boxes[..., 2:] - gt_boxes[..., :2]
-    areas = box_sizes.prod(dim=-1)
-    smallest_first = areas.argsort(dim=1, stable=True)  # (N, M)
-    sorted_boxes = gt_boxes.gather(1, smallest_first.unsqueeze(-1).expand_as(gt_boxes))
-    left, top, right, bottom = sorted_boxes.unsqueeze(-1).unbind(2)  # (N, M, 1) each
+    left, top, right, bottom = gt_boxes.unsqueeze(-1).unbind(2)  # (N, M, 1) each
 
-    # The smallest box has the highest priority. A point without a box gets priority 0.
+    # A box's number is its priority, from 1 on, times the number of boxes plus its column: the
+    # largest number is that of the smallest box and says which it is. A point without a box gets 0.
     max_boxes = valid.shape[1]
-    priority = torch.arange(max_boxes, 0, -1, device=valid.device, dtype=torch.int32)
-    priority = priority.view(1, -1, 1, 1)
+    column_of_box = torch.arange(max_boxes, device=valid.device, dtype=torch.int32)
+    number = smallness_rank(gt_boxes) * max_boxes + column_of_box  # (N, M)
+    number = number.unsqueeze(-1).unsqueeze(-1)
 
-    best_priorities = []
+    best_numbers = []
     for level in levels:
         reach = center_radius * level.stride
         # Nearly all conditions concern only the column or only the row of a point. So they are
@@ -61,15 +59,30 @@ def assign(
         row = _test_axis(level.y, top, bottom, reach, level)
         fits = column.fits.unsqueeze(2) & row.fits.unsqueeze(3)  # (N, M, rows, columns)
         reaches = column.reaches.unsqueeze(2) | row.reaches.unsqueeze(3)
-        best_priority = torch.where(fits & reaches, priority, 0).amax(dim=1)
-        best_priorities.append(best_priority.flatten(1))
-    best_priority = torch.cat(best_priorities, dim=1)  # (N, P)
+        best_number = torch.where(fits & reaches, number, 0).amax(dim=1)
+        best_numbers.append(best_number.flatten(1))
+    best_number = torch.cat(best_numbers, dim=1)  # (N, P)
 
-    positive = best_priority > 0
-    sorted_column = torch.where(positive, max_boxes - best_priority, 0).long()
-    matched = smallest_first.gather(1, sorted_column)
+    positive = best_number > 0
+    matched = (best_number % max_boxes).long()
     label = labels.gather(1, matched)
     return positive, matched, label
+
+
+def smallness_rank(boxes_xyxy: Tensor) -> Tensor:
+    """Return the rank of each box (N, M, 4) by falling area, (N, M) int32, 1 for the largest.
+
+    Of equal areas the first has the highest rank. Every two areas are compared: an Ascend 910A
+    sorts in half precision, in which large areas are equal.
+    """
+    box_sizes = boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]
+    areas = box_sizes.prod(dim=-1)
+    column = torch.arange(areas.shape[1], device=areas.device)
+    is_later = column > column.unsqueeze(1)  # [i, j]: box j comes after box i
+    this = areas.unsqueeze(2)
+    other = areas.unsqueeze(1)
+    comes_before = (this < other) | ((this == other) & is_later)  # (N, M, M): box i before box j
+    return comes_before.sum(dim=2, dtype=torch.int32) + 1
 
 
 def _test_axis(

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.npu.operators import descending
 from m2det.anchors import encode, make_anchors, to_cxcywh, to_xyxy
 from m2det.config import Recipe
 from m2det.targets import assign
@@ -39,8 +40,8 @@ class DetectionLoss(nn.Module):
         deltas = deltas.float()
         logits = logits.float()
         positive, target_deltas, target_channels = self.targets(boxes, labels, valid)
-        num_positives = positive.sum(dim=1)
-        normaliser = num_positives.sum().clamp(min=1)
+        num_positives = positive.sum(dim=1, dtype=torch.int32)
+        normaliser = num_positives.sum(dtype=torch.int32).clamp(min=1)
 
         box_loss = F.smooth_l1_loss(deltas, target_deltas, reduction="none").sum(dim=2)
         loss_bbox = torch.where(positive, box_loss, 0.0).sum() / normaliser
@@ -65,8 +66,8 @@ class DetectionLoss(nn.Module):
         for each positive.
         """
         negative_loss = torch.where(positive, 0.0, cross_entropy)
-        hardest_first = negative_loss.sort(dim=1, descending=True).values
-        rank = torch.arange(hardest_first.shape[1], device=hardest_first.device)
+        hardest_first = descending(negative_loss)
+        rank = torch.arange(hardest_first.shape[1], dtype=torch.int32, device=hardest_first.device)
         num_negatives = self.recipe.negative_ratio * num_positives
         return torch.where(rank < num_negatives.unsqueeze(1), hardest_first, 0.0)
 

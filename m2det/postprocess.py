@@ -136,16 +136,20 @@ def _likeliest(
     # NaN would be the largest of all; it never passes.
     margin = torch.where(can_pass, margin, -math.inf)
     chosen = margin.topk(count, dim=1).indices
-    chosen = chosen.sort(dim=1).values
 
     image = torch.arange(len(chosen), device=chosen.device).unsqueeze(1)
     anchors = anchors_on(logits.device, recipe)
     chosen_outputs = (deltas[image, chosen], logits[image, chosen])
     boxes, scores = decode_outputs(chosen_outputs, anchors[chosen], recipe)
-    num_passing = can_pass.sum(dim=1).to(boxes.dtype)  # (N,), exact: far below 2**24
+    # Whole numbers below 2**24 are exact in float32.
+    num_passing = can_pass.sum(dim=1, dtype=torch.int32).float()  # (N,)
     num_passing = num_passing.view(-1, 1, 1).expand(-1, count, -1)
-    packed = torch.cat([boxes, scores[:, :, 1:], num_passing], dim=2).cpu().numpy()
-    return packed[:, :, :4], packed[:, :, 4:-1], int(packed[:, 0, -1].max())
+    position = chosen.unsqueeze(-1).float()
+    packed = torch.cat([boxes, scores[:, :, 1:], num_passing, position], dim=2).cpu().numpy()
+    # In the order of the anchors, whichever order the device's topk has.
+    order = packed[:, :, -1].argsort(axis=1)
+    packed = np.take_along_axis(packed, order[:, :, np.newaxis], axis=1)
+    return packed[:, :, :4], packed[:, :, 4:-2], int(packed[:, 0, -2].max())
 
 
 def submission_boxes(boxes_xyxy: np.ndarray, recipe: Recipe) -> np.ndarray:

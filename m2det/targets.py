@@ -7,6 +7,8 @@ the operations here, in fp32, decides between them as in the original.
 import torch
 from torch import Tensor
 
+from common.npu.operators import first_max, write_claims
+
 
 def pairwise_iou(boxes_xyxy: Tensor, anchors_xyxy: Tensor) -> Tensor:
     """Return the IoU (N, M, P) of boxes (N, M, 4) with anchors (P, 4).
@@ -39,27 +41,18 @@ def assign(
     that IoU is at least `match_iou`. Every ground truth also claims its best anchor (the first of
     equals), whatever the IoU. If several claim the same anchor, the last one gets it.
     """
-    images, max_boxes = valid.shape
-    anchors = len(anchors_xyxy)
-    column = torch.arange(max_boxes, device=valid.device)
+    column = torch.arange(valid.shape[1], device=valid.device)
 
     # A box without area overlaps nothing, so padding never matches.
     boxes_xyxy = torch.where(valid.unsqueeze(-1), boxes_xyxy, 0.0)
     iou = pairwise_iou(boxes_xyxy, anchors_xyxy)
-    best_iou, best_box = iou.max(dim=1)  # (N, P)
-    best_anchor = iou.argmax(dim=2)  # (N, M)
+    best_iou, best_box = first_max(iou, dim=1)  # (N, P)
+    _, best_anchor = first_max(iou, dim=2)  # (N, M)
 
     is_later = column > column.unsqueeze(1)  # [i, j]: box j comes after box i
     same_anchor = best_anchor.unsqueeze(1) == best_anchor.unsqueeze(2)
     overridden = (same_anchor & is_later & valid.unsqueeze(1)).any(dim=2)
-    claims = valid & ~overridden
-    # Boxes without a claim write to one column too many, which is dropped. No two claims go to the
-    # same anchor, so the result does not depend on the order in which scatter writes.
-    target_anchor = torch.where(claims, best_anchor, anchors)
-    claimed_by = torch.full((images, anchors + 1), -1, dtype=torch.int64, device=valid.device)
-    claimed_by = claimed_by.scatter(1, target_anchor, column.expand(images, max_boxes))
-    claimed_by = claimed_by[:, :anchors]
-
+    claimed_by = write_claims(best_anchor, valid & ~overridden, len(anchors_xyxy))
     is_claimed = claimed_by >= 0
     matched = torch.where(is_claimed, claimed_by, best_box)
     positive = is_claimed | (best_iou >= match_iou)

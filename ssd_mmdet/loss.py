@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.npu.operators import descending
 from ssd_mmdet.anchors import encode, make_anchors
 from ssd_mmdet.config import Recipe
 from ssd_mmdet.targets import assign
@@ -35,8 +36,8 @@ class DetectionLoss(nn.Module):
         deltas = deltas.float()
         logits = logits.float()
         positive, target_deltas, target_channels = self.targets(boxes, labels, valid)
-        num_positives = positive.sum(dim=1)
-        normaliser = num_positives.clamp(min=1).sum()
+        num_positives = positive.sum(dim=1, dtype=torch.int32)
+        normaliser = num_positives.clamp(min=1).sum(dtype=torch.int32)
 
         box_loss = F.smooth_l1_loss(deltas, target_deltas, reduction="none").sum(dim=2)
         loss_bbox = torch.where(positive, box_loss, 0.0).sum() / normaliser
@@ -59,10 +60,10 @@ class DetectionLoss(nn.Module):
         They are in descending order, followed by zeros: columns are ranks, not anchors.
         `negative_ratio` negatives count for each of the `num_positives` (N,).
         """
-        negatives = torch.where(positive, 0.0, cross_entropy).sort(dim=1, descending=True).values
-        rank = torch.arange(negatives.shape[1], device=negatives.device)
-        count = self.recipe.negative_ratio * num_positives
-        return torch.where(rank < count.unsqueeze(1), negatives, 0.0)
+        hardest_first = descending(torch.where(positive, 0.0, cross_entropy))
+        rank = torch.arange(hardest_first.shape[1], dtype=torch.int32, device=hardest_first.device)
+        num_negatives = self.recipe.negative_ratio * num_positives
+        return torch.where(rank < num_negatives.unsqueeze(1), hardest_first, 0.0)
 
     @torch.no_grad()
     def targets(

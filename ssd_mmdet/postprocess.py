@@ -9,6 +9,7 @@ from torch import Tensor
 
 from common.coco.nms import class_nms
 from common.npu.device import in_host_memory
+from common.npu.operators import largest
 from ssd_mmdet.anchors import decode, make_anchors
 from ssd_mmdet.config import Recipe
 
@@ -104,19 +105,19 @@ def device_candidates(boxes: Tensor, scores: Tensor, recipe: Recipe) -> list[Can
     classes = scores.shape[2]
     passed_scores = torch.where(scores > recipe.score_threshold, scores, 0.0).flatten(1)
     count = min(MAX_DEVICE_CANDIDATES, passed_scores.shape[1])
-    best_scores, position = passed_scores.topk(count, dim=1)  # (N, count)
-    anchor = position // classes
-    label = position % classes
+    best_scores, position = largest(passed_scores, count)  # (N, count)
+    anchor = (position.int() // classes).long()
     best_boxes = boxes.gather(1, anchor.unsqueeze(-1).expand(-1, -1, 4))
-    # A label is exact as float32 below 2**24.
-    scores_and_labels = torch.stack([best_scores, label.float()], dim=-1)
-    packed = torch.cat([best_boxes, scores_and_labels], dim=2)  # (N, count, 6)
+    # A position is exact as float32 below 2**24.
+    scores_and_positions = torch.stack([best_scores, position.float()], dim=-1)
+    packed = torch.cat([best_boxes, scores_and_positions], dim=2)  # (N, count, 6)
     image_candidates = []
     for rows in packed.cpu().numpy():
         rows = rows[rows[:, 4] > 0]
-        image_candidates.append(
-            Candidates(boxes=rows[:, :4], scores=rows[:, 4], labels=rows[:, 5].astype(np.int64))
-        )
+        # As on the host: in the order of the anchors, whichever order the device's topk has.
+        rows = rows[rows[:, 5].argsort()]
+        labels = rows[:, 5].astype(np.int64) % classes
+        image_candidates.append(Candidates(boxes=rows[:, :4], scores=rows[:, 4], labels=labels))
     return image_candidates
 
 

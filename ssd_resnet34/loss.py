@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.npu.device import chunk_size
+from common.npu.operators import descending
 from ssd_resnet34.anchors import encode, make_anchors, to_cxcywh, to_xyxy
 from ssd_resnet34.config import Recipe
 from ssd_resnet34.targets import assign
@@ -36,7 +37,7 @@ class DetectionLoss(nn.Module):
     ) -> dict[str, Tensor]:
         deltas, logits = outputs
         positive, target_deltas, target_channels = self.targets(boxes, labels, valid)
-        num_positives = positive.sum(dim=1)
+        num_positives = positive.sum(dim=1, dtype=torch.int32)
 
         smooth_l1 = F.smooth_l1_loss(deltas.float(), target_deltas, reduction="none").sum(dim=1)
         box_loss = torch.where(positive, smooth_l1, 0.0).sum(dim=1)
@@ -45,8 +46,8 @@ class DetectionLoss(nn.Module):
         positive_loss = torch.where(positive, cross_entropy, 0.0).sum(dim=1)
         # The negatives of highest loss count, `negative_ratio` of them for each positive.
         negative_loss = torch.where(positive, 0.0, cross_entropy)
-        hardest_first = negative_loss.sort(dim=1, descending=True).values
-        rank = torch.arange(hardest_first.shape[1], device=hardest_first.device)
+        hardest_first = descending(negative_loss)
+        rank = torch.arange(hardest_first.shape[1], dtype=torch.int32, device=hardest_first.device)
         num_negatives = self.recipe.negative_ratio * num_positives
         is_hard = rank < num_negatives.unsqueeze(1)
         class_loss = positive_loss + torch.where(is_hard, hardest_first, 0.0).sum(dim=1)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.coco.nms import class_nms
 from common.npu.device import in_host_memory
+from common.npu.operators import largest
 from ssd_resnet34.anchors import decode, make_anchors, to_xyxy
 from ssd_resnet34.config import Recipe
 
@@ -107,13 +108,18 @@ def device_candidates(boxes: Tensor, scores: Tensor, recipe: Recipe) -> Iterator
     """Select the same candidates on an accelerator: with fixed shapes, and one copy to the host."""
     num_classes, num_anchors = scores.shape[1:]
     limit = min(recipe.max_per_class, num_anchors)
-    best_scores, anchors = scores.topk(limit, dim=2)  # (N, classes, limit)
-    index = anchors.flatten(1).unsqueeze(-1).expand(-1, -1, 4)
-    best_boxes = boxes.gather(1, index)
-    boxes_and_scores = torch.cat([best_boxes, best_scores.flatten(1).unsqueeze(-1)], dim=2)
+    best_scores, anchors = largest(scores, limit)  # (N, classes, limit)
+    anchors = anchors.flatten(1)
+    best_boxes = boxes.gather(1, anchors.unsqueeze(-1).expand(-1, -1, 4))
+    # A position is exact as float32 below 2**24.
+    scores_and_anchors = torch.stack([best_scores.flatten(1), anchors.float()], dim=2)
+    packed = torch.cat([best_boxes, scores_and_anchors], dim=2)  # (N, classes * limit, 6)
     labels = np.repeat(np.arange(num_classes), limit)
-    for image in boxes_and_scores.cpu().numpy():
-        image_boxes = image[:, :4]
-        image_scores = image[:, 4]
-        passes = image_scores > recipe.score_threshold
-        yield Candidates(image_boxes[passes], image_scores[passes], labels[passes])
+    for rows in packed.cpu().numpy():
+        passes = rows[:, 4] > recipe.score_threshold
+        rows = rows[passes]
+        passing_labels = labels[passes]
+        # As on the host, whichever of equals the device's topk names first.
+        order = np.lexsort((rows[:, 5], -rows[:, 4], passing_labels))
+        rows = rows[order]
+        yield Candidates(rows[:, :4], rows[:, 4], passing_labels[order])

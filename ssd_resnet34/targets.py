@@ -7,6 +7,8 @@ loader's, P is the number of anchors.
 import torch
 from torch import Tensor
 
+from common.npu.operators import first_max, write_claims
+
 
 def assign(
     anchors_xyxy: Tensor, boxes_xyxy: Tensor, labels: Tensor, valid: Tensor, match_iou: float
@@ -25,7 +27,7 @@ def assign(
     # An empty box overlaps nothing, so padding never matches.
     real_boxes = torch.where(valid.unsqueeze(-1), boxes_xyxy, 0.0)
     iou = pairwise_iou(real_boxes, anchors_xyxy)
-    best_iou, best_box = iou.max(dim=1)
+    best_iou, best_box = first_max(iou, dim=1)
 
     claimant = claim_best_anchors(iou, valid)
     claimed = claimant >= 0
@@ -37,22 +39,17 @@ def assign(
 def claim_best_anchors(iou: Tensor, valid: Tensor) -> Tensor:
     """Let every valid box claim the anchor of highest IoU (N, M, P), the first of equals.
 
-    Return the index of the box that claims each anchor, (N, P) int64, or -1. Of two boxes that
+    Return the index of the box that claims each anchor, (N, P) int32, or -1. Of two boxes that
     claim the same anchor, the later gets it, and the earlier has no claim.
     """
-    num_images, max_boxes, num_anchors = iou.shape
-    best_anchor = iou.argmax(dim=2)  # (N, M)
+    max_boxes = iou.shape[1]
+    num_anchors = iou.shape[2]
+    _, best_anchor = first_max(iou, dim=2)  # (N, M)
     box = torch.arange(max_boxes, device=iou.device)
     is_later = box > box.unsqueeze(1)  # (M, M): column comes after row
     same_anchor = best_anchor.unsqueeze(1) == best_anchor.unsqueeze(2)  # (N, M, M)
     overridden = (same_anchor & is_later & valid.unsqueeze(1)).any(dim=2)
-
-    # The claims that do not count go to an extra column. In all others no index occurs twice, so
-    # the result does not depend on the order in which scatter writes.
-    column = torch.where(valid & ~overridden, best_anchor, num_anchors)
-    claimant = torch.full((num_images, num_anchors + 1), -1, dtype=torch.int64, device=iou.device)
-    claimant = claimant.scatter(1, column, box.expand(num_images, max_boxes))
-    return claimant[:, :num_anchors]
+    return write_claims(best_anchor, valid & ~overridden, num_anchors)
 
 
 def pairwise_iou(boxes_xyxy: Tensor, anchors_xyxy: Tensor) -> Tensor:

@@ -54,3 +54,9 @@ def on_npu(npu, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: numpy(tensor.cpu()))
     with npu:
         yield
+
+
+@pytest.fixture
+def sorts_in_half(monkeypatch):
+    """Makes the kernels those of an Ascend 910A, which sorts and convolves in half precision."""
+    monkeypatch.setenv("SIMULATED_NPU_SOC", "Ascend910A")

@@ -93,6 +93,70 @@ IValue replaced(const IValue &value, Replace replace) {
     return value;
 }
 
+bool is_910a() {
+    const char *soc = getenv("SIMULATED_NPU_SOC");
+    return soc && strcmp(soc, "Ascend910A") == 0;
+}
+
+// Half precision without infinity, as the Ascend 910A has it: what is too large saturates.
+at::Tensor as_half_holds_it(const at::Tensor &tensor) {
+    constexpr double largest = 65504;
+    if (!tensor.defined() || tensor.scalar_type() != at::kFloat) return tensor;
+    return tensor.clamp(-largest, largest).to(at::kHalf).to(at::kFloat);
+}
+
+// Operators with a freedom that CANN has and the CPU does not use. Which of equal values is named is
+// not promised: here it is the last one. An Ascend 910A sorts in half precision.
+at::Tensor sort_key(const at::Tensor &values) { return is_910a() ? as_half_holds_it(values) : values; }
+
+at::Tensor from_the_end(const at::Tensor &position, int64_t size) { return size - 1 - position; }
+
+int64_t size_of(const at::Tensor &tensor, int64_t dim) {
+    return tensor.dim() == 0 ? 1 : tensor.size(dim);
+}
+
+bool computed_unlike_the_cpu(const c10::OperatorHandle &op, Stack *stack) {
+    const auto &name = op.schema().name();
+    const auto &overload = op.schema().overload_name();
+    auto given = torch::jit::last(*stack, op.schema().arguments().size());
+    auto answer = [&](std::vector<IValue> results) {
+        torch::jit::drop(*stack, op.schema().arguments().size());
+        for (auto &result : results) stack->push_back(result);
+        return true;
+    };
+    if (name == "aten::max" && overload == "dim") {
+        auto values = given[0].toTensor();
+        auto dim = given[1].toInt();
+        auto [largest, position] = values.flip({dim}).max(dim, given[2].toBool());
+        return answer({largest, from_the_end(position, size_of(values, dim))});
+    }
+    if (name == "aten::argmax" && overload.empty() && !given[1].isNone()) {
+        auto values = given[0].toTensor();
+        auto dim = given[1].toInt();
+        auto position = values.flip({dim}).argmax(dim, given[2].toBool());
+        return answer({from_the_end(position, size_of(values, dim))});
+    }
+    if (name == "aten::topk" && overload.empty()) {
+        auto key = sort_key(given[0].toTensor());
+        auto dim = given[2].toInt();
+        auto [values, position] = key.flip({dim}).topk(
+            given[1].toInt(), dim, given[3].toBool(), given[4].toBool());
+        return answer({values, from_the_end(position, size_of(key, dim))});
+    }
+    if (name == "aten::sort" && overload == "stable") {
+        auto key = sort_key(given[0].toTensor());
+        auto dim = given[2].toInt();
+        bool stable = !given[1].isNone() && given[1].toBool();
+        if (stable) {
+            auto [values, position] = at::sort(key, true, dim, given[3].toBool());
+            return answer({values, position});
+        }
+        auto [values, position] = at::sort(key.flip({dim}), true, dim, given[3].toBool());
+        return answer({values, from_the_end(position, size_of(key, dim))});
+    }
+    return false;
+}
+
 // One call: NPU tensors and the CPU views that stand for them.
 class Call {
   public:
@@ -118,6 +182,17 @@ class Call {
                 return pairs_.back().host;
             });
         }
+    }
+
+    // An Ascend 910A convolves and pools in half precision: what float32 has more is lost.
+    void lose_what_half_does_not_hold() {
+        for (size_t i = 0; i < arguments(); i++)
+            argument(i) = replaced(argument(i), as_half_holds_it);
+    }
+
+    void lose_what_half_does_not_hold_in_results() {
+        for (size_t i = 0; i < results(); i++)
+            result(i) = replaced(result(i), as_half_holds_it);
     }
 
     // The CPU is slow in half precision: these compute in float32 and round, as the device does.
@@ -215,10 +290,15 @@ void host_kernel(const c10::OperatorHandle &op, c10::DispatchKeySet, Stack *stac
         auto given = torch::jit::last(*stack, 3);
         note_copy(given[0].toTensor(), given[1].toTensor(), given[2].toBool());
     }
+    static const std::set<std::string> half_on_910a = {
+        "aten::convolution", "aten::convolution_backward", "aten::max_pool2d_with_indices"};
+    bool loses = is_910a() && half_on_910a.count(op.schema().name());
     Call call(op, stack);
     call.to_host();
     auto narrow = call.widen();
-    op.callBoxed(stack);
+    if (loses) call.lose_what_half_does_not_hold();
+    if (!computed_unlike_the_cpu(op, stack)) op.callBoxed(stack);
+    if (loses) call.lose_what_half_does_not_hold_in_results();
     if (narrow != at::kFloat) call.narrow_results(narrow);
     call.copy_resized_outputs();
     call.to_npu();

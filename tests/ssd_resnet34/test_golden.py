@@ -9,7 +9,6 @@ import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image, ImageOps
-from torchvision.transforms import functional as reference
 
 from common import flags
 from common.coco.images import read_image
@@ -230,6 +229,9 @@ class PortDraws(random.Random):
 
 def reference_image(cut, flip, draws, recipe):
     """The port's transform after its crop: PIL and torchvision's ColorJitter, (3, 300, 300)."""
+    # Here, because the other tests also run where there is no torchvision, on the simulated NPU.
+    from torchvision.transforms import functional as reference
+
     image = Image.fromarray(np.ascontiguousarray(cut))
     image = ImageOps.mirror(image) if flip else image
     image = image.resize((recipe.image_size, recipe.image_size), Image.Resampling.BILINEAR)
