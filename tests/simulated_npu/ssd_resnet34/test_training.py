@@ -112,8 +112,10 @@ def test_mixed_precision_stays_near(npu, training, batches):
     with training(npu, "O1", "128") as loop:
         losses = steps(loop, batches[:3])
         with_static_scale = loop.state.model
-    for one, other in zip(losses, exact, strict=True):
-        assert one == pytest.approx(other, rel=0.01)
+    # Only the first step has equal weights: 0.03 % apart. The rounding of each step grows in the
+    # next, by how much is the processor's: 0.8 % with AVX2 and 1.7 % with AVX-512 in the third.
+    for one, other, tolerance in zip(losses, exact, (0.002, 0.01, 0.05), strict=True):
+        assert one == pytest.approx(other, rel=tolerance)
         assert one != other
     for level in ("O1", "O2"):
         with training(npu, level, "dynamic") as loop:
