@@ -150,9 +150,8 @@ def make_parser(
     """Return the parser of an entry script, with the shared flags of these groups.
 
     `log_interval` is another default of that flag. `old_flags` of the model come before `OLD_FLAGS`
-    of all. With `recipes` there is `--recipe NAME` and a
-    flag for every documented field as well. The parsed arguments have `started`, the time in epoch
-    seconds at which the launch script did.
+    of all. With `recipes` there is `--recipe NAME` and a flag for every documented field as well.
+    The parsed arguments have `started`, the time in epoch seconds at which the launch script did.
     """
     parser = Parser(description=description, epilog=OLD_FLAGS_SENTENCE, allow_abbrev=False)
     parser.old_flags = (*old_flags, *OLD_FLAGS)

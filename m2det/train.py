@@ -2,7 +2,7 @@
 """Train M2Det on COCO (layout of 2014 or 2017) or on any COCO-format data set.
 
     python3 train.py --data DIR                                        one device
-    python3 -m torch.distributed.launch --use_env --nproc_per_node=8 train.py --data DIR
+    python3 ../common/npu/launch.py --nproc_per_node=8 train.py --data DIR
     ... --nnodes=2 --node_rank=0 --master_addr=10.0.0.1                several nodes
 
 Recipe (the Ascend port's): SGD, warm-up and steps, batch 16 a device, 160 epochs, 512 x 512.

@@ -2,7 +2,7 @@
 """Evaluate SSD-VGG16 on a COCO-format val set.
 
     python3 evaluate.py --data DIR --checkpoint FILE                  one device
-    python3 -m torch.distributed.launch --use_env --nproc_per_node=8 evaluate.py ...
+    python3 ../common/npu/launch.py --nproc_per_node=8 evaluate.py ...
 
 Each image counts once, whatever the number of ranks and the batch size. `--format_only` writes
 the results in COCO's submission format and computes nothing.

@@ -2,7 +2,7 @@
 """Train SSD-VGG16 on COCO or on any COCO-format data set.
 
     python3 train.py --data DIR                                        one device
-    python3 -m torch.distributed.launch --use_env --nproc_per_node=8 train.py --recipe 8p --data DIR
+    python3 ../common/npu/launch.py --nproc_per_node=8 train.py --recipe 8p --data DIR
     ... --nnodes=2 --node_rank=0 --master_addr=10.0.0.1                several nodes
 
 Recipe (MMDetection 2.x, Ascend port): SGD, warm-up, step decay, batch 8 a device, 24 epochs of 5

@@ -2,7 +2,7 @@
 """Train SSD300-ResNet34 on COCO or on any COCO-format data set.
 
     python3 train.py --data DIR                                        one device
-    python3 -m torch.distributed.launch --use_env --nproc_per_node=8 train.py --recipe 8p --data DIR
+    python3 ../common/npu/launch.py --nproc_per_node=8 train.py --recipe 8p --data DIR
     ... --nnodes=2 --node_rank=0 --master_addr=10.0.0.1                several nodes
 
 Recipe (MLPerf v0.7, Ascend port): SGD, step decay, batch 32 a device, 90 epochs, AP 0.23.
