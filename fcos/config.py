@@ -8,7 +8,7 @@ for one run.
 import re
 from bisect import bisect_right
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from common.errors import UserError
 
@@ -42,6 +42,7 @@ class Recipe:
     Raise UserError for a value that its field does not allow.
     """
 
+    model: ClassVar[str] = "fcos"  # what checkpoints call the writer
     name: str = option("FCOS", "network name in logs and file names")
 
     # Network

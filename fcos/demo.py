@@ -28,7 +28,7 @@ from common.npu.device import setup_device
 from fcos.config import RECIPES
 from fcos.detector import Detector
 from fcos.old_flags import OLD_FLAGS
-from fcos.weights import note_on_preset
+from fcos.weights import note_on_preset, recipe_of_checkpoint
 
 SAMPLE_IMAGES = 12  # drawn where no image is given
 
@@ -38,9 +38,11 @@ def main(argv: list[str] | None = None) -> int:
     device, reason = setup_device(args.device, args.device_id)
     print(reason)
     state = flags.checkpoint_to_use(args)
-    recipe = flags.chosen_recipe(args, RECIPES)
-    detector = Detector.from_checkpoint(state, recipe, device, user_fields=vars(args))
-    note = note_on_preset(recipe, state)
+    requested = flags.chosen_recipe(args, RECIPES)
+    recipe = recipe_of_checkpoint(requested, state, user_fields=vars(args))
+    flags.require_agreement(args, recipe, state)
+    detector = Detector.from_checkpoint(state, recipe, device)
+    note = note_on_preset(requested, state)
     if note is not None:
         print(note)
     print(f"{state['path']}: {detector.report}")

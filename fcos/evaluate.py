@@ -45,13 +45,13 @@ from common.npu.distributed import Ranks
 from common.npu.loading import workers_per_rank
 from common.npu.precision import Precision
 from common.npu.run import start_process
-from common.npu.weights import require_num_classes
+from common.npu.weights import named_classes, require_num_classes
 from fcos.config import RECIPES, Recipe
 from fcos.data import TURNS_IF_BOTH_FIT, build_loader, evaluation_recipe, normalise
 from fcos.detector import Detector
 from fcos.old_flags import OLD_FLAGS
 from fcos.postprocess import detect
-from fcos.weights import named_classes, note_on_preset
+from fcos.weights import note_on_preset, recipe_of_checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -64,7 +64,9 @@ def main(argv: list[str] | None = None) -> None:
 
     state = flags.checkpoint_to_use(args, ranks)
     requested = flags.chosen_recipe(args, RECIPES)
-    detector = Detector.from_checkpoint(state, requested, device, user_fields=vars(args))
+    recipe = recipe_of_checkpoint(requested, state, user_fields=vars(args))
+    flags.require_agreement(args, recipe, state)
+    detector = Detector.from_checkpoint(state, recipe, device)
     recipe = replace(detector.recipe, threshold=flags.ap_goal(args, state))
     files = find_coco(args.data, "val", args.val_annotations, args.val_images)
     records = read_index(files.annotation_file, files.image_dir, classes=named_classes(state))

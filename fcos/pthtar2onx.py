@@ -36,7 +36,7 @@ from fcos.data import CANVAS_MULTIPLE, normalise, resize
 from fcos.detector import Detector
 from fcos.old_flags import OLD_FLAGS
 from fcos.postprocess import decode_outputs
-from fcos.weights import note_on_preset
+from fcos.weights import note_on_preset, recipe_of_checkpoint
 
 # Numbers of the recipe that a deployer needs.
 DEPLOYED_FIELDS = (
@@ -88,8 +88,9 @@ def main(argv: list[str] | None = None) -> None:
     require_packages()
     state = flags.checkpoint_to_use(args)
     requested = flags.chosen_recipe(args, RECIPES)
-    device = torch.device("cpu")
-    detector = Detector.from_checkpoint(state, requested, device, user_fields=vars(args))
+    recipe = recipe_of_checkpoint(requested, state, user_fields=vars(args))
+    flags.require_agreement(args, recipe, state)
+    detector = Detector.from_checkpoint(state, recipe, torch.device("cpu"))
     recipe = detector.recipe
     note = note_on_preset(requested, state)
     if note is not None:

@@ -31,6 +31,7 @@ from common.npu.device import memory_format
 from common.npu.loading import repeat_first_batch, require_memory_for_batch
 from common.npu.precision import build_sgd, set_learning_rate
 from common.npu.run import Run, RunState
+from common.npu.weights import named_classes
 from fcos.augment import augment
 from fcos.config import RECIPES, Recipe
 from fcos.data import (
@@ -46,7 +47,7 @@ from fcos.evaluate import detect_all, evaluate_and_save
 from fcos.loss import DetectionLoss
 from fcos.model import build_model, param_groups
 from fcos.old_flags import OLD_FLAGS
-from fcos.weights import load_weights, named_classes, recipe_of_checkpoint, with_mean_of
+from fcos.weights import load_weights, recipe_of_checkpoint, with_mean_of
 
 LOSSES = ("loss_cls", "loss_bbox", "loss_centerness", "loss")
 REMEDY = "lower --lr, clip with --clip_norm=10, use --loss_scale=dynamic, or see --check_data"

@@ -1,8 +1,10 @@
-"""Loading weights: our checkpoints, MMDetection 2.x's, and caffe ResNet-50 backbones.
+"""Weights: our checkpoints, MMDetection's, and caffe ResNet-50 backbones.
 
-The names in the network are the published ones (see model.py), so there is little to map: a
-`module.` prefix of distributed runs is taken off, early names of the predictors are replaced, and
-a backbone file's names get the prefix `backbone.`.
+    python3 -m fcos.weights export best.pt fcos.pth [--layout mmdet3]
+
+writes a checkpoint in MMDetection's form. The names in the network are the published ones (see
+model.py), so there is little to map: early names of the predictors are replaced, and a backbone
+file's names get the prefix `backbone.`.
 """
 
 import re
@@ -13,19 +15,26 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common.coco.index import COCO_CLASSES
 from common.errors import UserError
-from common.npu import checkpoint
+from common.npu import checkpoint, entry
+from common.npu.identify import require_model
+from common.npu.published import export_published, mmdetection_file
 from common.npu.weights import (
+    Layout,
     LoadReport,
     class_changes,
-    load_matching,
+    class_names_or_numbers,
+    known_classes,
+    load_whole,
+    mapping,
     name_of,
+    no_heads,
     tensors_of,
     weights_on_cpu,
     with_classes_of,
 )
 from fcos.config import DETECTRON2_MEAN, DETECTRON_MEAN, RECIPES, Recipe
+from fcos.model import build_model
 
 EARLY_NAMES = {
     "fcos_cls": "conv_cls",
@@ -33,8 +42,15 @@ EARLY_NAMES = {
     "fcos_centerness": "conv_centerness",
 }
 BACKBONE_MODULES = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc")
-# The tensors whose rows are classes.
-CLASS_HEAD = re.compile(r"bbox_head\.conv_cls\.(weight|bias)")
+LAYOUT = Layout(
+    class_head=re.compile(r"bbox_head\.conv_cls\.(weight|bias)"),
+    backbone="backbone.",
+    # Biases of convolutions, which some backbone files have.
+    unused=re.compile(r"backbone\.(.*\.)?(conv\d|downsample\.0)\.bias"),
+    remedy="give a detector of fcos or MMDetection's caffe style, or resnet50_caffe-788b5fa3.pth",
+)
+# MMDetection's 2.x and 3.x, which have the same keys.
+LAYOUTS = ("mmdet2", "mmdet3")
 # Fields of the recipe that the weights of a checkpoint belong to.
 NETWORK = (
     "name",
@@ -61,25 +77,43 @@ def load_weights(
     """Load a file or a state dict, in any of the known layouts, into the network.
 
     With `classes`, those of the network, the class heads of a detector of other classes are loaded
-    class by class (`with_classes_of`). Tensors of another shape stay as initialised. Raise
-    UserError for an unreadable file and for one whose backbone does not fit.
+    class by class (`with_classes_of`). Class heads of another shape stay as initialised; anything
+    else must fit. Raise UserError for an unreadable file and for one that does not fit, among them
+    those with a backbone of torchvision's style.
     """
     state = source if isinstance(source, Mapping) else checkpoint.load(source)
     tensors = network_keys(state)
-    heads = [key for key in tensors if CLASS_HEAD.fullmatch(key)]
+    require_model(state, tensors, Recipe.model, name_of(state))
+    require_caffe_style(state, tensors)
+    heads = [key for key in tensors if LAYOUT.class_head.fullmatch(key)]
     changes = ""
-    trained = known_classes(state) if heads else None
+    trained = known_classes(state, num_classes_of(state)) if heads else None
     if trained is not None and classes is not None:
         tensors = with_classes_of(tensors, model, heads, class_rows, trained, classes)
         changes = class_changes(trained, classes)
-    report = load_matching(model, tensors, changes)
-    for key in report.loaded:
-        if key.startswith("backbone.") and key.endswith("weight"):
-            return report
-    raise UserError(
-        f"{name_of(state)}: nothing in it fits the backbone; give a checkpoint of this detector, "
-        "or caffe's ResNet-50 (resnet50_caffe-788b5fa3.pth)"
-    )
+    return load_whole(model, tensors, state, LAYOUT, changes)
+
+
+def require_caffe_style(state: Mapping, tensors: Mapping[str, Tensor]) -> None:
+    """Raise UserError for a file of another project whose ResNet is torchvision's.
+
+    `tensors` have the network's names. Their shapes are the same, but the strides, the order of
+    colours and the normalisation are not. Caffe's batch norm is folded into factor and offset, so
+    that its statistics are 0 and 1; ours may have others where they were trained.
+    """
+    if state.get("recipe"):
+        return
+    has_statistics = False
+    for key, value in tensors.items():
+        is_mean = key.startswith("backbone.") and key.endswith("running_mean")
+        if is_mean and value.isfinite().all() and value.any():
+            has_statistics = True
+    if has_statistics or "backbone.fc.weight" in tensors:
+        raise UserError(
+            f"{name_of(state)}: not a caffe ResNet-50 (its batch norm has statistics, as "
+            "torchvision's: other strides and colours)",
+            LAYOUT.remedy,
+        )
 
 
 def class_rows(num_rows: int, num_classes: int) -> Tensor:
@@ -91,7 +125,7 @@ def network_keys(state: Mapping) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint, in any known layout, under the network's names."""
     tensors = tensors_of(state)
     if is_backbone(tensors):
-        return _backbone_keys(tensors, name_of(state))
+        return _backbone_keys(tensors)
     renamed = {}
     for key, value in tensors.items():
         modules = key.split(".")
@@ -108,34 +142,19 @@ def is_backbone(tensors: Mapping[str, Tensor]) -> bool:
     return all(key.split(".")[0] in BACKBONE_MODULES for key in tensors)
 
 
-def _backbone_keys(tensors: dict[str, Tensor], file: str) -> dict[str, Tensor]:
-    """Return a caffe ResNet under the network's names.
+def _backbone_keys(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a ResNet under the network's names.
 
-    Its batch norm is folded into factor and offset, so that statistics are 0 and 1. Biases of
-    convolutions, which some files have, are left out where they are 0; others are reported as
-    skipped. Raise UserError for another ResNet.
+    Biases of convolutions, which some caffe files have, are left out where they are 0; others are
+    reported.
     """
-    statistics = [value for key, value in tensors.items() if key.endswith("running_mean")]
-    if "fc.weight" in tensors or any(value.any() for value in statistics):
-        raise UserError(
-            f"{file}: not caffe's ResNet-50 (its batch norm has statistics, as torchvision's: "
-            "other strides and colours); give resnet50_caffe-788b5fa3.pth or "
-            "resnet50_msra-5891d200.pth of MMDetection"
-        )
     renamed = {}
     for key, value in tensors.items():
-        if is_conv_bias(key) and not value.any():
+        name = f"backbone.{key}"
+        if LAYOUT.unused.fullmatch(name) and not value.any():
             continue
-        renamed[f"backbone.{key}"] = value
+        renamed[name] = value
     return renamed
-
-
-def is_conv_bias(key: str) -> bool:
-    """Return whether a name in a ResNet is that of a convolution's bias."""
-    path, _, parameter = key.rpartition(".")
-    module = path.rpartition(".")[2]
-    # The first layer of a shortcut, `downsample.0`, is a convolution as well.
-    return parameter == "bias" and (module.startswith("conv") or module == "0")
 
 
 def recipe_of_checkpoint(
@@ -147,9 +166,11 @@ def recipe_of_checkpoint(
     taken unless the head of `recipe` has the same tensors. A backbone changes nothing.
 
     The preset's `nms_iou`, which is not part of the network, is taken as well, unless the user has
-    chosen one: it is among the `user_fields`, or `recipe` has a value that no preset has.
+    chosen one: it is among the `user_fields`, or `recipe` has a value that no preset has. Raise
+    UserError for a detector of another model.
     """
-    saved = state.get("recipe")
+    require_model(state, network_keys(state), Recipe.model, name_of(state))
+    saved = mapping(state.get("recipe"))
     if saved:
         return replace(recipe, **{field: saved[field] for field in NETWORK if field in saved})
     name = preset_taken(recipe, state)
@@ -215,8 +236,9 @@ def mean_of(state: Mapping) -> tuple[float, float, float] | None:
     of their recipe. Detectron's backbone has a bias for every convolution, Detectron2's for the
     first one.
     """
-    if "recipe" in state:
-        return tuple(state["recipe"]["mean"])
+    saved = mapping(state.get("recipe"))
+    if saved:
+        return tuple(saved["mean"])
     tensors = tensors_of(state)
     if not is_backbone(tensors) or "conv1.bias" not in tensors:
         return None
@@ -232,46 +254,34 @@ def num_classes_of(state: Mapping) -> int:
     """
     head = network_keys(state).get("bbox_head.conv_cls.weight")
     if head is None:
-        raise UserError(f"{name_of(state)}: no detection heads; give a trained detector")
+        raise no_heads(state, tensors_of(state))
     return len(head)
-
-
-def named_classes(state: Mapping) -> tuple[str, ...] | None:
-    """Return the class names that a checkpoint holds, None where it holds none.
-
-    Ours have `classes`, MMDetection 2.x's `meta.CLASSES`, 3.x's `meta.dataset_meta.classes`.
-    """
-    meta = _mapping(state.get("meta"))
-    names = state.get("classes")
-    if not names:
-        names = meta.get("CLASSES")
-    if not names:
-        names = _mapping(meta.get("dataset_meta")).get("classes")
-    if isinstance(names, list | tuple):
-        return tuple(names)
-    return None
-
-
-def _mapping(value: object) -> Mapping:
-    return value if isinstance(value, Mapping) else {}
-
-
-def known_classes(state: Mapping) -> tuple[str, ...] | None:
-    """Return a detector's class names; where it holds none, COCO's if there are 80 classes."""
-    names = named_classes(state)
-    if names is None and num_classes_of(state) == len(COCO_CLASSES):
-        return COCO_CLASSES
-    return names
 
 
 def class_names_of(state: Mapping) -> tuple[str, ...]:
     """Return a detector's class names, numbers where they are not known."""
-    names = known_classes(state)
-    if names is not None:
-        return names
-    return tuple(f"class_{label}" for label in range(num_classes_of(state)))
+    return class_names_or_numbers(state, num_classes_of(state))
 
 
 def published_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the weights as MMDetection's checkpoints have them: fp32 on the CPU, its names."""
     return weights_on_cpu(model)
+
+
+def published_file(state: Mapping, layout: str) -> dict:
+    """Return a checkpoint's detector as a file of MMDetection, in one of the LAYOUTS.
+
+    Raise UserError where it is not a whole detector.
+    """
+    recipe = recipe_of_checkpoint(RECIPES["gn"], state)
+    model = build_model(recipe, num_classes_of(state))
+    load_weights(model, state).require_complete(name_of(state))
+    return mmdetection_file(published_state_dict(model), class_names_of(state), layout)
+
+
+def main(argv: list[str] | None = None) -> None:
+    export_published(argv, "fcos.weights", LAYOUTS, published_file)
+
+
+if __name__ == "__main__":
+    entry.run(main)

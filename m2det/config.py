@@ -7,7 +7,7 @@ of the same name (with dashes or underscores) overrides a field for one run.
 
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from common.errors import UserError
 
@@ -33,6 +33,7 @@ class Recipe:
     Raise UserError for a value that its field does not allow.
     """
 
+    model: ClassVar[str] = "m2det"  # what checkpoints call the writer
     name: str = option("M2Det", "network name in logs and file names")
 
     # Network

@@ -21,6 +21,7 @@ from common.arithmetic import ceil_div
 from common.coco.images import ImageReader
 from common.coco.index import CocoIndex, name_to_bytes, read_index
 from common.coco.layout import Files, find_coco
+from common.coco.resize import resize_as_opencv
 from common.errors import UserError
 from common.npu.device import memory_format
 from common.npu.distributed import Ranks
@@ -34,7 +35,7 @@ from m2det.geometry import (
     move_boxes,
     picture_box,
 )
-from m2det.resample import render, resize
+from m2det.resample import render
 
 # By split, the annotation sets of COCO 2014, and for each the folder of its images.
 COCO_2014 = {
@@ -166,7 +167,8 @@ def normalise(images: Tensor, recipe: Recipe) -> Tensor:
 
 def prepare_image(image: np.ndarray, recipe: Recipe) -> Tensor:
     """Return the network input (3, S, S) float32 for evaluation of an RGB image (H, W, 3) uint8."""
-    batch = resize(image, recipe.image_size).unsqueeze(0)
+    resized = resize_as_opencv(image, recipe.image_size, recipe.image_size)
+    batch = torch.from_numpy(resized).unsqueeze(0)
     return normalise(batch, recipe).squeeze(0)
 
 
@@ -390,10 +392,10 @@ class EvaluationSet(Dataset):
 
     def __getitem__(self, record: int) -> tuple[Tensor, Tensor, Tensor]:
         image = self.reader.read(record)
-        resized = resize(image, self.recipe.image_size)
+        resized = resize_as_opencv(image, self.recipe.image_size, self.recipe.image_size)
         size = torch.from_numpy(self.records.sizes[record].astype(np.int64))
         image_id = torch.tensor(self.records.image_ids[record])
-        return resized, size, image_id
+        return torch.from_numpy(resized), size, image_id
 
 
 def build_loader(

@@ -29,6 +29,7 @@ from common.npu.device import setup_device
 from m2det.config import RECIPES
 from m2det.detector import Detector
 from m2det.old_flags import OLD_FLAGS
+from m2det.weights import recipe_of_checkpoint
 
 SAMPLE_IMAGES = 12  # drawn where no image is given
 
@@ -38,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     device, reason = setup_device(args.device, args.device_id)
     print(reason)
     state = flags.checkpoint_to_use(args)
-    recipe = flags.chosen_recipe(args, RECIPES)
+    recipe = recipe_of_checkpoint(flags.chosen_recipe(args, RECIPES), state)
+    flags.require_agreement(args, recipe, state)
     if hasattr(args, "batch_size"):  # the flag was given
         recipe = replace(recipe, eval_batch_size=args.batch_size)
     detector = Detector.from_checkpoint(state, recipe, device)

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import nn
 
 from common.coco.images import to_array
+from common.coco.resize import resize_as_opencv
 from common.npu import checkpoint
 from common.npu.device import memory_format, setup_device
 from common.npu.weights import LoadReport, name_of
@@ -24,7 +25,6 @@ from m2det.config import RECIPES, Recipe
 from m2det.data import normalise
 from m2det.model import build_model
 from m2det.postprocess import Detections, detect
-from m2det.resample import resize
 from m2det.weights import (
     class_names_of,
     load_weights,
@@ -97,8 +97,9 @@ class Detector:
 
     @torch.no_grad()
     def _detect_at_once(self, images: list[np.ndarray]) -> list[Detections]:
-        resized = [resize(image, self.recipe.image_size) for image in images]
+        side = self.recipe.image_size
+        resized = np.stack([resize_as_opencv(image, side, side) for image in images])
         sizes = torch.tensor([image.shape[:2] for image in images])
-        batch = torch.stack(resized).to(self.device)
+        batch = torch.from_numpy(resized).to(self.device)
         outputs = self.model(normalise(batch, self.recipe))
         return detect(outputs, sizes, self.recipe)

@@ -44,13 +44,13 @@ from common.npu.distributed import Ranks
 from common.npu.loading import workers_per_rank
 from common.npu.precision import Precision
 from common.npu.run import start_process
-from common.npu.weights import require_num_classes
+from common.npu.weights import named_classes, require_num_classes
 from m2det.config import RECIPES, Recipe
 from m2det.data import TURNS_IF_BOTH_FIT, build_loader, find_files, normalise, read_records
 from m2det.detector import Detector
 from m2det.old_flags import OLD_FLAGS
 from m2det.postprocess import detect, submission_boxes
-from m2det.weights import named_classes
+from m2det.weights import recipe_of_checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -62,7 +62,9 @@ def main(argv: list[str] | None = None) -> None:
     log(reason)
 
     state = flags.checkpoint_to_use(args, ranks)
-    detector = Detector.from_checkpoint(state, flags.chosen_recipe(args, RECIPES), device)
+    recipe = recipe_of_checkpoint(flags.chosen_recipe(args, RECIPES), state)
+    flags.require_agreement(args, recipe, state)
+    detector = Detector.from_checkpoint(state, recipe, device)
     recipe = replace(detector.recipe, threshold=flags.ap_goal(args, state))
     files = find_files(args.data, "val", args.val_annotations, args.val_images)
     records = read_records(files, classes=named_classes(state))

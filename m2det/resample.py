@@ -166,40 +166,6 @@ def _visible_taps(taps: Taps, offset: int, length: int) -> tuple[Taps, slice]:
     return Taps(positions[visible], taps.weights[visible]), visible
 
 
-def resize(image: np.ndarray, size: int) -> Tensor:
-    """Resize an image (H, W, 3) uint8 to (size, size, 3) exactly as OpenCV's INTER_LINEAR does.
-
-    OpenCV computes in integers: weights have 11 bits; 4 bits are dropped after blending columns,
-    16 bits after the product with each row's weight, and the last 2 are rounded off.
-    """
-    height, width = image.shape[:2]
-    columns = _opencv_taps(width, size)
-    rows = _opencv_taps(height, size)
-
-    pixels = _transpose(torch.from_numpy(image).reshape(height, -1)).float()
-    pixels = _weighted_rows(pixels, _for_each_channel(columns))
-    # So far all are whole numbers below 2**20, which fp32 holds exactly.
-    pixels = _transpose(pixels).int() >> 4
-
-    positions = torch.from_numpy(rows.positions)
-    weights = torch.from_numpy(rows.weights).int()
-    upper = (pixels[positions[:, 0]] * weights[:, :1]) >> 16
-    lower = (pixels[positions[:, 1]] * weights[:, 1:]) >> 16
-    resized = (upper + lower + 2) >> 2
-    return resized.byte().reshape(size, size, CHANNELS)
-
-
-def _opencv_taps(length: int, size: int) -> Taps:
-    """Return the taps of OpenCV's linear method: weights are whole numbers, of a sum of 2048."""
-    pixel = np.arange(size)[:, np.newaxis]
-    center = _center(pixel, length / size).astype(np.float32)
-    first = np.floor(center)
-    second_weight = center - first
-    positions = np.clip(first + np.arange(2), 0, length - 1).astype(np.int64)
-    weights = np.concatenate([1 - second_weight, second_weight], axis=1)
-    return Taps(positions, np.rint(weights * 2048))
-
-
 def _for_each_channel(columns: Taps) -> Taps:
     """Return the taps of columns as those of rows of a transposed image (W * 3, H).
 

@@ -34,6 +34,7 @@ from common.npu.device import memory_format
 from common.npu.loading import repeat_first_batch, require_memory_for_batch
 from common.npu.precision import build_sgd, set_learning_rate
 from common.npu.run import Run, RunState
+from common.npu.weights import named_classes
 from m2det.augment import augment
 from m2det.config import RECIPES, Recipe
 from m2det.data import (
@@ -48,7 +49,7 @@ from m2det.evaluate import detect_all, evaluate_and_save
 from m2det.loss import DetectionLoss
 from m2det.model import build_model
 from m2det.old_flags import OLD_FLAGS
-from m2det.weights import load_weights, named_classes, recipe_of_checkpoint
+from m2det.weights import load_weights, recipe_of_checkpoint
 
 # Where the port keeps the backbone's ImageNet weights.
 PRETRAINED = Path(__file__).resolve().parent / "weights" / "vgg16_reducedfc.pth"

@@ -1,7 +1,9 @@
-"""Loading weights: our checkpoints, the original's, VGG-16 "reducedfc", torchvision's ResNets.
+"""Weights: our checkpoints, the original's, VGG-16 "reducedfc", torchvision's ResNets.
 
-The names in the network are the published ones (see model.py), so there is little to map: a
-`module.` prefix of distributed runs is taken off, a backbone's names get `base.` in front.
+    python3 -m m2det.weights export best.pt m2det512_vgg.pth
+
+writes a checkpoint in the original's form. The names in the network are the published ones (see
+model.py), so there is little to map: a backbone's names get `base.` in front.
 """
 
 import re
@@ -12,24 +14,36 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common.coco.index import COCO_CLASSES
-from common.errors import UserError
-from common.npu import checkpoint
+from common.npu import checkpoint, entry
+from common.npu.identify import require_model
+from common.npu.published import export_published
 from common.npu.weights import (
+    Layout,
     LoadReport,
     class_changes,
-    load_matching,
+    class_names_or_numbers,
+    known_classes,
+    load_whole,
+    mapping,
     name_of,
+    no_heads,
     tensors_of,
     weights_on_cpu,
     with_classes_of,
 )
-from m2det.config import Recipe
+from m2det.config import RECIPES, Recipe
+from m2det.model import build_model
 
 # vgg16_reducedfc.pth numbers its convolutions, torchvision's ResNets name theirs.
 BACKBONE_KEY = re.compile(r"(\d+|conv1|bn1|layer[1-4]|fc)\.")
-# The tensors whose rows are classes.
-CLASS_HEAD = re.compile(r"conf\.\d+\.(weight|bias)")
+LAYOUT = Layout(
+    class_head=re.compile(r"conf\.\d+\.(weight|bias)"),
+    backbone="base.",
+    unused=re.compile(r"(?!)"),  # nothing
+    remedy="give a detector of m2det with its --recipe, vgg16_reducedfc.pth for a VGG, or "
+    "torchvision's ResNet of --backbone",
+)
+LAYOUTS = ("m2det",)  # the original's, whose files are bare state dicts
 # Fields of the recipe that the weights of a checkpoint belong to.
 NETWORK = (
     "name",
@@ -55,23 +69,19 @@ def load_weights(
     """Load a file or a state dict, in any of the known layouts, into the network.
 
     With `classes`, those of the network, the class heads of a detector of other classes are loaded
-    class by class (`with_classes_of`). Tensors of another shape stay as initialised. Raise
-    UserError for an unreadable file and for one of which nothing fits.
+    class by class (`with_classes_of`). Class heads of another shape stay as initialised; anything
+    else must fit. Raise UserError for an unreadable file and for one that does not fit.
     """
     state = source if isinstance(source, Mapping) else checkpoint.load(source)
     tensors = network_keys(state)
-    heads = [key for key in tensors if CLASS_HEAD.fullmatch(key)]
+    require_model(state, tensors, Recipe.model, name_of(state))
+    heads = [key for key in tensors if LAYOUT.class_head.fullmatch(key)]
     changes = ""
-    trained = known_classes(state) if heads else None
+    trained = known_classes(state, num_classes_of(state)) if heads else None
     if trained is not None and classes is not None:
         tensors = with_classes_of(tensors, model, heads, class_rows, trained, classes)
         changes = class_changes(trained, classes)
-    report = load_matching(model, tensors, changes)
-    if not any(key.endswith("weight") for key in report.loaded):
-        raise UserError(
-            f"{name_of(state)}: no tensor fits this network; is it a checkpoint of another one?"
-        )
-    return report
+    return load_whole(model, tensors, state, LAYOUT, changes)
 
 
 def class_rows(num_rows: int, num_classes: int) -> Tensor:
@@ -95,13 +105,19 @@ def network_keys(state: Mapping) -> dict[str, Tensor]:
 
 
 def recipe_of_checkpoint(recipe: Recipe, state: Mapping) -> Recipe:
-    """Return the recipe with the network that a checkpoint of ours was trained with.
+    """Return the recipe with the network of a checkpoint.
 
-    Other files do not say it: the recipe stays as it is. Checkpoints written before the anchors had
-    that name call their fields `prior_*`.
+    Ours say which it is. Of the original's detectors the names show whether they have an SFAM; the
+    rest is that of `recipe`. A backbone by itself changes nothing. Checkpoints written before the
+    anchors had that name call their fields `prior_*`. Raise UserError for a detector of another
+    model.
     """
-    saved = state.get("recipe", {})
+    keys = network_keys(state)
+    require_model(state, keys, Recipe.model, name_of(state))
+    saved = mapping(state.get("recipe"))
     changes = {}
+    if not saved and any(LAYOUT.class_head.fullmatch(key) for key in keys):
+        changes["sfam"] = any(key.startswith("sfam_module.") for key in keys)
     for field in NETWORK:
         for name in (field, field.replace("anchor_", "prior_")):
             if name in saved:
@@ -118,34 +134,35 @@ def num_classes_of(state: Mapping) -> int:
     deltas_bias = tensors.get("loc.0.bias")
     logits_bias = tensors.get("conf.0.bias")
     if deltas_bias is None or logits_bias is None:
-        raise UserError(f"{name_of(state)}: no detection heads; give a trained detector")
+        raise no_heads(state, tensors_of(state))
     num_shapes = len(deltas_bias) // COORDINATES
     return len(logits_bias) // num_shapes - 1  # without background
 
 
-def named_classes(state: Mapping) -> tuple[str, ...] | None:
-    """Return the class names that a checkpoint holds: ours do, the original's do not."""
-    if "classes" not in state:
-        return None
-    return tuple(state["classes"])
-
-
-def known_classes(state: Mapping) -> tuple[str, ...] | None:
-    """Return a detector's class names; where it holds none, COCO's if there are 80 classes."""
-    names = named_classes(state)
-    if names is None and num_classes_of(state) == len(COCO_CLASSES):
-        return COCO_CLASSES
-    return names
-
-
 def class_names_of(state: Mapping) -> tuple[str, ...]:
     """Return a detector's class names, numbers where they are not known."""
-    names = known_classes(state)
-    if names is not None:
-        return names
-    return tuple(f"class_{label}" for label in range(num_classes_of(state)))
+    return class_names_or_numbers(state, num_classes_of(state))
 
 
 def published_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the weights as the original's checkpoints have them: fp32 on the CPU, its names."""
     return weights_on_cpu(model)
+
+
+def published_file(state: Mapping, layout: str) -> dict:
+    """Return a checkpoint's detector as a file of the original.
+
+    Raise UserError where it is not a whole detector.
+    """
+    recipe = recipe_of_checkpoint(RECIPES["512_vgg"], state)
+    model = build_model(recipe, num_classes_of(state))
+    load_weights(model, state).require_complete(name_of(state))
+    return published_state_dict(model)
+
+
+def main(argv: list[str] | None = None) -> None:
+    export_published(argv, "m2det.weights", LAYOUTS, published_file)
+
+
+if __name__ == "__main__":
+    entry.run(main)

@@ -7,7 +7,7 @@ underscores) overrides a field for one run.
 
 from bisect import bisect_right
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 IMAGES_OF_LR = 64  # the global batch size for which `lr` is given: eight devices of eight images
 NO_CROP = 1  # in `crop_ious`: not to crop
@@ -22,6 +22,7 @@ def option(default: Any, help_text: str, *flags: str) -> Any:
 class Recipe:
     """All numbers of a run, each with its unit."""
 
+    model: ClassVar[str] = "ssd_mmdet"  # what checkpoints call the writer
     name: str = option("SSD", "network name in logs and file names")
 
     # Network

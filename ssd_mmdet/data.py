@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from common.arithmetic import ceil_div, round_up
 from common.coco.images import ImageReader
 from common.coco.index import CocoIndex
+from common.coco.resize import resize_as_opencv
 from common.errors import UserError
 from common.npu.device import memory_format
 from common.npu.distributed import Ranks
@@ -28,7 +29,6 @@ from ssd_mmdet.geometry import (
     canvas_around,
     crop_window,
     cut_and_resize,
-    resize_as_opencv,
 )
 
 NO_COLOUR_JITTER = (0.0, 1.0, 1.0, 0.0)

@@ -17,12 +17,12 @@ from PIL import Image
 from torch import nn
 
 from common.coco.images import to_array
+from common.coco.resize import resize_as_opencv
 from common.npu import checkpoint
 from common.npu.device import memory_format, setup_device
 from common.npu.weights import LoadReport, name_of
 from ssd_mmdet.config import RECIPES, Recipe
 from ssd_mmdet.data import normalise
-from ssd_mmdet.geometry import resize_as_opencv
 from ssd_mmdet.model import build_model
 from ssd_mmdet.postprocess import Detections, detect
 from ssd_mmdet.weights import (

@@ -31,6 +31,7 @@ from common.npu.device import memory_format
 from common.npu.loading import repeat_first_batch, require_memory_for_batch
 from common.npu.precision import build_sgd, set_learning_rate
 from common.npu.run import Run, RunState
+from common.npu.weights import named_classes
 from ssd_mmdet.augment import augment
 from ssd_mmdet.config import RECIPES, Recipe
 from ssd_mmdet.data import (
@@ -44,7 +45,7 @@ from ssd_mmdet.data import (
 from ssd_mmdet.evaluate import detect_all, evaluate_and_save
 from ssd_mmdet.loss import DetectionLoss
 from ssd_mmdet.model import build_model
-from ssd_mmdet.weights import load_weights, named_classes, recipe_of_checkpoint
+from ssd_mmdet.weights import load_weights, recipe_of_checkpoint
 
 LOSSES = ("loss_cls", "loss_bbox", "loss")
 REMEDY = "lower --lr, clip with --clip_norm=10, use --loss_scale=dynamic, or see --check_data"

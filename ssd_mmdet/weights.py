@@ -1,7 +1,10 @@
-"""Loading weights: our checkpoints, MMDetection's of both key layouts, and VGG16 of Caffe.
+"""Weights: our checkpoints, MMDetection's of both key layouts, and VGG16 of Caffe.
 
-The names in the network are MMDetection's before 2.14 (see model.py); later releases moved the
-extra layers to a neck and wrapped convolutions, with the same tensors.
+    python3 -m ssd_mmdet.weights export best.pt ssd300.pth [--layout mmdet3]
+
+writes a checkpoint in MMDetection's form. The names in the network are MMDetection's before 2.14
+(see model.py); later releases moved the extra layers to a neck and wrapped convolutions, with the
+same tensors.
 """
 
 import re
@@ -12,19 +15,26 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common.coco.index import COCO_CLASSES
 from common.errors import UserError
-from common.npu import checkpoint
+from common.npu import checkpoint, entry
+from common.npu.identify import require_model
+from common.npu.published import export_published, mmdetection_file
 from common.npu.weights import (
+    Layout,
     LoadReport,
     class_changes,
-    load_matching,
+    class_names_or_numbers,
+    known_classes,
+    load_whole,
+    mapping,
     name_of,
+    no_heads,
     tensors_of,
     weights_on_cpu,
     with_classes_of,
 )
 from ssd_mmdet.config import RECIPES, Recipe
+from ssd_mmdet.model import build_model
 
 # Names from 2.14 on, and the same in the network: pattern, replacement.
 SINCE_2_14 = (
@@ -36,8 +46,12 @@ EXTRA_SINCE_2_14 = re.compile(r"^neck\.extra_layers\.(\d+)\.(\d+)\.conv\.")
 EXTRA_BEFORE_2_14 = re.compile(r"^backbone\.extra\.(\d+)\.")
 CONVOLUTIONS_OF_EXTRA_LAYER = 2
 ONLY_IN_SSD512 = "backbone.extra.9.weight"
-# The tensors whose rows are classes.
-CLASS_HEAD = re.compile(r"bbox_head\.cls_convs\.\d+\.(weight|bias)")
+LAYOUT = Layout(
+    class_head=re.compile(r"bbox_head\.cls_convs\.\d+\.(weight|bias)"),
+    backbone="backbone.features.",
+    unused=re.compile(r"classifier\..*"),
+    remedy="give a detector of ssd_mmdet or MMDetection, or MMDetection's vgg16_caffe-292e1171.pth",
+)
 # Fields of the recipe that the weights of a checkpoint belong to.
 NETWORK = (
     "name",
@@ -49,6 +63,9 @@ NETWORK = (
     "anchor_ratios",
 )
 SHAPES_OF_FIRST_MAP = 4
+MMDETECTION_1 = re.compile(r"[01]\..*")
+# MMDetection's keys before 2.14, and from then on.
+LAYOUTS = ("mmdet2", "mmdet3")
 
 
 def load_weights(
@@ -59,23 +76,51 @@ def load_weights(
     """Load a file or a state dict, in any of the known layouts, into the network.
 
     With `classes`, those of the network, the class heads of a detector of other classes are loaded
-    class by class (`with_classes_of`). Tensors of another shape stay as initialised. Raise
-    UserError for an unreadable file and for one of which nothing fits.
+    class by class (`with_classes_of`). Class heads of another shape stay as initialised; anything
+    else must fit. Raise UserError for an unreadable file and for one that does not fit.
     """
     state = source if isinstance(source, Mapping) else checkpoint.load(source)
     tensors = network_keys(state)
-    heads = [key for key in tensors if CLASS_HEAD.fullmatch(key)]
-    changes = ""
-    trained = known_classes(state) if heads else None
+    require_model(state, tensors, Recipe.model, name_of(state))
+    tensors, changes = with_background_last(tensors, state)
+    heads = [key for key in tensors if LAYOUT.class_head.fullmatch(key)]
+    trained = known_classes(state, num_classes_of(state)) if heads else None
     if trained is not None and classes is not None:
         tensors = with_classes_of(tensors, model, heads, class_rows, trained, classes)
-        changes = class_changes(trained, classes)
-    report = load_matching(model, tensors, changes)
-    if not any(key.endswith("weight") for key in report.loaded):
+        changes = "; ".join(text for text in (changes, class_changes(trained, classes)) if text)
+    return load_whole(model, tensors, state, LAYOUT, changes)
+
+
+def with_background_last(
+    tensors: dict[str, Tensor], state: Mapping
+) -> tuple[dict[str, Tensor], str]:
+    """Return tensors with the background after the classes, and a line on what was done.
+
+    MMDetection 1.x has it before them. The version that a file names does not decide: the published
+    SSD files of March 2020 name 1.0rc1, but were trained with the code of 2.0. The background is
+    the class of most anchors, so it has the largest bias. Raise UserError where it has not.
+    """
+    version = mapping(state.get("meta")).get("mmdet_version")
+    heads = [key for key in tensors if LAYOUT.class_head.fullmatch(key)]
+    if not heads or not isinstance(version, str) or not MMDETECTION_1.fullmatch(version):
+        return tensors, ""
+    num_channels = num_classes_of(state) + 1
+    biases = [tensors[key].float() for key in heads if key.endswith("bias")]
+    bias_of_channel = torch.cat(biases).view(-1, num_channels).mean(dim=0)
+    background = int(bias_of_channel.argmax())
+    if background == num_channels - 1:
+        return tensors, f"of MMDetection {version}, with the background last as in 2.x"
+    if background != 0:
         raise UserError(
-            f"{name_of(state)}: no tensor fits this network; is it a checkpoint of another one?"
+            f"{name_of(state)}: of MMDetection {version}, and its biases do not show whether the "
+            "background comes first (1.x) or last (2.x)",
+            "convert it with MMDetection 2.x's tools/model_converters/upgrade_model_version.py",
         )
-    return report
+    reordered = dict(tensors)
+    for key in heads:
+        by_shape = tensors[key].unflatten(0, (-1, num_channels))
+        reordered[key] = by_shape.roll(-1, dims=1).flatten(0, 1)
+    return reordered, f"of MMDetection {version}: background moved from the first place to the last"
 
 
 def class_rows(num_rows: int, num_classes: int) -> Tensor:
@@ -110,16 +155,17 @@ def recipe_of_checkpoint(recipe: Recipe, state: Mapping) -> Recipe:
     """Return the recipe with the network of a checkpoint.
 
     Ours say which it is, published detectors show it by their names. A backbone by itself changes
-    nothing.
+    nothing. Raise UserError for a detector of another model.
     """
-    saved = state.get("recipe")
-    if saved is None:
-        keys = network_keys(state)
-        if not any(key.startswith("bbox_head.") for key in keys):
+    keys = network_keys(state)
+    require_model(state, keys, Recipe.model, name_of(state))
+    saved = mapping(state.get("recipe"))
+    if not saved:
+        if not any(LAYOUT.class_head.fullmatch(key) for key in keys):
             return recipe
         preset = "ssd512" if ONLY_IN_SSD512 in keys else "1p"
         saved = asdict(RECIPES[preset])
-    return replace(recipe, **{field: saved[field] for field in NETWORK})
+    return replace(recipe, **{field: saved[field] for field in NETWORK if field in saved})
 
 
 def num_classes_of(state: Mapping) -> int:
@@ -127,54 +173,24 @@ def num_classes_of(state: Mapping) -> int:
 
     Raise UserError where it has no detection heads.
     """
-    head = network_keys(state).get("bbox_head.cls_convs.0.bias")
+    tensors = network_keys(state)
+    head = tensors.get("bbox_head.cls_convs.0.bias")
     if head is None:
-        raise UserError(f"{name_of(state)}: no detection heads; give a trained detector")
+        raise no_heads(state, tensors_of(state))
     channels = len(head) // SHAPES_OF_FIRST_MAP
     return channels - 1  # without background
 
 
-def named_classes(state: Mapping) -> tuple[str, ...] | None:
-    """Return the class names that a checkpoint holds, None where it holds none.
-
-    Ours have `classes`, MMDetection 2.x's `meta.CLASSES`, 3.x's `meta.dataset_meta.classes`.
-    """
-    meta = _mapping(state.get("meta"))
-    names = state.get("classes")
-    if not names:
-        names = meta.get("CLASSES")
-    if not names:
-        names = _mapping(meta.get("dataset_meta")).get("classes")
-    if isinstance(names, list | tuple):
-        return tuple(names)
-    return None
-
-
-def _mapping(value: object) -> Mapping:
-    return value if isinstance(value, Mapping) else {}
-
-
-def known_classes(state: Mapping) -> tuple[str, ...] | None:
-    """Return a detector's class names; where it holds none, COCO's if there are 80 classes."""
-    names = named_classes(state)
-    if names is None and num_classes_of(state) == len(COCO_CLASSES):
-        return COCO_CLASSES
-    return names
-
-
 def class_names_of(state: Mapping) -> tuple[str, ...]:
     """Return a detector's class names, numbers where they are not known."""
-    names = known_classes(state)
-    if names is not None:
-        return names
-    return tuple(f"class_{label}" for label in range(num_classes_of(state)))
+    return class_names_or_numbers(state, num_classes_of(state))
 
 
 def published_state_dict(model: nn.Module, since_2_14: bool = False) -> dict[str, Tensor]:
     """Return the weights as MMDetection's checkpoints have them: fp32 on the CPU, under its names.
 
-    By default those before 2.14, which the port has and later releases convert while loading;
-    with `since_2_14` the later ones, 3.x included.
+    By default those before 2.14, which the port has; with `since_2_14` the later ones, 3.x
+    included. MMDetection converts neither into the other while loading.
     """
     weights = weights_on_cpu(model)
     if not since_2_14:
@@ -190,3 +206,23 @@ def _key_since_2_14(key: str) -> str:
         return key
     layer, convolution = divmod(int(match[1]), CONVOLUTIONS_OF_EXTRA_LAYER)
     return f"neck.extra_layers.{layer}.{convolution}.conv.{key[match.end() :]}"
+
+
+def published_file(state: Mapping, layout: str) -> dict:
+    """Return a checkpoint's detector as a file of MMDetection, in one of the LAYOUTS.
+
+    Raise UserError where it is not a whole detector.
+    """
+    recipe = recipe_of_checkpoint(RECIPES["1p"], state)
+    model = build_model(recipe, num_classes_of(state))
+    load_weights(model, state).require_complete(name_of(state))
+    weights = published_state_dict(model, since_2_14=layout == "mmdet3")
+    return mmdetection_file(weights, class_names_of(state), layout)
+
+
+def main(argv: list[str] | None = None) -> None:
+    export_published(argv, "ssd_mmdet.weights", LAYOUTS, published_file)
+
+
+if __name__ == "__main__":
+    entry.run(main)

@@ -5,7 +5,7 @@ as its Ascend port runs it. A field with a help text is also a flag, which overr
 """
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 IMAGES_OF_LR = 32  # the global batch size for which `lr` is given
 NO_CROP = None  # in `crop_ious`: not to crop
@@ -20,6 +20,7 @@ def option(default: Any, help_text: str, *flags: str) -> Any:
 class Recipe:
     """All numbers of a run, each with its unit."""
 
+    model: ClassVar[str] = "ssd_resnet34"  # what checkpoints call the writer
     name: str = option("SSD-ResNet34", "network name in logs and file names")
 
     # Network

@@ -45,13 +45,13 @@ from common.npu.distributed import Ranks
 from common.npu.loading import workers_per_rank
 from common.npu.precision import Precision
 from common.npu.run import start_process
-from common.npu.weights import require_num_classes
+from common.npu.weights import named_classes, require_num_classes
 from ssd_resnet34.config import RECIPES, Recipe
 from ssd_resnet34.data import TURNS_IF_BOTH_FIT, build_loader, normalise
 from ssd_resnet34.detector import Detector
 from ssd_resnet34.old_flags import OLD_FLAGS
 from ssd_resnet34.postprocess import detect
-from ssd_resnet34.weights import named_classes
+from ssd_resnet34.weights import recipe_of_checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -63,7 +63,9 @@ def main(argv: list[str] | None = None) -> None:
     log(reason)
 
     state = flags.checkpoint_to_use(args, ranks)
-    detector = Detector.from_checkpoint(state, flags.chosen_recipe(args, RECIPES), device)
+    recipe = recipe_of_checkpoint(flags.chosen_recipe(args, RECIPES), state)
+    flags.require_agreement(args, recipe, state)
+    detector = Detector.from_checkpoint(state, recipe, device)
     recipe = replace(detector.recipe, threshold=flags.ap_goal(args, state))
     files = find_coco(args.data, "val", args.val_annotations, args.val_images)
     records = read_index(files.annotation_file, files.image_dir, classes=named_classes(state))

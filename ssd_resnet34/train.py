@@ -32,6 +32,7 @@ from common.npu.device import memory_format
 from common.npu.loading import repeat_first_batch, require_memory_for_batch
 from common.npu.precision import build_sgd, set_learning_rate
 from common.npu.run import Run, RunState
+from common.npu.weights import named_classes
 from ssd_resnet34.augment import augment
 from ssd_resnet34.config import RECIPES, Recipe
 from ssd_resnet34.data import (
@@ -45,7 +46,7 @@ from ssd_resnet34.evaluate import detect_all, evaluate_and_save
 from ssd_resnet34.loss import DetectionLoss
 from ssd_resnet34.model import build_model
 from ssd_resnet34.old_flags import OLD_FLAGS
-from ssd_resnet34.weights import load_weights, named_classes, recipe_of_checkpoint
+from ssd_resnet34.weights import load_weights, recipe_of_checkpoint
 
 LOSSES = ("loss_cls", "loss_bbox", "loss")
 REMEDY = (

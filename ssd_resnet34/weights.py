@@ -1,8 +1,9 @@
-"""Loading weights: our checkpoints, the port's, and torchvision's ImageNet ResNets.
+"""Weights: our checkpoints, the port's, and torchvision's ImageNet ResNets.
 
-The names in the network are the published ones (see model.py), so there is little to map: a
-`module.` prefix of distributed runs is taken off, and torchvision's names become positions in the
-backbone.
+    python3 -m ssd_resnet34.weights export best.pt iter_366000.pt
+
+writes a checkpoint in the port's form. The names in the network are the published ones (see
+model.py), so there is little to map: torchvision's names become positions in the backbone.
 """
 
 import re
@@ -13,24 +14,35 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common.coco.index import COCO_CLASSES
-from common.errors import UserError
-from common.npu import checkpoint
+from common.npu import checkpoint, entry
+from common.npu.identify import require_model
+from common.npu.published import export_published
 from common.npu.weights import (
+    Layout,
     LoadReport,
     class_changes,
-    load_matching,
+    class_names_or_numbers,
+    known_classes,
+    load_whole,
+    mapping,
     name_of,
+    no_heads,
     tensors_of,
     weights_on_cpu,
     with_classes_of,
 )
-from ssd_resnet34.config import Recipe
+from ssd_resnet34.config import RECIPES, Recipe
+from ssd_resnet34.model import build_model
 
 # torchvision's name: position in the backbone. Its layer4 and fc are not used here.
 TORCHVISION = {"conv1": 0, "bn1": 1, "layer1": 3, "layer2": 4, "layer3": 5}
-# The tensors whose rows are classes.
-CLASS_HEAD = re.compile(r"mbox\.\d+\.(weight|bias)")
+LAYOUT = Layout(
+    class_head=re.compile(r"mbox\.\d+\.(weight|bias)"),
+    backbone="model.",
+    unused=re.compile(r"(layer4|fc)\..*"),
+    remedy="give a detector of ssd_resnet34, or torchvision's ResNet of --backbone",
+)
+LAYOUTS = ("port",)  # the port's, whose files have only `model`, the state dict
 # Fields of the recipe that the weights of a checkpoint belong to.
 NETWORK = ("name", "backbone")
 COORDINATES = 4
@@ -45,29 +57,19 @@ def load_weights(
     """Load a file or a state dict, in any of the known layouts, into the network.
 
     With `classes`, those of the network, the class heads of a detector of other classes are loaded
-    class by class (`with_classes_of`). Tensors of another shape stay as initialised. Raise
-    UserError for an unreadable file, for one of which nothing fits, and for a detector of the
-    TFRecord recipe.
+    class by class (`with_classes_of`). Class heads of another shape stay as initialised; anything
+    else must fit. Raise UserError for an unreadable file and for one that does not fit.
     """
     state = source if isinstance(source, Mapping) else checkpoint.load(source)
     tensors = network_keys(state)
-    if any(key.startswith("class_net.") for key in tensors):
-        raise UserError(
-            f"{name_of(state)}: a detector of the TFRecord recipe, whose padding and heads differ; "
-            "use ssd_resnet34/tfrecord"
-        )
-    heads = [key for key in tensors if CLASS_HEAD.fullmatch(key)]
+    require_model(state, tensors, Recipe.model, name_of(state))
+    heads = [key for key in tensors if LAYOUT.class_head.fullmatch(key)]
     changes = ""
-    trained = known_classes(state) if heads else None
+    trained = known_classes(state, num_classes_of(state)) if heads else None
     if trained is not None and classes is not None:
         tensors = with_classes_of(tensors, model, heads, class_rows, trained, classes)
         changes = class_changes(trained, classes)
-    report = load_matching(model, tensors, changes)
-    if not any(key.endswith("weight") for key in report.loaded):
-        raise UserError(
-            f"{name_of(state)}: no tensor fits this network; is it a checkpoint of another one?"
-        )
-    return report
+    return load_whole(model, tensors, state, LAYOUT, changes)
 
 
 def class_rows(num_rows: int, num_classes: int) -> Tensor:
@@ -91,9 +93,11 @@ def network_keys(state: Mapping) -> dict[str, Tensor]:
 def recipe_of_checkpoint(recipe: Recipe, state: Mapping) -> Recipe:
     """Return the recipe with the network that a checkpoint of ours was trained with.
 
-    Other files do not say it: the recipe stays as it is.
+    Other files do not say it: the recipe stays as it is. Raise UserError for a detector of another
+    model.
     """
-    saved = state.get("recipe", {})
+    require_model(state, network_keys(state), Recipe.model, name_of(state))
+    saved = mapping(state.get("recipe"))
     changes = {field: saved[field] for field in NETWORK if field in saved}
     return replace(recipe, **changes)
 
@@ -105,35 +109,36 @@ def num_classes_of(state: Mapping) -> int:
     """
     head = network_keys(state).get("mbox.0.weight")
     if head is None:
-        raise UserError(f"{name_of(state)}: no detection heads; give a trained detector")
+        raise no_heads(state, tensors_of(state))
     # For each anchor shape a channel per class, for background, and for each coordinate.
     channels = len(head) // SHAPES_OF_FIRST_MAP
     return channels - COORDINATES - 1
 
 
-def named_classes(state: Mapping) -> tuple[str, ...] | None:
-    """Return the class names that a checkpoint holds: ours do, the port's do not."""
-    if "classes" not in state:
-        return None
-    return tuple(state["classes"])
-
-
-def known_classes(state: Mapping) -> tuple[str, ...] | None:
-    """Return a detector's class names; where it holds none, COCO's if there are 80 classes."""
-    names = named_classes(state)
-    if names is None and num_classes_of(state) == len(COCO_CLASSES):
-        return COCO_CLASSES
-    return names
-
-
 def class_names_of(state: Mapping) -> tuple[str, ...]:
     """Return a detector's class names, numbers where they are not known."""
-    names = known_classes(state)
-    if names is not None:
-        return names
-    return tuple(f"class_{label}" for label in range(num_classes_of(state)))
+    return class_names_or_numbers(state, num_classes_of(state))
 
 
 def published_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the weights as the port's checkpoints have them: fp32 on the CPU, under its names."""
     return weights_on_cpu(model)
+
+
+def published_file(state: Mapping, layout: str) -> dict:
+    """Return a checkpoint's detector as a file of the port.
+
+    Raise UserError where it is not a whole detector.
+    """
+    recipe = recipe_of_checkpoint(RECIPES["1p"], state)
+    model = build_model(recipe, num_classes_of(state))
+    load_weights(model, state).require_complete(name_of(state))
+    return {"model": published_state_dict(model)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    export_published(argv, "ssd_resnet34.weights", LAYOUTS, published_file)
+
+
+if __name__ == "__main__":
+    entry.run(main)

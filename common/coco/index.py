@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.arithmetic import round_up
+from common.coco.class_names import spelled_as
 from common.errors import UserError
 
 
@@ -239,8 +240,9 @@ def read_index(
     """Read and check a COCO annotation file (full or slim); index its usable annotations.
 
     `classes` are the class names of a checkpoint; labels are then positions among them. Without
-    them the classes are those of the file, in `usual_order` if it has the same names. Raise one
-    UserError with all errors, files missing in `image_dir` among them.
+    them the classes are those of the file, in `usual_order` if it has the same names. Names may
+    have `_` for a space; those of the file stay. Raise one UserError with all errors, files missing
+    in `image_dir` among them.
     """
     annotations = read_annotations(annotation_file, image_dir, classes)
     return usable_index(annotations, classes, usual_order)
@@ -254,9 +256,11 @@ def usable_index(
     """Do the second half of `read_index`: what it does with all annotations of a file."""
     names = index.class_names
     if classes is not None:
-        names = tuple(classes)
-    elif usual_order is not None and set(usual_order) == set(index.class_names):
-        names = tuple(usual_order)
+        names = spelled_as(classes, index.class_names)
+    elif usual_order is not None:
+        usual_names = spelled_as(usual_order, index.class_names)
+        if set(usual_names) == set(index.class_names):
+            names = usual_names
     index.check_classes(names)
     index = find_image_files(index)
     index.raise_errors()
@@ -387,7 +391,7 @@ def read_annotations(
 
     id_of_category = _numbers(annotations, "category_id")
     category_ids, class_names = _read_categories(
-        categories, set(id_of_category.tolist()), set(classes or ()), report
+        categories, set(id_of_category.tolist()), classes or (), report
     )
 
     ids = _numbers(annotations, "id")
@@ -484,7 +488,7 @@ def _usable(entries: list[dict], breaches: list[_Breach], report: _Report) -> np
 def _read_categories(
     categories: list[dict],
     used_ids: set[float],
-    kept_names: set[str],
+    kept_names: Sequence[str],
     report: _Report,
 ) -> tuple[np.ndarray, list[str]]:
     """Return the ids and the names of the categories that are classes.
@@ -494,6 +498,7 @@ def _read_categories(
     """
     ids = _numbers(categories, "id")
     names = [_category_name(category) for category in categories]
+    kept_names = spelled_as(kept_names, names)
     used_names = set()
     roots = set()
     first_of_name = {}  # its position; of one that boxes use, where there is one

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from common.errors import UserError
 from common.files import write_atomically
+from common.npu.file_kinds import is_safetensors, require_checkpoint
 from common.npu.foreign import placeholder_classes
 
 DIRECTORY = 0x10  # in the external attributes of a zip archive's entry
@@ -32,17 +33,24 @@ def load(path: str | Path) -> dict:
     """Read a checkpoint, ours or a published one, to the CPU, and add its "path".
 
     It is read with `weights_only=True`. What foreign classes left in the metadata of other projects
-    becomes a Placeholder. Raise UserError, naming the file, where it is missing, damaged or no
-    checkpoint.
+    becomes a Placeholder. A file of the format safetensors is read where the package is there.
+    Raise UserError, naming the file, where it is missing, damaged or no checkpoint.
     """
     try:
+        if is_safetensors(path):
+            return {**_load_safetensors(path), "path": str(path)}
+        require_checkpoint(path)
         _check_archive(path)
         state = _load_tensors(path)
+    except UserError:
+        raise
     except pickle.UnpicklingError:
         reason = "holds more than tensors and plain values, or is damaged; save its state dict"
         raise UserError(f"checkpoint {path} {reason}") from None
     except FileNotFoundError:
         raise UserError(f"checkpoint {path} does not exist; check the path") from None
+    except PermissionError:
+        raise UserError(f"checkpoint {path} may not be read", "change its permissions") from None
     except Exception as error:  # there is no end to what damage can lead to
         reason = f"is cut short or damaged ({error!r:.120}); use another copy"
         raise UserError(f"checkpoint {path} {reason}") from None
@@ -52,6 +60,17 @@ def load(path: str | Path) -> dict:
             "checkpoint of train.py or a state dict"
         )
     return {**state, "path": str(path)}
+
+
+def _load_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(
+            f"checkpoint {path} is of the format safetensors, whose package is not installed",
+            "pip install safetensors",
+        ) from None
+    return load_file(path)
 
 
 def _check_archive(path: str | Path) -> None:

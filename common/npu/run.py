@@ -21,7 +21,7 @@ from common.npu.entry import StopRequest
 from common.npu.loading import workers_per_rank
 from common.npu.output import claim_output_folder, renamed_folders
 from common.npu.precision import Precision, default_level
-from common.npu.weights import weights_on_cpu
+from common.npu.weights import require_finite, weights_on_cpu
 
 if TYPE_CHECKING:
     from common.fps.progress import Progress
@@ -290,6 +290,7 @@ class RunState:
             "seed": run.seed,
         }
         self.description = {
+            "written_by": recipe.model,
             "recipe": dataclasses.asdict(recipe),
             "classes": list(train_set.class_names),
             "category_ids": list(val_set.category_ids),
@@ -307,6 +308,7 @@ class RunState:
         if state is None:
             return
         self._require_same_run(state)
+        require_finite(state["model"], state["path"])
         self.model.load_state_dict(state["model"])
         rank = self.run.ranks.rank
         if len(state["windows"]) == self.run.ranks.world_size:

@@ -1,74 +1,176 @@
 """Loading tensors into a network, and the report of what became of each of them."""
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from common.coco.class_names import spelled_as
+from common.coco.index import COCO_CLASSES
 from common.errors import UserError
+from common.npu.identify import describe
 
 NAMES_SHOWN = 3  # of each kind in a report
-COUNTER = "num_batches_tracked"  # of a batch normalisation that has a momentum: never read
+# What a file may have, or the network may, without any effect on what is computed: counters of
+# batch normalisations that have a momentum, what thop and torch's averaged models count, the mean
+# and deviation of MMDetection 3.x's input, and the shadow weights of MMCV's EMAHook.
+NO_WEIGHT = re.compile(
+    r"(.*\.)?(num_batches_tracked|total_ops|total_params)|n_averaged|data_preprocessor\.(mean|std)"
+    r"|ema_.*"
+)
+# Under which a state dict may lie in a file, in this order; the last ones are of averaged weights.
+WRAPPERS = (
+    "model",
+    "state_dict",
+    "model_state_dict",
+    "net",
+    "weights",
+    "ema",
+    "module",
+)
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of each tensor; names are those of the network or, for `skipped`, of the file."""
+    """What became of each weight; names are those of the network or, for `unknown`, of the file."""
 
     loaded: tuple[str, ...]
-    skipped: tuple[str, ...]  # in the file, not in the network
-    reinitialised: tuple[str, ...]  # in both, in other shapes: left as initialised
+    reinitialised: tuple[str, ...]  # class heads of another number of classes: left as initialised
     missing: tuple[str, ...]  # not in the file: left as initialised
+    unknown: tuple[str, ...]  # in the file, not in the network: not used
     changes: str = ""  # of the classes
 
     def __str__(self) -> str:
-        missing = [name for name in self.missing if not name.endswith(COUNTER)]
         sentences = [
             f"{len(self.loaded)} tensors loaded",
-            _count_and_names("skipped", self.skipped),
-            _count_and_names("re-initialised (other shape)", self.reinitialised),
-            _count_and_names("missing, left as initialised", missing),
+            _count_and_names("re-initialised (another number of classes)", self.reinitialised),
+            _count_and_names("missing, left as initialised", self.missing),
+            _count_and_names("not used", self.unknown),
             self.changes,
         ]
         return "; ".join(sentence for sentence in sentences if sentence)
 
     def require_complete(self, name: str) -> "LoadReport":
-        """Raise UserError, naming the file, unless every tensor of the network was loaded."""
-        missing = [key for key in self.missing if not key.endswith(COUNTER)]
-        if self.reinitialised or missing:
-            raise UserError(f"{name}: {self}; give a detector trained on these classes")
+        """Raise UserError, naming the file, unless it and the network have the same weights."""
+        if self.missing or self.unknown:
+            raise UserError(f"{name}: {self}", "give a detector with all weights of this network")
+        if self.reinitialised:
+            raise UserError(f"{name}: {self}", "give a detector trained on these classes")
         return self
 
 
-def _count_and_names(event: str, names: tuple[str, ...] | list[str]) -> str:
+def _count_and_names(event: str, names: Sequence[str]) -> str:
     if not names:
         return ""
+    return f"{len(names)} {event}: {shortened(names)}"
+
+
+def shortened(names: Sequence[str]) -> str:
+    """Return the first of some names, and how many more there are."""
     shown = ", ".join(names[:NAMES_SHOWN])
     if len(names) > NAMES_SHOWN:
         shown += f" and {len(names) - NAMES_SHOWN} more"
-    return f"{len(names)} {event}: {shown}"
+    return shown
 
 
-def load_matching(model: nn.Module, tensors: Mapping[str, Tensor], changes: str = "") -> LoadReport:
-    """Load each tensor that the network has under the same name and in the same shape.
+class Layout(NamedTuple):
+    """What of a model's weights is what, by the names in its network."""
 
-    `changes` is what the report says of the classes.
+    class_head: re.Pattern  # the tensors whose rows are classes
+    backbone: str  # beginning of the names of the backbone's tensors
+    unused: re.Pattern  # what a backbone's file may have besides
+    remedy: str  # which files fit
+
+
+def load_whole(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    state: Mapping,
+    layout: Layout,
+    changes: str = "",
+    shown_names: Mapping[str, str] | None = None,
+) -> LoadReport:
+    """Load a detector or a backbone into the network, whole or not at all.
+
+    `tensors` are those of the checkpoint `state` under the network's names. A file with class heads
+    is a detector: it must have the network's weights and no others, and only class heads may have
+    another number of rows; those stay as initialised. Any other file is a backbone: it must have
+    all weights of the network's, and no others but unused ones. `changes` is what the report says
+    of the classes; `shown_names` are those that an error shows instead of the network's. Raise
+    UserError where the file does not fit, and for values that are not finite.
     """
+    name = name_of(state)
+    shown_names = shown_names or {}
+    require_finite(tensors, name)
     expected = model.state_dict()
     loaded = {}
-    skipped = []
     reinitialised = []
-    for name, value in tensors.items():
-        if name not in expected:
-            skipped.append(name)
-        elif value.shape != expected[name].shape:
-            reinitialised.append(name)
+    misshapen = []
+    unknown = []
+    for key, value in tensors.items():
+        if key not in expected:
+            if not NO_WEIGHT.fullmatch(key):
+                unknown.append(key)
+        elif value.shape == expected[key].shape:
+            loaded[key] = value
+        elif layout.class_head.fullmatch(key) and value.shape[1:] == expected[key].shape[1:]:
+            reinitialised.append(key)
         else:
-            loaded[name] = value
+            shapes = f"{list(value.shape)} instead of {list(expected[key].shape)}"
+            misshapen.append(f"{shown_names.get(key, key)} {shapes}")
+    missing = []
+    for key in expected:
+        if key not in tensors and not NO_WEIGHT.fullmatch(key):
+            missing.append(key)
+
+    if any(layout.class_head.fullmatch(key) for key in tensors):
+        needed = missing
+        strange = unknown
+    else:
+        needed = [key for key in missing if key.startswith(layout.backbone)]
+        strange = [key for key in unknown if not layout.unused.fullmatch(key)]
+    if misshapen or needed or strange:
+        needed = [shown_names.get(key, key) for key in needed]
+        raise UserError(
+            f"{name}: {_misfit(tensors_of(state), loaded, misshapen, needed, strange)}",
+            layout.remedy,
+        )
     model.load_state_dict(loaded, strict=False)
-    missing = [name for name in expected if name not in tensors]
-    return LoadReport(tuple(loaded), tuple(skipped), tuple(reinitialised), tuple(missing), changes)
+    return LoadReport(tuple(loaded), tuple(reinitialised), tuple(missing), tuple(unknown), changes)
+
+
+def _misfit(
+    tensors: Iterable[str],
+    loaded: Iterable[str],
+    misshapen: list[str],
+    missing: list[str],
+    unknown: list[str],
+) -> str:
+    """Return what a file is, where its `tensors` show that, and why it does not fit."""
+    what = describe(tensors)
+    if not loaded:
+        is_what = f"; it is {what}" if what else ""
+        return f"no tensor fits this network{is_what}"
+    breaches = [
+        _count_and_names("of another shape", misshapen),
+        _count_and_names("missing", missing),
+        _count_and_names("unknown", unknown),
+    ]
+    text = "; ".join(breach for breach in breaches if breach)
+    return f"{what or 'a file'} whose weights are not this network's: {text}"
+
+
+def require_finite(tensors: Mapping[str, Tensor], name: str) -> None:
+    """Raise UserError, naming the file, where a weight is not a finite number."""
+    for key, value in tensors.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(
+                f"{name}: {key} has values that are not finite numbers",
+                "the training that wrote it had diverged; give an earlier checkpoint",
+            )
 
 
 def with_classes_of(
@@ -83,9 +185,11 @@ def with_classes_of(
 
     `heads` are the names of their weights and biases, trained for `classes`. Of a head with as many
     rows, `class_rows(rows, classes)` gives the rows (classes, shapes) of each class at each anchor
-    shape. A class of the same name keeps its rows, another has those that the network was
-    initialised with; rows that belong to no class, of background and coordinates, are kept.
+    shape. A class of the same name (`_` counts as a space) keeps its rows, another has those that
+    the network was initialised with; rows that belong to no class, of background and coordinates,
+    are kept.
     """
+    classes = spelled_as(classes, new_classes)
     expected = model.state_dict()
     changed = dict(tensors)
     for name in heads:
@@ -119,7 +223,8 @@ def _rows_besides(count: int, rows: Tensor) -> Tensor:
 
 def class_changes(classes: Sequence[str], new_classes: Sequence[str]) -> str:
     """Return a line that says which classes of a detector another one keeps, empty for the same."""
-    if list(classes) == list(new_classes):
+    classes = spelled_as(classes, new_classes)
+    if classes == tuple(new_classes):
         return ""
     kept = [name for name in new_classes if name in classes]
     initialised = [name for name in new_classes if name not in classes]
@@ -140,17 +245,81 @@ def name_of(state: Mapping) -> str:
 def tensors_of(state: Mapping) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint without what wraps them.
 
-    They may lie under "model" (ours) or "state_dict" (MMDetection's), or at the top. A `module.`
-    in front of the names, which distributed training leaves, is taken off.
+    They may lie under one of the `WRAPPERS`, or several of them in turn, or at the top. `module.`
+    in front of the names, which distributed training leaves, and `_orig_mod.`, which torch.compile
+    does, are taken off.
     """
-    for wrapper in ("model", "state_dict"):
-        if isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
+    wrapper = _wrapper(state)
+    while wrapper is not None:
+        state = state[wrapper]
+        wrapper = _wrapper(state)
     tensors = {}
     for name, value in state.items():
         if isinstance(value, Tensor):
-            tensors[name.removeprefix("module.")] = value
+            tensors[name.replace("_orig_mod.", "").removeprefix("module.")] = value
     return tensors
+
+
+def _wrapper(state: Mapping) -> str | None:
+    for wrapper in WRAPPERS:
+        if isinstance(state.get(wrapper), Mapping):
+            return wrapper
+    return None
+
+
+def mapping(value: object) -> Mapping:
+    """Return a value that is a mapping, an empty one in place of anything else."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def no_heads(state: Mapping, names: Iterable[str]) -> UserError:
+    """Return the error of a file that is to be a detector and has no detection heads."""
+    names = list(names)
+    problem = f"{name_of(state)}: no detection heads"
+    what = describe(names)
+    if what:
+        problem += f"; it is {what}"
+    return UserError(
+        f"{problem} ({len(names)} tensors: {shortened(names)})", "give a trained detector"
+    )
+
+
+def named_classes(state: Mapping) -> tuple[str, ...] | None:
+    """Return the class names that a checkpoint holds, None where it holds none.
+
+    Ours have `classes`, MMDetection 2.x's `meta.CLASSES`, 3.x's `meta.dataset_meta.classes`, early
+    ones of those `meta.dataset_meta.CLASSES`.
+    """
+    meta = mapping(state.get("meta"))
+    dataset_meta = mapping(meta.get("dataset_meta"))
+    candidates = (
+        state.get("classes"),
+        meta.get("CLASSES"),
+        dataset_meta.get("classes"),
+        dataset_meta.get("CLASSES"),
+    )
+    for names in candidates:
+        if isinstance(names, str) and names:  # ("person") without a comma
+            return (names,)
+        if isinstance(names, list | tuple) and names:
+            return tuple(str(name) for name in names)
+    return None
+
+
+def known_classes(state: Mapping, num_classes: int) -> tuple[str, ...] | None:
+    """Return a detector's class names; where it holds none, COCO's if there are 80 classes."""
+    names = named_classes(state)
+    if names is None and num_classes == len(COCO_CLASSES):
+        return COCO_CLASSES
+    return names
+
+
+def class_names_or_numbers(state: Mapping, num_classes: int) -> tuple[str, ...]:
+    """Return a detector's class names, numbers where they are not known."""
+    names = known_classes(state, num_classes)
+    if names is not None:
+        return names
+    return tuple(f"class_{label}" for label in range(num_classes))
 
 
 def weights_on_cpu(

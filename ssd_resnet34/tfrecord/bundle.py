@@ -55,6 +55,10 @@ DTYPES = {
 }
 
 
+# The key of a part of a partitioned variable begins so; it is binary, not a name.
+SLICE_KEY = b"\0"
+
+
 class Bundle:
     """The variables of a checkpoint: `names`, `shape(name)`, `read(name)`."""
 
@@ -67,6 +71,8 @@ class Bundle:
             header = _MESSAGES["Header"].FromString(table.pop(b""))
             self._entries = {}
             for name, value in table.items():
+                if name.startswith(SLICE_KEY):
+                    continue
                 self._entries[name.decode()] = _MESSAGES["Entry"].FromString(value)
         except (LookupError, ValueError, OverflowError, struct.error, DecodeError) as error:
             raise UserError(f"{index}: not a table of variables ({error}); copy it again") from None
@@ -86,7 +92,11 @@ class Bundle:
         entry = self._entries[name]
         shape = self.shape(name)
         if entry.slices:
-            raise UserError(f"{self.prefix}: {name} is partitioned, which is not read here")
+            raise UserError(
+                f"{self.prefix}: {name} is partitioned into {len(entry.slices)} parts, which is "
+                "not read here",
+                "save it in one part (tf.train.Saver over variables without a partitioner)",
+            )
         if entry.dtype not in DTYPES:
             raise UserError(
                 f"{self.prefix}: {name} has TensorFlow's type {entry.dtype}, which is not read here"

@@ -6,6 +6,7 @@ from, Google's SSD in MLPerf v0.6. Where the two differ, the field says which on
 
 import math
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 from ssd_resnet34.config import IMAGES_OF_LR, option
 from ssd_resnet34.config import Recipe as CocoRecipe
@@ -21,6 +22,7 @@ COCO_CATEGORY_IDS = tuple(
 class Recipe:
     """All numbers of a run, each with its unit."""
 
+    model: ClassVar[str] = "ssd_resnet34/tfrecord"  # what checkpoints call the writer
     name: str = option("SSD-ResNet34-TFRecord", "network name in logs and checkpoints")
 
     category_ids: tuple[int, ...] = option(

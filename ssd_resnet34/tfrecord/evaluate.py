@@ -48,6 +48,7 @@ from ssd_resnet34.tfrecord.index import RecordIndex, read_index
 from ssd_resnet34.tfrecord.options import parse, require_files, require_ranks
 from ssd_resnet34.tfrecord.port_lines import announce
 from ssd_resnet34.tfrecord.postprocess import detect
+from ssd_resnet34.tfrecord.weights import recipe_of_checkpoint
 
 EVALUATION_FOLDER = "eval"  # in the folder of the run
 # What the TensorFlow port calls COCO's twelve metrics.
@@ -80,8 +81,9 @@ def main(argv: list[str] | None = None) -> None:
     state = ranks.from_main(state)
     if state is None:
         raise UserError(f"no checkpoint in --model_dir={args.model_dir}; train first")
-    detector = Detector.from_checkpoint(state, flags.chosen_recipe(args, RECIPES), device)
-    recipe = detector.recipe
+    recipe = recipe_of_checkpoint(flags.chosen_recipe(args, RECIPES), state)
+    flags.require_agreement(args, recipe, state)
+    detector = Detector.from_checkpoint(state, recipe, device)
     records = validation_records(
         args.validation_file_pattern, args.val_json_file, recipe.category_ids
     )

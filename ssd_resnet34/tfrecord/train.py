@@ -40,7 +40,7 @@ from ssd_resnet34.tfrecord.loss import DetectionLoss, decay_term
 from ssd_resnet34.tfrecord.model import build_model
 from ssd_resnet34.tfrecord.options import parse, require_files, require_ranks
 from ssd_resnet34.tfrecord.port_lines import PortLines
-from ssd_resnet34.tfrecord.weights import load_weights
+from ssd_resnet34.tfrecord.weights import load_weights, read_weights, recipe_of_checkpoint
 
 LOSSES = ("loss_cls", "loss_bbox", "loss")
 REMEDY = "lower --lr, clip with --clip_norm=10, use --loss_scale=dynamic, or see --check_data"
@@ -69,6 +69,17 @@ def main(argv: list[str] | None = None) -> int | None:
     # All that the run needs is read and built first. A former run's folder is moved only after
     # that, by `open_output`: a run that is refused changes nothing.
     run = Run.start(args, recipe, card=args.card)
+    weights = None
+    trained = run.resumed
+    if run.resumed is None and args.resnet_checkpoint:
+        weights = read_weights(args.resnet_checkpoint)
+        trained = weights
+    if trained is not None:
+        requested = recipe
+        network = recipe_of_checkpoint(requested, trained)
+        recipe = replace(network, category_ids=requested.category_ids)  # those of the records
+        flags.require_agreement(args, recipe, trained)
+        run.log_network_change(trained, requested, recipe)
     world_size = run.ranks.world_size
     steps_per_epoch = recipe.iters_per_epoch(world_size)
     total_steps = recipe.total_steps(world_size)
@@ -88,8 +99,8 @@ def main(argv: list[str] | None = None) -> int | None:
     require_memory_for_batch(recipe.batch_size, canvas, run.ranks, run.device)
     num_classes = len(recipe.category_ids)
     model = build_model(recipe, num_classes)
-    if args.resnet_checkpoint and not run.resumed:
-        report = load_weights(model, args.resnet_checkpoint)
+    if weights is not None:
+        report = load_weights(model, weights)
         run.log.info(f"{args.resnet_checkpoint}: {report}")
     elif not run.resumed:
         run.log.warning("weights: random; --resnet_checkpoint gives the backbone's")

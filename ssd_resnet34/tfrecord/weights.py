@@ -3,6 +3,7 @@
 TensorFlow checkpoints are read, never written.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,16 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.npu import checkpoint
+from common.npu.identify import require_model
 from common.npu.weights import (
-    COUNTER,
-    NAMES_SHOWN,
+    Layout,
     LoadReport,
-    load_matching,
+    load_whole,
+    mapping,
     name_of,
+    no_heads,
+    shortened,
+    tensors_of,
     weights_on_cpu,
 )
 from ssd_resnet34.backbone import BasicBlock
@@ -31,61 +36,57 @@ NORMS = {
     "moving_mean": "running_mean",
     "moving_variance": "running_var",
 }
+# What TensorFlow keeps besides are its classifier, counters and the optimizer's state.
+TENSORFLOW_WEIGHT = re.compile(
+    r"(resnet34/)?(conv2d|batch_normalization)(_\d+)?/(kernel|gamma|beta|moving_\w+)"
+    r"|ssd/.*/(kernel|bias)"
+)
 SCOPE = "resnet34/"  # of the backbone in a checkpoint of the whole detector
 FIRST_BLOCK = 7  # number of the first extra block
 FIRST_LEVEL = 3  # number of the first head
 # Fields of the recipe that the weights of a checkpoint belong to.
 NETWORK = ("name", "backbone")
 SHAPES_OF_FIRST_MAP = 4
+LAYOUT = Layout(
+    class_head=re.compile(r"class_net\.\d+\.(weight|bias)"),
+    backbone="model.",
+    unused=re.compile(r"(layer4|fc)\..*"),
+    remedy="give a detector of the TFRecord recipe, or TensorFlow's or torchvision's ResNet",
+)
+
+
+def read_weights(path: str | Path) -> dict:
+    """Read weights to start from: TensorFlow's (prefix or folder) or a file of torch.save.
+
+    Of TensorFlow's the result holds the Bundle under "bundle", with the "path". Raise UserError for
+    what cannot be read.
+    """
+    prefix = find_prefix(path)
+    if prefix is None:
+        return checkpoint.load(path)
+    return {"bundle": Bundle(prefix), "path": str(path)}
 
 
 def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> LoadReport:
     """Load a detector or a backbone: file, state dict, or TensorFlow checkpoint (prefix, folder).
 
-    What is not in the file stays as initialised, but the backbone must be complete. Raise
-    UserError naming missing or misshapen weights, for an unreadable file, and for a detector of the
-    COCO recipe.
+    Class heads of another shape stay as initialised, and all but the backbone where the file is a
+    backbone; anything else must fit. Raise UserError for an unreadable file and for one that does
+    not fit, among them detectors of the COCO recipe.
     """
-    prefix = None if isinstance(source, Mapping) else find_prefix(source)
-    if prefix is not None:
-        name = str(source)
-        tensors = tensorflow_tensors(model, Bundle(prefix))
-        shown_names = tensorflow_names(model)
-    else:
-        state = source if isinstance(source, Mapping) else checkpoint.load(source)
-        name = name_of(state)
-        tensors = network_keys(state)
-        shown_names = {}
-    if any(key.startswith("mbox.") for key in tensors):
-        raise UserError(
-            f"{name}: a detector of the COCO recipe, whose padding and heads differ; "
-            "give a backbone or a detector of the TFRecord recipe"
-        )
-    expected = model.state_dict()
-    missing = []
-    misshapen = []
-    for key, value in expected.items():
-        if key not in tensors:
-            if key.startswith("model.") and not key.endswith(COUNTER):
-                missing.append(key)
-        elif tensors[key].shape != value.shape:
-            misshapen.append(key)
-    if missing:
-        raise UserError(f"{name}: lacks backbone weights: {list_names(missing, shown_names)}")
-    if misshapen:
-        raise UserError(f"{name}: weights of another shape: {list_names(misshapen, shown_names)}")
-    report = load_matching(model, tensors)
-    # TensorFlow does not count batches, and nothing reads the counters.
-    kept = tuple(key for key in report.missing if not key.endswith(COUNTER))
-    return replace(report, missing=kept)
-
-
-def list_names(keys: list[str], shown_names: Mapping[str, str]) -> str:
-    """Return the first of some keys, under the names that the file has for them."""
-    text = ", ".join(shown_names.get(key, key) for key in keys[:NAMES_SHOWN])
-    if len(keys) > NAMES_SHOWN:
-        text += f" and {len(keys) - NAMES_SHOWN} more"
-    return text
+    state = source if isinstance(source, Mapping) else read_weights(source)
+    if "bundle" in state:
+        tensors, not_used = tensorflow_tensors(model, state["bundle"])
+        strange = [name for name in not_used if TENSORFLOW_WEIGHT.fullmatch(name)]
+        if strange:
+            raise UserError(
+                f"{name_of(state)}: weights that are not of this network: {shortened(strange)}",
+                LAYOUT.remedy,
+            )
+        report = load_whole(model, tensors, state, LAYOUT, shown_names=tensorflow_names(model))
+        return replace(report, unknown=not_used)
+    require_model(state, network_keys(state), Recipe.model, name_of(state))
+    return load_whole(model, network_keys(state), state, LAYOUT)
 
 
 def tensorflow_names(model: nn.Module) -> dict[str, str]:
@@ -131,10 +132,12 @@ def backbone_layers(model: nn.Module) -> list[tuple[str, str]]:
     return layers
 
 
-def tensorflow_tensors(model: nn.Module, bundle: Bundle) -> dict[str, Tensor | None]:
+def tensorflow_tensors(
+    model: nn.Module, bundle: Bundle
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Return a checkpoint's weights under our names and in our layout.
 
-    What the network does not have stands there as None, under its own name.
+    The second value has the names of the variables that the network does not have.
     """
     unused = set(bundle.names)
     tensors = {}
@@ -144,9 +147,7 @@ def tensorflow_tensors(model: nn.Module, bundle: Bundle) -> dict[str, Tensor | N
                 unused.remove(name)
                 tensors[key] = _in_our_layout(bundle.read(name).float())
                 break
-    for name in sorted(unused):
-        tensors[name] = None
-    return tensors
+    return tensors, tuple(sorted(unused))
 
 
 def _in_our_layout(value: Tensor) -> Tensor:
@@ -157,8 +158,13 @@ def _in_our_layout(value: Tensor) -> Tensor:
 
 
 def recipe_of_checkpoint(recipe: Recipe, state: Mapping) -> Recipe:
-    """Return the recipe with the network and the categories that a checkpoint was trained with."""
-    saved = state.get("recipe", {})
+    """Return the recipe with the network and the categories that a checkpoint was trained with.
+
+    Other files do not say them: the recipe stays as it is. Raise UserError for a detector of
+    another model.
+    """
+    require_model(state, network_keys(state), Recipe.model, name_of(state))
+    saved = mapping(state.get("recipe"))
     changes = {field: saved[field] for field in NETWORK if field in saved}
     if "category_ids" in state:
         changes["category_ids"] = tuple(state["category_ids"])
@@ -172,7 +178,7 @@ def num_classes_of(state: Mapping) -> int:
     """
     head = network_keys(state).get("class_net.0.weight")
     if head is None:
-        raise UserError(f"{name_of(state)}: no detection heads; give a trained detector")
+        raise no_heads(state, tensors_of(state))
     channels = len(head) // SHAPES_OF_FIRST_MAP
     return channels - 1  # without background
 

@@ -5,6 +5,7 @@ import signal
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ LOSSES = ("loss_cls", "loss")
 
 @dataclass(frozen=True)
 class Recipe:
+    model: ClassVar[str] = "tiny"
     name: str = "tiny"
     batch_size: int = 2
     epochs: int = 3

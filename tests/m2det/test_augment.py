@@ -7,12 +7,13 @@ import torch
 from torch.testing import assert_close
 
 from common.coco.images import read_image
+from common.coco.resize import resize_as_opencv
 from m2det import augment as module
 from m2det.augment import augment
 from m2det.config import RECIPES
 from m2det.data import Batch, draw_colour_jitter
 from m2det.geometry import Canvas
-from m2det.resample import render, resize
+from m2det.resample import render
 from tests.m2det import reference
 
 RECIPE = RECIPES["320_vgg"]
@@ -23,7 +24,7 @@ FILL = RECIPE.mean[::-1]  # RGB
 @pytest.fixture(scope="module")
 def pictures(tiny_train):
     """Photographs and what is hard: noise, greys, black, white, pure colours. (7, 60, 60, 3)"""
-    photographs = [resize(read_image(tiny_train.path(k)), 60).numpy() for k in (0, 20)]
+    photographs = [resize_as_opencv(read_image(tiny_train.path(k)), 60, 60) for k in (0, 20)]
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (60, 60, 3))
     grey = np.repeat(rng.integers(0, 256, (60, 60, 1)), 3, axis=2)

@@ -10,6 +10,7 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
 from common.coco.images import read_image
+from common.coco.resize import resize_as_opencv
 from m2det import data
 from m2det.augment import augment
 from m2det.data import Batch, TrainingSet, prepare_image
@@ -22,7 +23,6 @@ from m2det.geometry import (
     expanded_canvas,
     move_boxes,
 )
-from m2det.resample import resize
 from tests.golden.fill import probe
 from tests.m2det import reference
 
@@ -64,9 +64,9 @@ def test_evaluation_input(golden, recipe, tiny_val, position, size):
 def test_evaluation_resize_is_opencvs(tiny_val, size):
     for record in range(3):
         image = read_image(tiny_val.path(record))
-        assert_array_equal(resize(image, size), cv2.resize(image, (size, size)))
+        assert_array_equal(resize_as_opencv(image, size, size), cv2.resize(image, (size, size)))
     image = np.random.default_rng(0).integers(0, 256, (37, 41, 3)).astype(np.uint8)
-    assert_array_equal(resize(image, size), cv2.resize(image, (size, size)))
+    assert_array_equal(resize_as_opencv(image, size, size), cv2.resize(image, (size, size)))
 
 
 @pytest.mark.parametrize("case", range(6))

@@ -7,6 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from common.coco.images import read_image
+from common.coco.resize import resize_as_opencv
 from ssd_mmdet.augment import coverage
 from ssd_mmdet.config import RECIPES
 from ssd_mmdet.geometry import (
@@ -15,7 +16,6 @@ from ssd_mmdet.geometry import (
     crop_window,
     cut_and_resize,
     resize,
-    resize_as_opencv,
 )
 from tests.ssd_mmdet import reference
 
