@@ -60,9 +60,12 @@ def main() -> int:
     for rank, environment in environments.items():
         processes[rank] = start_rank(rank, world_size, training_folder, environment, program_flags)
     wait_for_all(list(processes.values()), signals)
-    failed_ranks = [rank for rank, process in processes.items() if process.returncode != 0]
-    print_last_lines(failed_ranks, training_folder)
-    return max(abs(process.returncode) for process in processes.values())
+    returncodes = {rank: process.returncode for rank, process in processes.items()}
+    if signals and have_stopped(list(returncodes.values()), signals[0]):
+        print(f"stopped by {signal.Signals(signals[0]).name}", file=sys.stderr)
+        return 128 + signals[0]
+    print_last_lines(returncodes, training_folder)
+    return max(exit_status(returncode) for returncode in returncodes.values())
 
 
 def find_table(file: str, training_folder: Path) -> Path:
@@ -202,13 +205,32 @@ def send_to_all(processes: list[subprocess.Popen], number: int) -> None:
                 os.killpg(process.pid, number)
 
 
-def print_last_lines(failed_ranks: list[int], training_folder: Path) -> None:
-    """Print the last line of each failed rank's log; ranks that say the same print it once."""
+def have_stopped(returncodes: list[int], number: int) -> bool:
+    """Return whether all processes have ended because of a signal, with a checkpoint or at once."""
+    return all(exit_status(returncode) == 128 + number for returncode in returncodes)
+
+
+def exit_status(returncode: int) -> int:
+    """Return a process's status as a shell has it: 128 more than the signal that ended it."""
+    if returncode < 0:
+        return 128 - returncode
+    return returncode
+
+
+def print_last_lines(returncodes: dict[int, int], training_folder: Path) -> None:
+    """Print the last line of each failed rank's log; ranks that say the same print it once.
+
+    A rank that a signal has ended could not say why.
+    """
     printed = set()
-    for rank in failed_ranks:
+    for rank, returncode in returncodes.items():
+        if returncode == 0:
+            continue
         text = log_file(training_folder, rank).read_text(errors="replace").strip()
         last_line = f"rank {rank} failed"
-        if text:
+        if returncode < 0:
+            last_line = f"rank {rank} was ended by {signal.Signals(-returncode).name}"
+        elif text:
             last_line = text.splitlines()[-1]
         line = re.sub(r"^error \(rank \d+\)", "error", last_line)
         if line not in printed:

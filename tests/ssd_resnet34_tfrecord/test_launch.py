@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -42,6 +43,39 @@ def test_help_and_a_wrong_flag_are_answered_once(
     output, errors = capsys.readouterr()
     assert (output + errors).startswith(beginning)
     assert list(tmp_path.iterdir()) == []  # no rank was started
+
+
+@pytest.mark.parametrize(
+    ("returncodes", "signals", "status", "lines"),
+    [
+        ([130, 130], [signal.SIGINT, signal.SIGINT], 130, "stopped by SIGINT\n"),
+        ([143, -15], [signal.SIGTERM], 143, "stopped by SIGTERM\n"),
+        ([1, 143], [signal.SIGTERM], 143, "error: bad data of 0\nlast line of 1\n"),
+        ([0, 0], [signal.SIGTERM], 0, ""),  # it came too late
+        ([1, -9], [], 137, "error: bad data of 0\nrank 1 was ended by SIGKILL\n"),
+    ],
+)
+def test_what_a_run_ends_with(monkeypatch, tmp_path, capsys, returncodes, signals, status, lines):
+    table = tmp_path / "2p.json"
+    table.write_text(table_of("127.0.0.1", "127.0.0.1").to_version_1())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["launch.py"])
+    monkeypatch.setenv("RANK_TABLE_FILE", str(table))
+    last_lines = ["error (rank 0): bad data of 0", "last line of 1"]
+
+    def start_rank(rank, world_size, training_folder, environment, program_flags):
+        log = launch.log_file(training_folder, rank)
+        log.parent.mkdir(parents=True)
+        log.write_text(f"first line\n{last_lines[rank]}\n")
+        ended = subprocess.Popen(["true"])
+        ended.wait()
+        ended.returncode = returncodes[rank]
+        return ended
+
+    monkeypatch.setattr(launch, "start_rank", start_rank)
+    monkeypatch.setattr(launch, "receive_signals", lambda: signals)
+    assert launch.main() == status
+    assert capsys.readouterr().err == lines
 
 
 @pytest.mark.parametrize("script", ["run_npu_1p.sh", "run_npu_8p.sh", "exec_main.sh"])
