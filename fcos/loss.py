@@ -100,8 +100,8 @@ def focal_loss(logits: Tensor, label: Tensor, positive: Tensor, alpha: float) ->
     The target is 1 for the class `label` (N, P) of a point where `positive` (N, P), and 0 for all
     other classes. Source: focal loss paper, equation 5.
     """
-    is_target = torch.zeros_like(logits, dtype=torch.bool)
-    is_target = is_target.scatter(2, label.unsqueeze(-1), positive.unsqueeze(-1))
+    classes = torch.arange(logits.shape[2], device=logits.device)
+    is_target = (label.unsqueeze(-1) == classes) & positive.unsqueeze(-1)
     sign = torch.where(is_target, -1.0, 1.0)
     weight = torch.where(is_target, alpha, 1 - alpha)
     # The logit of the wrong answer: the higher it is, the worse is the prediction.

@@ -64,7 +64,8 @@ def jitter_colours(images: Tensor, colour_jitter: Tensor, operation_order: Tenso
     """
     channels = images.permute(3, 0, 1, 2).float().contiguous()  # (3, N, H, W)
     positions = torch.arange(OPERATIONS, device=operation_order.device)
-    hue_position = (positions * (operation_order == HUE)).sum(dim=1)  # (N,)
+    is_hue = operation_order == HUE
+    hue_position = (positions * is_hue).sum(dim=1, dtype=torch.int32)  # (N,)
     for position in range(OPERATIONS - 1):
         active = hue_position > position
         channels = blend(channels, operation_order[:, position], colour_jitter, active)

@@ -17,6 +17,10 @@ DATA_DEPENDENT = {
     "nonzero_numpy", "unique_consecutive", "unique_dim",
 }  # fmt: skip
 READS = {"_local_scalar_dense", "equal", "is_nonzero"}
+# Data types that the AI core's kernel takes on a 910B and on a 910A; others go to the AI CPU.
+SCATTERED = {torch.float32, torch.float16, torch.int32, torch.int8, torch.uint8}
+REDUCED = {torch.float32, torch.float16, torch.int32, torch.uint8}  # by amax
+BLOCK = 32  # bytes: a 910A may refuse to scatter into rows that are no multiple of it
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
 
@@ -30,13 +34,42 @@ def has_kernel(name: str) -> bool:
     ) or any(registered(n, "PrivateUse1") for n in names if torch._C._dispatch_has_kernel(n))
 
 
+def ai_cpu_reason(kind: str, args: tuple, kwargs: dict) -> str | None:
+    """Why the AI core of a 910B or a 910A would leave an operator to the AI CPU, or None.
+
+    The rules are those of CANN's public operator sources (ops-math and ops-nn, 2026).
+    """
+    if not args or not isinstance(args[0], torch.Tensor):
+        return None
+    first = args[0]
+    if kind in ("scatter", "scatter_"):
+        if first.dtype not in SCATTERED:
+            return f"{kind} of {first.dtype}"
+        if first.shape[-1] * first.element_size() % BLOCK:
+            return f"{kind} into rows of {first.shape[-1] * first.element_size()} bytes"
+    if kind in ("scatter_add", "scatter_add_") and args[1] % first.ndim != first.ndim - 1:
+        return f"{kind} along a dimension that is not the last"
+    if kind in ("sort", "argsort") and not first.is_floating_point():
+        return f"{kind} of {first.dtype}"
+    if kind == "sum":
+        counts = first.dtype in (torch.bool, torch.int32, torch.int64, torch.uint8)
+        if counts and kwargs.get("dtype") in (None, torch.int64):
+            return f"{kind} to int64"
+    if kind in ("amax", "amin") and first.dtype not in REDUCED:
+        return f"{kind} of {first.dtype}"
+    if kind in ("floor_divide", "remainder") and first.dtype is torch.int64:
+        return f"{kind} of int64"
+    return None
+
+
 class Audit(TorchDispatchMode):
     """Watches the operators of forward pass, backward pass and optimizer that touch an NPU.
 
     Every field but the last two is a Counter of what was found, by operator:
     host_reads: values and tensors that came to the host; data_dependent: results whose size the
     data decides, masks as indices among them; blocking_copies: host to device, waited for;
-    fallbacks: operators without a kernel, which the CPU would run; float64: operators on it;
+    fallbacks: operators without a kernel, which the CPU would run; ai_cpu: those that the chip's
+    AI CPU would run, while its stream waits; float64: operators on it;
     casts: "from->to"; rearranged: copies of tensors that were not contiguous; kernels: what ran on
     the device, also from within C++. shapes: (operator, dtypes and shapes), of all; ops: count.
     """
@@ -46,6 +79,7 @@ class Audit(TorchDispatchMode):
         self.host_reads, self.data_dependent = Counter(), Counter()
         self.blocking_copies, self.fallbacks, self.float64 = Counter(), Counter(), Counter()
         self.casts, self.rearranged, self.kernels = Counter(), Counter(), Counter()
+        self.ai_cpu = Counter()
         self.shapes: set[tuple] = set()
         self.ops = 0
 
@@ -91,6 +125,9 @@ class Audit(TorchDispatchMode):
             self.rearranged[tuple(args[0].shape)] += 1
         if kind in ("_to_copy", "copy_"):
             self._note_cast(args, kwargs)
+        reason = ai_cpu_reason(kind, args, kwargs)
+        if reason is not None:
+            self.ai_cpu[reason] += 1
         if not has_kernel(op.name()):
             self.fallbacks[name] += 1
 
@@ -105,8 +142,8 @@ class Audit(TorchDispatchMode):
         """One line a count, the most frequent operators beside it."""
         rows = [f"{'operators':<16} {self.ops:>6}"]
         for title in (
-            "kernels", "host_reads", "data_dependent", "blocking_copies", "fallbacks", "float64",
-            "casts", "rearranged",
+            "kernels", "host_reads", "data_dependent", "blocking_copies", "fallbacks", "ai_cpu",
+            "float64", "casts", "rearranged",
         ):  # fmt: skip
             found = getattr(self, title)
             most = ", ".join(f"{name} {count}" for name, count in found.most_common(6))

@@ -43,6 +43,24 @@ HABITS = {
     "double": ("float64", lambda x: x.double()),
     "double zeros": ("float64", lambda x: torch.zeros(2, dtype=torch.float64, device=x.device)),
     "cast": ("casts", lambda x: x.half()),
+    "scatter of int64": (
+        "ai_cpu",
+        lambda x: torch.zeros(8, device=x.device).long().scatter(0, x.long().abs(), 1),
+    ),
+    "scatter into odd rows": (
+        "ai_cpu",
+        lambda x: torch.zeros(9, device=x.device).scatter(0, x.long().abs(), 1.0),
+    ),
+    "scatter_add along the first dimension": (
+        "ai_cpu",
+        lambda x: torch.zeros(9, 1, device=x.device).scatter_add(
+            0, x.long().abs()[:, None], x[:, None]
+        ),
+    ),
+    "sort of whole numbers": ("ai_cpu", lambda x: x.int().sort()),
+    "count": ("ai_cpu", lambda x: (x > 0).sum()),
+    "maximum of int64": ("ai_cpu", lambda x: x.long().amax()),
+    "division of int64": ("ai_cpu", lambda x: x.long() // 2),
     "rearrangement": ("rearranged", lambda x: x.expand(2, 3).t().contiguous()),
 }
 
