@@ -7,6 +7,10 @@ model.py), so there is little to map: early names of the predictors are replaced
 file's names get the prefix `backbone.`.
 """
 
+import common.npu.interpreter  # noqa: F401 before torch
+
+# isort: split
+
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace

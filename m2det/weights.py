@@ -6,6 +6,10 @@ writes a checkpoint in the original's form. The names in the network are the pub
 model.py), so there is little to map: a backbone's names get `base.` in front.
 """
 
+import common.npu.interpreter  # noqa: F401 before torch
+
+# isort: split
+
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -7,6 +7,10 @@ writes a checkpoint in MMDetection's form. The names in the network are MMDetect
 same tensors.
 """
 
+import common.npu.interpreter  # noqa: F401 before torch
+
+# isort: split
+
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
