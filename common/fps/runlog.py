@@ -5,6 +5,7 @@ which reads `step`) works on them. A killed process loses nothing it has logged.
 """
 
 import json
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from common.arithmetic import ceil_div
 from common.fps.meter import Window
 from common.npu.distributed import Ranks
+from common.npu.terminal import drop
 
 DATA_SHARE_LIMIT = 0.2  # of the time waiting for the loader, above which the log line has advice
 DECIMALS = 5  # of numbers in the JSON log, as MMDetection writes them; a rate is written in full
@@ -162,9 +164,11 @@ class RunLog:
     def _say(self, level: str, text: str) -> None:
         if self.ranks.main:
             line = self._write(level, text)
-            # The file has the line already. The bar is taken away meanwhile.
-            with suppress(OSError), tqdm.external_write_mode():
-                print(line, flush=True)
+            try:
+                with tqdm.external_write_mode():  # takes the bar away meanwhile
+                    print(line, flush=True)
+            except OSError:  # such as a full disk; the file has the line already
+                drop(sys.stdout)
 
     def _write(self, level: str, text: str) -> str:
         stamp = datetime.now().isoformat(" ", "milliseconds").replace(".", ",")

@@ -18,7 +18,7 @@ from common.errors import UserError, one_line
 from common.npu.device import require_supported_torch
 from common.npu.distributed import Ranks
 from common.npu.output import release_output_folders
-from common.npu.terminal import make_output_last
+from common.npu.terminal import drop_if_broken, make_output_last
 
 DEVICE_MEMORY_IS_FULL = (
     "the memory of the device is full; lower --batch_size (in evaluation --eval_batch_size), or "
@@ -33,6 +33,7 @@ MORE_FILES = "raise the limit with `ulimit -n 65536`, or lower --num_workers"
 MEANINGS = {
     errno.EMFILE: MORE_FILES,
     errno.ENFILE: MORE_FILES,
+    errno.ENOSPC: "free space on that disk, or on the one that the output is redirected to",
     errno.ENOMEM: HOST_MEMORY_IS_FULL,
     errno.EPIPE: "a process that reads this one's output has ended",
     errno.EIO: "a terminal was closed, or a disk or a network drive fails",
@@ -84,6 +85,7 @@ def run(main: Callable[[], int | None]) -> None:
         require_supported_torch()
         status = main()
         _leave_process_group()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except Exception as error:
@@ -92,6 +94,7 @@ def run(main: Callable[[], int | None]) -> None:
             raise
         status = f"{_error_label()}: {one_line(explained)}"
     finally:
+        drop_if_broken(sys.stdout)
         _kill_workers()
         release_output_folders()
     sys.exit(status)
@@ -174,20 +177,28 @@ def leave_dead_workers_to_the_loader() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-class StopRequest:
-    """SIGTERM and Ctrl-C ask all ranks to stop at the same step; a second Ctrl-C does not wait.
+def stop_signals() -> list[int]:
+    """Return the signals that ask a program to stop.
 
-    So does the loss of the terminal, unless the program was started to outlive that (`nohup`).
+    The loss of the terminal is one unless the program was started to outlive it (`nohup`).
+    """
+    signals = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
+    return signals
+
+
+class StopRequest:
+    """A signal asks all ranks to stop at the same step; a Ctrl-C after that does not wait.
+
     `status` is the exit status of a process ended by the signal, 143 for SIGTERM.
     """
 
     def __init__(self) -> None:
         self.requested = False
         self.status = 128 + signal.SIGTERM
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stop_signals():
             signal.signal(number, self._request)
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            signal.signal(signal.SIGHUP, self._request)
 
     def _request(self, number: int, frame: object) -> None:
         self.requested = True

@@ -18,9 +18,22 @@ class LastingOutput(io.FileIO):
         except OSError as error:
             if error.errno not in READER_IS_GONE:
                 raise
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), self.fileno())
+        drop(self)
         return super().write(content)
+
+
+def drop(stream: io.IOBase) -> None:
+    """Let go nowhere what a stream still holds and all that follows."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def drop_if_broken(stream: io.IOBase) -> None:
+    """Drop a stream that cannot be written, which the end of the process would complain about."""
+    try:
+        stream.flush()
+    except OSError:
+        drop(stream)
 
 
 def make_output_last() -> None:

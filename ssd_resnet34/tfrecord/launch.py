@@ -138,14 +138,14 @@ def free_port() -> int:
 
 
 def receive_signals() -> list[int]:
-    """Let SIGTERM and SIGINT no longer end this program; return the list that collects them."""
+    """Let the stop signals no longer end this program; return the list that collects them."""
     received = []
 
     def receive(number: int, frame: object) -> None:
         received.append(number)
 
-    signal.signal(signal.SIGTERM, receive)
-    signal.signal(signal.SIGINT, receive)
+    for number in entry.stop_signals():
+        signal.signal(number, receive)
     return received
 
 

@@ -154,7 +154,8 @@ def test_a_full_disk_and_a_killed_worker_are_told_in_one_line():
         raise error
 
     full = OSError(28, "No space left on device")
-    assert status_of(lambda: fail(full)) == "error: No space left on device"
+    remedy = "free space on that disk, or on the one that the output is redirected to"
+    assert status_of(lambda: fail(full)) == f"error: No space left on device: {remedy}"
     named = OSError(30, "Read-only file system", "out/tensorboard")
     assert status_of(lambda: fail(named)) == "error: Read-only file system: out/tensorboard"
     killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from common.npu.terminal import LastingOutput
+from common.fps.runlog import RunLog
+from common.npu.distributed import Ranks
+from common.npu.terminal import LastingOutput, drop_if_broken
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,11 +42,36 @@ def test_a_terminal_that_is_closed_takes_every_line():
 
 
 def test_a_full_disk_is_an_error():
-    stream = stream_to(os.open("/dev/full", os.O_WRONLY))
-    with pytest.raises(OSError, match="No space left"):
-        print("figures", file=stream)
-    with pytest.raises(OSError, match="No space left"):
-        stream.close()
+    with stream_to(os.open("/dev/full", os.O_WRONLY)) as stream:
+        with pytest.raises(OSError, match="No space left"):
+            print("figures", file=stream)
+        drop_if_broken(stream)  # else it cannot be closed
+        print("more", file=stream)
+
+
+@pytest.mark.parametrize("figures", ["AP 0.5", "AP 0.5\\n" * 9999])
+def test_figures_that_reach_no_disk_are_one_line_and_status_1(figures):
+    code = f"from common.npu import entry; entry.run(lambda: print('{figures}'))"
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: No space left on device: free space on that disk, or on the one that the output is "
+        "redirected to\n"
+    )
+
+
+def test_a_run_does_not_need_the_disk_behind_its_redirected_output(tmp_path, monkeypatch):
+    with stream_to(os.open("/dev/full", os.O_WRONLY)) as stream, RunLog(Ranks()) as log:
+        monkeypatch.setattr(sys, "stdout", stream)
+        log.open(tmp_path, 0)
+        for _ in range(3):
+            log.info("a line")
+        stream.flush()  # as the start of a loader worker does
+        monkeypatch.undo()
+    assert (tmp_path / "train_0.log").read_text().count("a line") == 3
 
 
 def test_a_program_behind_head_ends_well_and_escapes_what_the_terminal_lacks(tmp_path):
