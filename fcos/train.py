@@ -16,6 +16,8 @@ import common.npu.interpreter  # noqa: F401 before torch
 
 # isort: split
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -66,6 +68,7 @@ def main(argv: list[str] | None = None) -> int | None:
     # All that the run needs is read and built first. A former run's folder is moved only after
     # that, by `open_output`: a run that is refused changes nothing.
     run = Run.start(args, recipe)
+    recipe = replace(recipe, amp=run.precision.level)  # on a CPU it may be another one
     if run.resumed is None:
         weights = flags.starting_weights(args, run.ranks)
         trained = weights

@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> int | None:
     # All that the run needs is read and built first. A former run's folder is moved only after
     # that, by `open_output`: a run that is refused changes nothing.
     run = Run.start(args, recipe, card=args.card)
+    recipe = replace(recipe, amp=run.precision.level)  # on a CPU it may be another one
     weights = None
     trained = run.resumed
     if run.resumed is None and args.resnet_checkpoint:

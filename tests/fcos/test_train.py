@@ -71,6 +71,13 @@ def test_a_backbone_file_brings_its_mean_and_freezes(caffe_file, capsys):
     assert f"mean = {DETECTRON2_MEAN}" in output  # the header has what is trained with
 
 
+def test_header_and_checkpoint_have_the_precision_that_is_used(monkeypatch, capsys):
+    monkeypatch.setattr("common.npu.precision.has_bf16", lambda device: False)
+    with TrainingLoop(train, RECIPE, [f"--data={TINY}", "--device=cpu", "--kind=perf"]) as loop:
+        assert (RECIPE.amp, loop.state.description["recipe"]["amp"]) == ("O1", "O0")
+    assert "amp = 'O0'" in capsys.readouterr().out
+
+
 def test_a_resumed_run_and_finetuning_keep_the_mean(caffe_file, tmp_path):
     path = tmp_path / "iter_0.pt"
     with start(f"--pretrained={caffe_file}") as loop:
