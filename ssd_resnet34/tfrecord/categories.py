@@ -32,6 +32,13 @@ class Categories(NamedTuple):
             classes.append(f"{category_id} {name}")
         return f"{len(self.ids)} classes, from {self.source}: {', '.join(classes)}"
 
+    def in_order(self, names: Sequence[str] | None) -> "Categories":
+        """Return the classes in the order of `names` if these are the same, else as they are."""
+        if names is None or sorted(names) != sorted(self.names):
+            return self
+        id_of_name = dict(zip(self.names, self.ids, strict=True))
+        return self._replace(ids=tuple(id_of_name[name] for name in names), names=tuple(names))
+
     def of(self, records: RecordIndex) -> RecordIndex:
         """Return the index of the same records with these classes."""
         return replace(records, category_ids=self.ids, class_names=self.names)
@@ -42,13 +49,15 @@ def find_categories(
     resumed: Mapping | None,
     annotation_file: str,
     records: RecordIndex,
+    usual_order: Sequence[str] | None = None,
 ) -> Categories:
     """Return the classes of the first of these sources that is there.
 
     They are `--category_ids`, the state of the run that is `resumed`, the annotation file (a run
-    that does not evaluate may name one that is not there) and the records. The ids of the last two
-    are sorted, so that both give the same classes. The names of ids that are given by the flag are
-    those in the records. Raise UserError for a bad annotation file.
+    that does not evaluate may name one that is not there) and the records. The classes of the last
+    two are in `usual_order` if it has the same names, else in that of their ids, so that both give
+    the same. The names of ids that are given by the flag are those in the records. Raise UserError
+    for a bad annotation file.
     """
     if from_flag is not None:
         ids = tuple(from_flag)
@@ -63,9 +72,11 @@ def find_categories(
         pairs = list(zip(annotations.category_ids, annotations.class_names, strict=True))
         ids = tuple(sorted(annotations.category_ids))
         source = f"--val_json_file={annotation_file}"
-        return Categories(ids, names_of_categories(ids, pairs), source)
-    ids = ids_of_records(records)
-    return Categories(ids, names_of_categories(ids, records.categories), "the records")
+        found = Categories(ids, names_of_categories(ids, pairs), source)
+    else:
+        ids = ids_of_records(records)
+        found = Categories(ids, names_of_categories(ids, records.categories), "the records")
+    return found.in_order(usual_order)
 
 
 def ids_of_records(records: RecordIndex) -> tuple[int, ...]:

@@ -40,7 +40,12 @@ from ssd_resnet34.tfrecord.loss import DetectionLoss, decay_term
 from ssd_resnet34.tfrecord.model import build_model
 from ssd_resnet34.tfrecord.options import parse, require_files, require_ranks
 from ssd_resnet34.tfrecord.port_lines import PortLines
-from ssd_resnet34.tfrecord.weights import load_weights, read_weights, recipe_of_checkpoint
+from ssd_resnet34.tfrecord.weights import (
+    load_weights,
+    read_weights,
+    recipe_of_checkpoint,
+    trained_classes,
+)
 
 LOSSES = ("loss_cls", "loss_bbox", "loss")
 REMEDY = "lower --lr, clip with --clip_norm=10, use --loss_scale=dynamic, or see --check_data"
@@ -86,8 +91,11 @@ def main(argv: list[str] | None = None) -> int | None:
     total_steps = recipe.total_steps(world_size)
     if steps_per_epoch < 1:
         raise UserError("--num_examples_per_epoch is less than one step's images; give more")
+    trained_order = None
+    if weights is not None:
+        trained_order = trained_classes(weights)
     train_set = read_training_records(
-        run, args.training_file_pattern, category_ids, args.val_json_file
+        run, args.training_file_pattern, category_ids, args.val_json_file, trained_order
     )
     recipe = replace(recipe, category_ids=train_set.category_ids)
     val_set = train_set  # RunState only needs the category ids
@@ -101,7 +109,7 @@ def main(argv: list[str] | None = None) -> int | None:
     num_classes = len(recipe.category_ids)
     model = build_model(recipe, num_classes)
     if weights is not None:
-        report = load_weights(model, weights)
+        report = load_weights(model, weights, train_set.class_names)
         run.log.info(f"{args.resnet_checkpoint}: {report}")
     elif not run.resumed:
         run.log.warning("weights: random; --resnet_checkpoint gives the backbone's")
@@ -174,16 +182,21 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def read_training_records(
-    run: Run, pattern: str, category_ids: tuple[int, ...] | None, val_json_file: str
+    run: Run,
+    pattern: str,
+    category_ids: tuple[int, ...] | None,
+    val_json_file: str,
+    trained_order: tuple[str, ...] | None,
 ) -> RecordIndex:
     """Return the records to train on, and log how many boxes they have.
 
-    `category_ids` are those of the flag, None where it is not given. Raise UserError for records
+    `category_ids` are those of the flag, None where it is not given. `trained_order` has the class
+    names of the weights, which give the order where they are the same. Raise UserError for records
     that a run cannot be made of.
     """
     records = read_index(pattern, "--training_file_pattern")
     run.log.info(trained_boxes_line(records))
-    categories = find_categories(category_ids, run.resumed, val_json_file, records)
+    categories = find_categories(category_ids, run.resumed, val_json_file, records, trained_order)
     if not categories.are_cocos:
         run.log.info(categories.line())
     records = categories.of(records)

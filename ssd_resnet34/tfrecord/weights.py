@@ -4,10 +4,11 @@ TensorFlow checkpoints are read, never written.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
@@ -16,13 +17,16 @@ from common.npu.identify import require_model
 from common.npu.weights import (
     Layout,
     LoadReport,
+    class_changes,
     load_whole,
     mapping,
     name_of,
+    named_classes,
     no_heads,
     shortened,
     tensors_of,
     weights_on_cpu,
+    with_classes_of,
 )
 from ssd_resnet34.backbone import BasicBlock
 from ssd_resnet34.tfrecord.bundle import Bundle, find_prefix
@@ -67,12 +71,17 @@ def read_weights(path: str | Path) -> dict:
     return {"bundle": Bundle(prefix), "path": str(path)}
 
 
-def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> LoadReport:
+def load_weights(
+    model: nn.Module,
+    source: str | Path | Mapping[str, Tensor],
+    classes: Sequence[str] | None = None,
+) -> LoadReport:
     """Load a detector or a backbone: file, state dict, or TensorFlow checkpoint (prefix, folder).
 
-    Class heads of another shape stay as initialised, and all but the backbone where the file is a
-    backbone; anything else must fit. Raise UserError for an unreadable file and for one that does
-    not fit, among them detectors of the COCO recipe.
+    With `classes`, those of the network, the class heads of our detectors of other classes are
+    loaded class by class (`with_classes_of`). Class heads of another shape stay as initialised, and
+    all but the backbone where the file is a backbone; anything else must fit. Raise UserError for
+    an unreadable file and for one that does not fit, among them detectors of the COCO recipe.
     """
     state = source if isinstance(source, Mapping) else read_weights(source)
     if "bundle" in state:
@@ -85,8 +94,32 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
             )
         report = load_whole(model, tensors, state, LAYOUT, shown_names=tensorflow_names(model))
         return replace(report, unknown=not_used)
-    require_model(state, network_keys(state), Recipe.model, name_of(state))
-    return load_whole(model, network_keys(state), state, LAYOUT)
+    tensors = network_keys(state)
+    require_model(state, tensors, Recipe.model, name_of(state))
+    changes = ""
+    trained = trained_classes(state)
+    if trained is not None and classes is not None:
+        heads = [key for key in tensors if LAYOUT.class_head.fullmatch(key)]
+        tensors = with_classes_of(tensors, model, heads, class_rows, trained, classes)
+        changes = class_changes(trained, classes)
+    return load_whole(model, tensors, state, LAYOUT, changes)
+
+
+def trained_classes(state: Mapping) -> tuple[str, ...] | None:
+    """Return the class names of a detector, None where it has none.
+
+    Our earlier checkpoints have the category ids of own classes in the place of their names.
+    """
+    names = named_classes(state)
+    ids = tuple(str(category_id) for category_id in state.get("category_ids", ()))
+    return None if names == ids else names
+
+
+def class_rows(num_rows: int, num_classes: int) -> Tensor:
+    """Return the rows (classes, shapes) of each class in a head, ordered by shape, then class."""
+    num_channels = 1 + num_classes
+    channels = 1 + torch.arange(num_classes).unsqueeze(1)  # background comes first
+    return channels + num_channels * torch.arange(num_rows // num_channels)
 
 
 def tensorflow_names(model: nn.Module) -> dict[str, str]:

@@ -85,6 +85,14 @@ def test_a_root_that_the_records_use_is_a_class(tmp_path):
     assert find_categories(None, None, file, without_root).ids == (2, 7, 40)
 
 
+def test_the_order_of_the_weights_is_taken_for_the_same_names(tmp_path):
+    records = records_of(tmp_path / "records", (40, "boat"), (2, "buoy"))
+    found = find_categories(None, None, "", records, usual_order=("boat", "buoy"))
+    assert (found.ids, found.names) == ((40, 2), ("boat", "buoy"))
+    found = find_categories(None, None, "", records, usual_order=("boat", "crew"))
+    assert (found.ids, found.names) == ((2, 40), ("buoy", "boat"))
+
+
 @pytest.mark.parametrize(
     ("categories", "names"),
     [

@@ -11,11 +11,13 @@ from ssd_resnet34 import model as first_model
 from ssd_resnet34 import weights as first_weights
 from ssd_resnet34.tfrecord import weights
 from ssd_resnet34.tfrecord.bundle import Bundle
+from ssd_resnet34.tfrecord.config import RECIPES
 from ssd_resnet34.tfrecord.model import build_model
 from ssd_resnet34.tfrecord.weights import (
     load_weights,
     published_state_dict,
     tensorflow_names,
+    trained_classes,
 )
 from tests.golden.fill import fill_value
 
@@ -142,6 +144,30 @@ def test_class_heads_of_another_count_start_anew(recipe):
     assert torch.equal(after["box_net.0.weight"], other["box_net.0.weight"])
     with pytest.raises(UserError, match="give a detector trained on these classes"):
         report.require_complete("f.pt")
+
+
+@torch.no_grad()
+def test_classes_of_the_same_name_keep_their_weights():
+    recipe = RECIPES["small"]
+    torch.manual_seed(0)
+    trained = build_model(recipe, 3).eval()
+    network = build_model(recipe, 2).eval()
+    state = {"model": trained.state_dict(), "classes": ["dog", "cat", "cow"], "path": "a.pt"}
+    report = load_weights(network, state, ("cow", "hat"))
+    assert "1 classes of the same name keep their weights: cow" in str(report)
+    assert "1 initialised anew: hat" in str(report)
+    images = torch.rand(1, 3, recipe.image_size, recipe.image_size)
+    before = trained(images)[1]  # (1, background and classes, anchors)
+    after = network(images)[1]
+    torch.testing.assert_close(after[:, 1], before[:, 3])
+    torch.testing.assert_close(after[:, 0], before[:, 0])
+    assert not torch.allclose(after[:, 2], before[:, 2])
+
+
+def test_earlier_checkpoints_have_ids_in_the_place_of_names():
+    state = {"classes": ["2", "40"], "category_ids": [2, 40]}
+    assert trained_classes(state) is None
+    assert trained_classes(state | {"classes": ["buoy", "boat"]}) == ("buoy", "boat")
 
 
 def test_a_deeper_backbone_of_tensorflow_is_refused(variables, load_variables):
