@@ -62,4 +62,14 @@ def is_running(interpreter: Path) -> bool:
     return os.path.abspath(sys.executable) == os.path.abspath(str(interpreter))
 
 
+def hide_interrupt(kind, error, traceback) -> None:
+    """Print an exception that nothing has caught, but for Ctrl-C; a `sys.excepthook`."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, traceback)
+
+
+# Of the processes that torchrun starts each would print a traceback where Ctrl-C comes while the
+# packages are imported.
+if "LOCAL_RANK" in os.environ:
+    sys.excepthook = hide_interrupt
 require_packages()

@@ -13,7 +13,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-import common.npu.interpreter  # noqa: F401 before torch
+from common.npu import interpreter  # before torch
+
+sys.excepthook = interpreter.hide_interrupt
 
 # isort: split
 

@@ -1,5 +1,7 @@
 """A program under an interpreter that cannot run it."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +14,8 @@ ROOT = Path(__file__).parents[2]
 MODELS = ("ssd_mmdet", "ssd_resnet34", "m2det", "fcos")
 ENTRY_SCRIPTS = sorted(
     path.relative_to(ROOT)
-    for model in MODELS
-    for path in (ROOT / model).rglob("*.py")
+    for folder in ("common", *MODELS)
+    for path in (ROOT / folder).rglob("*.py")
     if "entry.run(main)" in path.read_text()
 )
 
@@ -23,7 +25,7 @@ def test_the_entry_scripts_are_found():
     for model in MODELS:
         assert {f"{model}/{name}.py" for name in ("train", "evaluate", "demo")} <= names
     assert {"fcos/pthtar2onx.py", "fcos/weights.py"} <= names
-    assert "ssd_resnet34/tfrecord/launch.py" in names
+    assert {"ssd_resnet34/tfrecord/launch.py", "common/npu/launch.py"} <= names
 
 
 @pytest.mark.parametrize("script", ENTRY_SCRIPTS, ids=str)
@@ -67,3 +69,19 @@ def test_the_remedy_is_the_interpreter_that_has_torch(tmp_path, monkeypatch):
     # Of no use where it is that interpreter that lacks another package.
     monkeypatch.setattr(sys, "executable", str(python))
     assert interpreter.find_remedy(tmp_path).startswith("install the packages with")
+
+
+@pytest.mark.parametrize("error", ["KeyboardInterrupt", "ZeroDivisionError"])
+def test_ctrl_c_during_the_imports_of_a_rank_shows_no_traceback(error):
+    done = subprocess.run(
+        [sys.executable, "-c", f"import common.npu.interpreter; raise {error}"],
+        cwd=ROOT,
+        env={**os.environ, "LOCAL_RANK": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if error == "KeyboardInterrupt":
+        assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+    else:
+        assert done.returncode == 1
+        assert "Traceback" in done.stderr
