@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+from common.coco.evaluation import STATS
 from common.errors import UserError
 from common.npu import checkpoint
 from ssd_resnet34.tfrecord import evaluate, train
@@ -77,6 +79,31 @@ def test_evaluation_takes_the_precision_of_its_flags(
     evaluate.main([*files, "--device=cpu", "--num_workers=0", "--eval_batch_size=4", *flags])
     assert dtypes == [dtype, dtype]
     assert (run_folder / "eval/results.bbox.json").exists()
+    metrics = json.loads((run_folder / "eval/metrics.json").read_text())
+    assert tuple(metrics) == STATS
+
+
+def test_what_an_evaluation_needs_is_there_before_it_detects(
+    run_folder, golden_dir, tmp_path, monkeypatch
+):
+    def detect_all(*arguments):
+        pytest.fail("detected")
+
+    monkeypatch.setattr(evaluate, "detect_all", detect_all)
+    flags = [
+        f"--validation_file_pattern={golden_dir}/train2017*",
+        f"--val_json_file={golden_dir}/instances_train6.json",
+        f"--model_dir={tmp_path}",
+        "--device=cpu",
+    ]
+    (tmp_path / "iter_1.pt").symlink_to(run_folder / "iter_1.pt")
+    (tmp_path / "eval").touch()
+    with pytest.raises(UserError, match=r"/eval cannot be written: File exists; free space or"):
+        evaluate.main(flags)
+    (tmp_path / "eval").unlink()
+    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
+    with pytest.raises(UserError, match="pip install pycocotools faster-coco-eval"):
+        evaluate.main(flags)
 
 
 def test_a_resumed_run_has_the_same_categories(golden_dir, tmp_path):

@@ -1,0 +1,106 @@
+"""What a run checks, writes and takes up again, through the programs of all four models."""
+
+import json
+import sys
+
+import pytest
+
+from common.coco.evaluation import STATS
+from common.errors import UserError
+from common.npu import checkpoint
+from tests import scripts
+from tests.test_own_data import MODELS, module, train
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return scripts.subset(tmp_path_factory.mktemp("data") / "coco", train=4, val=2)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def trained(model, data, tmp_path_factory):
+    """The folder of a run of two steps and an evaluation."""
+    folder = tmp_path_factory.mktemp(model) / "run"
+    train(model, data, folder)
+    return folder
+
+
+def evaluate(model, data, trained, output, *flags):
+    module(model, "evaluate").main(
+        [
+            *("--device=cpu", "--num_workers=0", "--eval_batch_size=2"),
+            f"--data={data}",
+            f"--checkpoint={trained / 'best.pt'}",
+            f"--output_dir={output}",
+            *flags,
+        ]
+    )
+
+
+def metrics(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_a_run_and_an_evaluation_write_the_same_metrics(model, data, trained, tmp_path, capsys):
+    of_run = metrics(trained)
+    assert of_run.pop("step") == 2
+    assert tuple(of_run) == STATS
+    evaluate(model, data, trained, tmp_path)
+    assert metrics(tmp_path) == pytest.approx(of_run, abs=1e-6)
+    # The run had no goal, whatever the first preset has.
+    output = capsys.readouterr().out
+    assert "goal" not in output
+    assert ("Current AP: " in output) == (model != "ssd_mmdet")
+
+
+def test_what_an_evaluation_needs_is_there_before_it_detects(
+    model, data, trained, tmp_path, monkeypatch
+):
+    def detect_all(*arguments):
+        pytest.fail("detected")
+
+    monkeypatch.setattr(module(model, "evaluate"), "detect_all", detect_all)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"/file cannot be written: File exists; free space or"):
+        evaluate(model, data, trained, tmp_path / "file")
+    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
+    with pytest.raises(UserError, match="pip install pycocotools faster-coco-eval"):
+        evaluate(model, data, trained, tmp_path)
+
+
+def test_a_resumed_run_has_the_options_of_its_flags(model, data, trained, tmp_path, capsys):
+    flags = ("--max_iters=3", "--kind=perf", f"--resume={trained}/iter_2.pt")
+    train(model, data, tmp_path, *flags, "--weight_decay=0.25", "--momentum=0.5", "--lr=0.125")
+    output = capsys.readouterr().out
+    for field, value in (("weight_decay", 0.25), ("momentum", 0.5), ("lr", 0.125)):
+        assert f"from here on {field} is {value}; it was " in output
+    assert output.count("from here on ") == 3
+    saved = checkpoint.load(tmp_path / "iter_3.pt")
+    assert (saved["recipe"]["weight_decay"], saved["recipe"]["momentum"]) == (0.25, 0.5)
+    for group in saved["optimizer"]["param_groups"]:
+        assert group["momentum"] == 0.5
+        assert group["weight_decay"] in (0.25, 0)  # fcos: none for biases
+    assert saved["optimizer"]["param_groups"][0]["weight_decay"] == 0.25
+
+
+def test_a_run_that_is_refused_has_moved_nothing(model, data, trained, tmp_path):
+    before = sorted(trained.parent.rglob("*"))
+    recipe = checkpoint.load(trained / "best.pt")["recipe"]
+    other = "--no_augment" if recipe["augment"] else "--augment"
+    refused = (
+        ((f"--train_annotations={tmp_path}/none.json",), r"none\.json: no such file"),
+        (("--num_classes=3",), "--num_classes 3: the annotations have 80; omit it"),
+        (("--resume=auto", other), "its augment was (True|False), now (True|False); go on as it"),
+        (("--batch_size=999999999",), r"the images of one batch take .* give a smaller one"),
+    )
+    for flags, message in refused:
+        with pytest.raises(UserError, match=message):
+            train(model, data, trained, *flags)
+    assert sorted(trained.parent.rglob("*")) == before
