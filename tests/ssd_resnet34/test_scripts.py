@@ -97,8 +97,11 @@ def test_evaluation_takes_the_newest_checkpoint_or_the_named_one(trained, data, 
     assert "iter_4.pt" in newest.stdout
     assert summary(output, "eval")[1]["TrainAccuracy"] == accuracy
     named = f"--checkpoint_path={output / 'best.pt'}"
-    done = scripts.run("train_eval_8p.sh", *where, named, f"--output_dir={tmp_path}", "--per_class")
-    assert summary(tmp_path, "eval")[1]["TrainAccuracy"] == accuracy
+    more = (f"--output_dir={tmp_path}", "--per_class", "--tag=mine_")
+    done = scripts.run("train_eval_8p.sh", *where, named, *more)
+    name, values = summary(tmp_path, "eval")
+    assert name.startswith("mine_SSD-ResNet34_bs")
+    assert values["TrainAccuracy"] == accuracy
     assert re.search(r"^person +AP", done.stdout, re.MULTILINE)
 
 
