@@ -1,4 +1,4 @@
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from fcos.model import build_model
 from fcos.weights import (
     class_names_of,
     load_weights,
+    main,
     mean_of,
     num_classes_of,
     published_state_dict,
@@ -60,6 +61,27 @@ def test_mmdetections_checkpoint(filled_state, tmp_path, name):
     assert_holds(model, filled_state(name), filled_state(name))
     published = published_state_dict(model)
     assert list(published) == list(filled_state(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [("gn", "mmdet2"), ("nogn", "mmdet3"), ("tricks", "mmdet3")]
+)
+def test_an_exported_file_is_mmdetections(golden, filled_state, tmp_path, name, layout):
+    """By its keys and shapes, all of them; it loads here as well."""
+    classes = [f"class {number}" for number in range(80)]
+    state = {"model": filled_state(name), "recipe": asdict(RECIPES[name]), "classes": classes}
+    torch.save(state, tmp_path / "best.pt")
+    out = tmp_path / "fcos.pth"
+    main(["export", str(tmp_path / "best.pt"), str(out), f"--layout={layout}"])
+    written = torch.load(out, weights_only=True)
+    shapes = [[key, list(value.shape)] for key, value in written["state_dict"].items()]
+    assert shapes == golden("keys" if name == "gn" else f"keys_{name}")
+    assert written["meta"]["CLASSES"] == tuple(classes)
+    has_dataset_meta = written["meta"].get("dataset_meta") == {"classes": tuple(classes)}
+    assert has_dataset_meta == (layout == "mmdet3")
+    again = build_model(RECIPES[name], 80)
+    load_weights(again, out).require_complete("fcos.pth")
+    assert_holds(again, filled_state(name), filled_state(name))
 
 
 def test_early_names_and_the_prefix_of_distributed_runs(model, filled_state):

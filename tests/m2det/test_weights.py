@@ -12,6 +12,7 @@ from m2det.model import build_model
 from m2det.weights import (
     class_names_of,
     load_weights,
+    main,
     num_classes_of,
     published_state_dict,
     recipe_of_checkpoint,
@@ -174,3 +175,22 @@ def test_published_state_dict_is_a_copy_on_the_cpu(model):
         model.reduce.conv.weight.add_(1)
     assert torch.equal(state["reduce.conv.weight"], kept)
     assert {value.dtype for value in state.values()} == {torch.float32, torch.int64}
+
+
+@pytest.mark.parametrize("sfam", [False, True])
+def test_an_exported_file_is_the_originals(golden, tmp_path, sfam):
+    """A bare state dict with its keys, all of them; it loads here as well."""
+    model = made(5, num_levels=8, sfam=sfam)
+    recipe = replace(SMALL, num_levels=8, sfam=sfam)
+    state = {"model": model.state_dict(), "recipe": asdict(recipe), "classes": ["a"] * 5}
+    torch.save(state, tmp_path / "best.pt")
+    out = tmp_path / "m2det.pth"
+    main(["export", str(tmp_path / "best.pt"), str(out)])
+    written = torch.load(out, weights_only=True)
+    keys = {key for key, _ in golden("keys")}
+    if sfam:
+        keys |= {key for key, _ in golden("keys_sfam")}
+    assert set(written) == keys
+    assert_holds(model, written, written)
+    assert recipe_of_checkpoint(SMALL, written).sfam == sfam
+    load_weights(model, out).require_complete("m2det.pth")

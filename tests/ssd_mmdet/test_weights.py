@@ -1,5 +1,5 @@
 import pickle
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -8,7 +8,13 @@ from common.coco.index import COCO_CLASSES
 from common.errors import UserError
 from ssd_mmdet.config import RECIPES
 from ssd_mmdet.model import build_model
-from ssd_mmdet.weights import class_names_of, load_weights, num_classes_of, published_state_dict
+from ssd_mmdet.weights import (
+    class_names_of,
+    load_weights,
+    main,
+    num_classes_of,
+    published_state_dict,
+)
 
 THIN = replace(RECIPES["1p"], width=1 / 16)
 
@@ -173,3 +179,88 @@ def test_code_in_a_file_is_refused_and_not_run(model, tmp_path, write):
     with pytest.raises(UserError, match=r"bomb\.pt"):
         load_weights(model, tmp_path / "bomb.pt")
     assert not trace.exists()
+
+
+def background_first(state):
+    """A detector's tensors with the background as the first channel of each anchor shape."""
+    moved = {}
+    for key, value in state.items():
+        if key.startswith("bbox_head.cls_convs."):
+            channels = value.unflatten(0, (-1, 81))
+            value = torch.cat([channels[:, 80:], channels[:, :80]], dim=1).flatten(0, 1)
+        moved[key] = value
+    return moved
+
+
+def trained_like(state):
+    """A detector's tensors with the largest bias for the background, as training makes it."""
+    biased = {}
+    for key, value in state.items():
+        if key.startswith("bbox_head.cls_convs.") and key.endswith("bias"):
+            value = value.clone()
+            value.view(-1, 81)[:, 80] += 3
+        biased[key] = value
+    return biased
+
+
+def test_mmdetection_1_has_the_background_first(model, state):
+    state = trained_like(state)
+    meta = {"mmdet_version": "1.2.0+abc", "CLASSES": COCO_CLASSES}
+    report = load_weights(model, {"state_dict": background_first(state), "meta": meta})
+    assert "background moved from the first place to the last" in str(report)
+    assert_holds(model, state, state)
+
+
+def test_published_files_of_march_2020_name_1_0_but_have_the_background_last(model, state):
+    state = trained_like(state)
+    meta = {"mmdet_version": "1.0rc1+5f9f470", "CLASSES": COCO_CLASSES}
+    report = load_weights(model, {"state_dict": state, "meta": meta})
+    assert "of MMDetection 1.0rc1+5f9f470, with the background last as in 2.x" in str(report)
+    assert_holds(model, state, state)
+
+
+def test_a_background_that_cannot_be_told_is_refused(model, state):
+    biased = dict(state)
+    for key, value in state.items():
+        if key.startswith("bbox_head.cls_convs.") and key.endswith("bias"):
+            biased[key] = value.clone()
+            biased[key].view(-1, 81)[:, 5] += 3
+    meta = {"mmdet_version": "1.2.0"}
+    with pytest.raises(UserError, match=r"f\.pth: of MMDetection 1\.2\.0, and its biases do not"):
+        load_weights(model, {"state_dict": biased, "meta": meta, "path": "f.pth"})
+    # The version alone does not decide anything in files of 2.x and 3.x.
+    for version in ("2.11.0", "3.3.0"):
+        load_weights(model, {"state_dict": biased, "meta": {"mmdet_version": version}})
+
+
+@pytest.mark.parametrize(("layout", "rename"), [("mmdet2", str), ("mmdet3", since_2_14)])
+@pytest.mark.parametrize(("name", "keys"), [("1p", "keys.json"), ("ssd512", "ssd512_keys.json")])
+def test_an_exported_file_is_mmdetections(golden, tmp_path, layout, rename, name, keys):
+    """By its keys, all of them, in the golden order; it loads here as well."""
+    torch.manual_seed(3)
+    recipe = replace(RECIPES[name], width=1 / 16)
+    weights = build_model(recipe, 2).state_dict()
+    file = tmp_path / "best.pt"
+    torch.save({"model": weights, "recipe": asdict(recipe), "classes": ["cat", "hat"]}, file)
+    out = tmp_path / "ssd.pth"
+    main(["export", str(file), str(out), f"--layout={layout}"])
+    written = torch.load(out, weights_only=True)
+    assert list(written["state_dict"]) == [rename(key) for key, _ in golden(keys)]
+    assert written["meta"]["CLASSES"] == ("cat", "hat")
+    has_dataset_meta = written["meta"].get("dataset_meta") == {"classes": ("cat", "hat")}
+    assert has_dataset_meta == (layout == "mmdet3")
+    for key, value in weights.items():
+        assert torch.equal(written["state_dict"][rename(key)], value)
+    again = build_model(recipe, 2)
+    assert load_weights(again, out).require_complete("ssd.pth")
+    assert_holds(again, weights, weights)
+
+
+def test_an_exported_file_has_mmdetections_shapes(golden, filled_state, tmp_path):
+    file = tmp_path / "iter_1.pt"
+    torch.save({"model": filled_state}, file)
+    main(["export", str(file), str(tmp_path / "ssd300.pth")])
+    written = torch.load(tmp_path / "ssd300.pth", weights_only=True)
+    shapes = [[key, list(value.shape)] for key, value in written["state_dict"].items()]
+    assert shapes == golden("keys.json")
+    assert written["meta"]["CLASSES"] == COCO_CLASSES

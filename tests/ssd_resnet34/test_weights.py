@@ -1,4 +1,5 @@
 import pickle
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from torch.testing import assert_close
 from common.errors import UserError
 from ssd_resnet34.config import RECIPES
 from ssd_resnet34.model import build_model
-from ssd_resnet34.weights import load_weights, published_state_dict
+from ssd_resnet34.weights import load_weights, main, published_state_dict
 
 RECIPE = RECIPES["1p"]
 
@@ -157,3 +158,24 @@ def test_published_state_dict_is_the_ports_layout_and_a_copy(model, golden, fill
     with torch.no_grad():
         model.model[1].weight.add_(1)
     assert torch.equal(state["model.1.weight"], kept)
+
+
+def test_an_exported_file_is_the_ports(golden, model, filled_state, tmp_path):
+    """A dictionary with the single entry `model`; it loads here as well."""
+    state = {"model": filled_state, "recipe": asdict(RECIPE), "optimizer": {}, "classes": ["a"]}
+    torch.save(state, tmp_path / "best.pt")
+    out = tmp_path / "iter_9.pt"
+    main(["export", str(tmp_path / "best.pt"), str(out)])
+    written = torch.load(out, weights_only=True)
+    assert list(written) == ["model"]
+    shapes = [[key, list(value.shape)] for key, value in written["model"].items()]
+    assert shapes == golden("keys")
+    load_weights(model, out).require_complete("iter_9.pt")
+    assert_holds(model, filled_state, filled_state)
+
+
+def test_what_is_no_detector_is_not_exported(filled_state, tmp_path):
+    torch.save(torchvision_state(filled_state), tmp_path / "resnet34.pth")
+    with pytest.raises(UserError, match=r"resnet34\.pth: no detection heads \("):
+        main(["export", str(tmp_path / "resnet34.pth"), str(tmp_path / "out.pt")])
+    assert not (tmp_path / "out.pt").exists()

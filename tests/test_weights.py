@@ -1,0 +1,443 @@
+"""Checkpoints of all models and of other projects, through the programs of each model."""
+
+import importlib
+import json
+import re
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from PIL import Image
+
+from common.errors import UserError
+from common.npu import checkpoint
+from tests.scripts import TINY
+
+TFRECORD = "ssd_resnet34/tfrecord"
+MODELS = ("ssd_mmdet", "ssd_resnet34", "m2det", "fcos")
+ALL = (*MODELS, TFRECORD)
+# A preset, what is changed in it for a small network, and a tensor that only this model has.
+SMALL = {
+    "ssd_mmdet": ("ssd512", {"width": 1 / 16}, "bbox_head.cls_convs.0.weight"),
+    "ssd_resnet34": ("quickstart", {}, "mbox.0.weight"),
+    "m2det": ("quickstart", {"planes": 16}, "unet1.layers.0.conv.weight"),
+    "fcos": ("quickstart", {"channels": 32, "tower_convs": 1}, "bbox_head.conv_centerness.weight"),
+    TFRECORD: ("small", {}, "class_net.0.weight"),
+}
+# A flag that a checkpoint of the small network contradicts, and what it says itself.
+CONTRADICTION = {
+    "ssd_mmdet": ("--width=0.5", "--width 0.5: FILE was trained with 0.0625; omit it"),
+    "ssd_resnet34": (
+        "--backbone=resnet18",
+        "--backbone resnet18: FILE was trained with resnet10; omit it",
+    ),
+    "m2det": ("--sfam", "--sfam True: FILE was trained with False; omit it"),
+    "fcos": ("--head_norm=none", "--head_norm none: FILE was trained with gn; omit it"),
+    TFRECORD: (
+        "--backbone=resnet18",
+        "--backbone resnet18: FILE was trained with resnet10; omit it",
+    ),
+}
+
+
+def module(model, name):
+    return importlib.import_module(f"{model.replace('/', '.')}.{name}")
+
+
+def small_recipe(model):
+    preset, changes, _ = SMALL[model]
+    return replace(module(model, "config").RECIPES[preset], **changes)
+
+
+def run_state(model, weights, **changes):
+    """What `RunState` writes beside the weights."""
+    recipe = small_recipe(model)
+    return {
+        "model": weights,
+        "written_by": recipe.model,
+        "recipe": asdict(recipe),
+        "classes": ["person", "cat", "dog"],
+        "category_ids": [1, 17, 18],
+        "run": {"seed": 0},
+        "iteration": 1,
+        **changes,
+    }
+
+
+@pytest.fixture(scope="module")
+def detectors(tmp_path_factory):
+    """`detectors[model]`: the checkpoint of a small detector of three classes."""
+    folder = tmp_path_factory.mktemp("detectors")
+    paths = {}
+    for model in ALL:
+        torch.manual_seed(0)
+        network = module(model, "model").build_model(small_recipe(model), 3)
+        paths[model] = folder / model.replace("/", "_") / "iter_1.pt"
+        checkpoint.save(paths[model], run_state(model, network.state_dict()))
+    return paths
+
+
+EXPORTS = {"fcos": "pthtar2onx"}
+
+
+def programs(model, file, folder):
+    """Each program of a model that reads a checkpoint, as a function of further flags."""
+
+    def program(name, *words):
+        entry = module(model, name).main
+        return lambda *flags: entry([*words, *flags])
+
+    where = (f"--data={TINY}", "--device=cpu", f"--output_dir={folder / 'out'}")
+    export = EXPORTS.get(model, "pthtar2onnx")
+    if model == TFRECORD:
+        train = (
+            "--device=cpu",
+            f"--model_dir={folder / 'out'}",
+            "--training_file_pattern=none",
+            "--validation_file_pattern=none",
+            "--val_json_file=none",
+        )
+        evaluate = (*train[:1], f"--model_dir={file.parent}", *train[2:])
+        return {
+            "train": program("train", *train, "--resume=none", f"--resnet_checkpoint={file}"),
+            "resume": program("train", *train, f"--resume={file}"),
+            "evaluate": program("evaluate", *evaluate),
+            "export": program(export, f"--checkpoint={file}"),
+        }
+    return {
+        "train": program("train", *where, f"--checkpoint={file}"),
+        "resume": program("train", *where, f"--resume={file}"),
+        "evaluate": program("evaluate", *where, f"--checkpoint={file}"),
+        "demo": program("demo", "--device=cpu", f"--checkpoint={file}"),
+        "export": program(export, f"--checkpoint={file}"),
+        "weights": lambda: module(model, "weights").main(["export", str(file), f"{folder}/a.pth"]),
+    }
+
+
+# ---- another model's file
+
+
+@pytest.mark.parametrize("writer", ALL)
+@pytest.mark.parametrize("reader", ALL)
+def test_another_models_file_is_refused_in_one_line(reader, writer, tmp_path):
+    """By every program, with the name that it has now, and without it as before."""
+    if reader == writer:
+        return
+    mark = SMALL[writer][2]
+    for written_by in (writer, None):
+        file = tmp_path / str(bool(written_by)) / "iter_1.pt"
+        state = run_state(writer, {mark: torch.zeros(4)}, written_by=written_by)
+        checkpoint.save(file, state)
+        for program in programs(reader, file, tmp_path).values():
+            with pytest.raises(UserError) as error:
+                program()
+            assert str(error.value) == (
+                f"{file}: a detector of {writer}, not of {reader}; "
+                f"give one of {reader}, or use the programs of {writer}"
+            )
+    assert not (tmp_path / "out").exists()
+
+
+# ---- the network is the checkpoint's
+
+
+class NetworkBuiltError(Exception):
+    """Raised in place of building the network, with its recipe."""
+
+
+@pytest.fixture
+def network_of(monkeypatch):
+    """`network_of(model, program)`: the recipe that a program builds its network from."""
+
+    def capture(recipe, num_classes):
+        raise NetworkBuiltError(recipe)
+
+    def call(model, program, *flags):
+        for name in ("train", "detector"):
+            monkeypatch.setattr(module(model, name), "build_model", capture)
+        with pytest.raises(NetworkBuiltError) as built:
+            program(*flags)
+        return built.value.args[0]
+
+    return call
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_program_takes_the_network_of_the_checkpoint(
+    model, detectors, network_of, tmp_path, capsys
+):
+    expected = small_recipe(model)
+    reading = programs(model, detectors[model], tmp_path)
+    for name in ("train", "evaluate", "demo", "export"):
+        recipe = network_of(model, reading[name])
+        for field in module(model, "weights").NETWORK:
+            assert getattr(recipe, field) == getattr(expected, field), (name, field)
+    assert "its network is trained: " in capsys.readouterr().out  # by train.py
+
+
+def test_the_tfrecord_recipe_takes_the_network_of_the_checkpoint(
+    detectors, network_of, tmp_path, monkeypatch, capsys
+):
+    reading = programs(TFRECORD, detectors[TFRECORD], tmp_path)
+    for name in ("evaluate", "export"):
+        assert network_of(TFRECORD, reading[name]).backbone == "resnet10"
+    train = module(TFRECORD, "train")
+
+    def stop(run, *args):
+        raise NetworkBuiltError
+
+    monkeypatch.setattr(train, "read_training_records", stop)
+    with pytest.raises(NetworkBuiltError):
+        reading["train"]()
+    assert "backbone 'resnet10' instead of 'resnet34'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ALL)
+def test_a_flag_that_contradicts_the_checkpoint_is_an_error_that_says_both(
+    model, detectors, tmp_path
+):
+    file = detectors[model]
+    flag, line = CONTRADICTION[model]
+    reading = programs(model, file, tmp_path)
+    for name in ("train", "evaluate"):
+        with pytest.raises(UserError) as error:
+            reading[name](flag)
+        assert str(error.value) == line.replace("FILE", str(file))
+
+
+@pytest.mark.parametrize("name", ["gn", "nogn", "tricks"])
+def test_finetuning_takes_the_head_of_a_published_fcos(name, network_of, tmp_path):
+    """Whatever the requested preset is: by the tensors that the head's towers have."""
+    published = module("fcos", "config").RECIPES[name]
+    small = replace(published, backbone="resnet14", channels=32, tower_convs=1)
+    network = module("fcos", "model").build_model(small, 80)
+    file = tmp_path / "epoch_12.pth"
+    checkpoint.save(file, {"state_dict": network.state_dict(), "meta": {}})
+    train = programs("fcos", file, tmp_path)["train"]
+    flags = ("--backbone=resnet14", "--channels=32", "--tower_convs=1")
+    for requested in ("gn", "nogn", "tricks"):
+        recipe = network_of("fcos", train, f"--recipe={requested}", *flags)
+        for field in ("head_norm", "conv_bias", "norm_on_bbox", "centerness_on_reg", "mean"):
+            assert getattr(recipe, field) == getattr(published, field), (requested, field)
+
+
+# ---- only class heads may differ
+
+
+def load(model, state, classes=3, recipe=None):
+    """The report of loading a state dict into a new network of the small recipe."""
+    torch.manual_seed(1)
+    network = module(model, "model").build_model(recipe or small_recipe(model), classes)
+    return module(model, "weights").load_weights(network, state)
+
+
+def tensors_of(detectors, model):
+    return dict(checkpoint.load(detectors[model])["model"])
+
+
+@pytest.mark.parametrize("model", ALL)
+def test_a_detector_lacks_no_weight_and_has_no_other(model, detectors):
+    weights = tensors_of(detectors, model)
+    report = load(model, {"model": weights, "recipe": asdict(small_recipe(model))})
+    assert report.missing == report.unknown == report.reinitialised == ()
+    name = next(key for key in weights if key.endswith("bias"))
+    without = {key: value for key, value in weights.items() if key != name}
+    with pytest.raises(UserError, match=f"not this network's: 1 missing: {re.escape(name)}; give"):
+        load(model, {"model": without, "recipe": asdict(small_recipe(model))})
+    more = {**weights, "another.weight": torch.zeros(2)}
+    with pytest.raises(UserError, match=r"not this network's: 1 unknown: another\.weight; give"):
+        load(model, {"model": more, "recipe": asdict(small_recipe(model))})
+
+
+@pytest.mark.parametrize("model", ALL)
+def test_what_no_network_reads_is_no_difference(model, detectors):
+    weights = {}
+    for key, value in tensors_of(detectors, model).items():
+        if not key.endswith("num_batches_tracked"):
+            weights[key] = value
+    extra = ("a.total_ops", "total_params", "n_averaged", "data_preprocessor.mean", "ema_a_weight")
+    weights |= {key: torch.zeros(1) for key in extra}
+    report = load(model, {"model": weights, "recipe": asdict(small_recipe(model))})
+    assert report.require_complete("f.pt") is report
+
+
+@pytest.mark.parametrize("model", ALL)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_every_program(
+    model, bad, detectors, tmp_path, monkeypatch
+):
+    state = checkpoint.load(detectors[model])
+    weights = dict(state["model"])
+    name = list(weights)[-1]
+    weights[name] = torch.full_like(weights[name], bad)
+    file = tmp_path / "iter_1.pt"
+    checkpoint.save(file, {**state, "model": weights})
+    reading = programs(model, file, tmp_path)
+    names = set(reading) - {"resume"}
+    if model == TFRECORD:
+        names.remove("train")  # which reads records first
+        with pytest.raises(UserError, match="has values that are not finite numbers"):
+            load(model, checkpoint.load(file))
+    for program in sorted(names):
+        with pytest.raises(UserError) as error:
+            reading[program]()
+        assert str(error.value) == (
+            f"{file}: {name} has values that are not finite numbers; "
+            "the training that wrote it had diverged; give an earlier checkpoint"
+        )
+    assert not (tmp_path / "out").exists()
+
+
+# ---- files of others
+
+
+def zeros_of(name):
+    """The state dict of one of torchvision's backbones, all zeros."""
+    models = pytest.importorskip("torchvision.models")
+    with torch.device("meta"):
+        state = getattr(models, name)(weights=None).state_dict()
+    return {key: torch.zeros(value.shape, dtype=value.dtype) for key, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("model", "preset", "name", "words"),
+    [
+        ("ssd_resnet34", "1p", "resnet50", "a ResNet-50 whose weights are not this network's: "),
+        ("ssd_resnet34", "1p", "resnet18", "a ResNet-18 whose weights are not this network's: "),
+        ("ssd_mmdet", "1p", "vgg16_bn", "a VGG with batch normalisation whose weights are not"),
+        ("ssd_mmdet", "1p", "vgg16", "torchvision's VGG whose weights are not this network's: 4 m"),
+        ("m2det", "512_vgg", "vgg16", "no tensor fits this network; it is torchvision's VGG"),
+        ("m2det", "512_vgg", "resnet50", "no tensor fits this network; it is a ResNet-50"),
+        ("fcos", "gn", "resnet50", "not a caffe ResNet-50"),
+        (TFRECORD, "port", "resnet50", "a ResNet-50 whose weights are not this network's: "),
+    ],
+)
+def test_a_backbone_that_does_not_fit_whole_is_named(model, preset, name, words):
+    state = {**zeros_of(name), "path": "file.pth"}
+    recipe = module(model, "config").RECIPES[preset]
+    with torch.device("meta"):
+        network = module(model, "model").build_model(recipe, 80)
+    with pytest.raises(UserError, match=rf"^file\.pth: {words}"):
+        module(model, "weights").load_weights(network, state)
+
+
+@pytest.mark.parametrize(
+    ("model", "preset", "name"),
+    [("ssd_mmdet", "1p", "ssd300_vgg16"), ("fcos", "gn", "fcos_resnet50_fpn")],
+)
+def test_torchvisions_detectors_are_named(model, preset, name):
+    """`ssd300_vgg16` shares some names with MMDetection's SSD."""
+    detection = pytest.importorskip("torchvision.models.detection")
+    state = getattr(detection, name)(weights=None, weights_backbone=None).state_dict()
+    recipe = module(model, "config").RECIPES[preset]
+    with torch.device("meta"):
+        network = module(model, "model").build_model(recipe, 80)
+    with pytest.raises(UserError, match=r"^f\.pth: .*torchvision"):
+        module(model, "weights").load_weights(network, {**state, "path": "f.pth"})
+    with pytest.raises(UserError, match=r"^f\.pth: no detection heads; it is .*torchvision"):
+        module(model, "weights").num_classes_of({**state, "path": "f.pth"})
+
+
+def test_a_detector_of_a_torchvision_style_resnet_is_not_fcos(detectors):
+    """Its names and shapes are the same: only the statistics of its batch norm show it."""
+    weights = tensors_of(detectors, "fcos")
+    load("fcos", {"state_dict": weights})
+    for key, value in weights.items():
+        if key.startswith("backbone.") and key.endswith("running_mean"):
+            weights[key] = value + 0.1
+    with pytest.raises(UserError, match=r"^f\.pth: not a caffe ResNet-50 \(its batch norm has"):
+        load("fcos", {"state_dict": weights, "path": "f.pth"})
+    # Ours may have trained it.
+    load("fcos", {"model": weights, "recipe": asdict(small_recipe("fcos"))})
+
+
+def test_a_deeper_backbone_is_not_cut_off(detectors):
+    weights = tensors_of(detectors, "fcos")
+    weights["backbone.layer3.5.conv1.weight"] = torch.zeros(256, 1024, 1, 1)
+    with pytest.raises(UserError, match=r"1 unknown: backbone\.layer3\.5\.conv1\.weight"):
+        load("fcos", {"state_dict": weights})
+    backbone = {}
+    for key, value in weights.items():
+        if key.startswith("backbone."):
+            backbone[key.removeprefix("backbone.")] = value
+    with pytest.raises(UserError, match=r"1 unknown: backbone\.layer3\.5\.conv1\.weight"):
+        load("fcos", backbone)
+
+
+@pytest.mark.parametrize(
+    "wrappers",
+    [("model_state_dict",), ("net",), ("weights",), ("ema",), ("ema", "module"), ("state_dict",)],
+)
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+@pytest.mark.parametrize("model", ["ssd_mmdet", TFRECORD])
+def test_nests_are_understood(model, wrappers, prefix, detectors):
+    state = {prefix + key: value for key, value in tensors_of(detectors, model).items()}
+    for wrapper in reversed(wrappers):
+        state = {wrapper: state, "epoch": 3}
+    report = load(model, {**state, "recipe": asdict(small_recipe(model))})
+    assert report.require_complete("f.pt") is report
+
+
+@pytest.mark.parametrize("model", ALL)
+def test_a_file_without_detection_heads_is_named_with_its_tensors(model):
+    state = {"state_dict": {"a.weight": torch.zeros(1), "b": torch.zeros(1)}, "path": "f.pth"}
+    line = "f.pth: no detection heads (2 tensors: a.weight, b); give a trained detector"
+    with pytest.raises(UserError, match=re.escape(line)):
+        module(model, "weights").num_classes_of(state)
+
+
+# ---- class names
+
+
+META = (
+    {"CLASSES": ("a", "b c", "d")},
+    {"dataset_meta": {"classes": ["a", "b c", "d"]}},
+    {"dataset_meta": {"CLASSES": ("a", "b c", "d")}},
+)
+
+
+@pytest.mark.parametrize("meta", META)
+@pytest.mark.parametrize("model", ["ssd_mmdet", "fcos"])
+def test_mmdetections_class_names(model, meta, detectors):
+    state = {"state_dict": tensors_of(detectors, model), "meta": meta}
+    assert module(model, "weights").class_names_of(state) == ("a", "b c", "d")
+
+
+def write_data(folder, categories):
+    """Write a val set of one black image, with a box of each category; return its folder."""
+    (folder / "annotations").mkdir()
+    (folder / "val2017").mkdir()
+    Image.new("RGB", (100, 80)).save(folder / "val2017/1.jpg")
+    image = {"id": 1, "file_name": "1.jpg", "height": 80, "width": 100}
+    boxes = []
+    for ident in categories:
+        box = {"id": ident, "image_id": 1, "category_id": ident, "iscrowd": 0}
+        boxes.append({**box, "bbox": [5, 5, 40, 40], "area": 1600})
+    names = [{"id": ident, "name": name} for ident, name in categories.items()]
+    content = {"images": [image], "annotations": boxes, "categories": names}
+    (folder / "annotations/instances_val2017.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("model", ["ssd_mmdet", "fcos"])
+def test_a_class_name_may_have_an_underscore_for_a_space(model, detectors, tmp_path, monkeypatch):
+    """As in MMDetection until April 2020; `traffic light` is a category of the data."""
+    file = tmp_path / "epoch_24.pth"
+    state = checkpoint.load(detectors[model])
+    named = {"classes": ["person", "traffic_light", "dog"]}
+    checkpoint.save(file, {**state, **named})
+    categories = []
+
+    def note(network, recipe, records, *args):
+        categories.append((records.class_names, records.category_ids))
+
+    monkeypatch.setattr(module(model, "evaluate"), "detect_all", note)
+    data = write_data(tmp_path, {1: "person", 10: "traffic light", 18: "dog"})
+    programs(model, file, tmp_path)["evaluate"](f"--data={data}")
+    assert categories == [(("person", "traffic light", "dog"), (1, 10, 18))]
+    torch.manual_seed(2)
+    network = module(model, "model").build_model(small_recipe(model), 2)
+    state = checkpoint.load(file)
+    report = module(model, "weights").load_weights(network, state, ("traffic light", "cow"))
+    assert "1 classes of the same name keep their weights: traffic light" in str(report)
+    assert "1 dropped" not in str(report)
