@@ -49,6 +49,8 @@ def load(path: str | Path) -> dict:
         raise UserError(f"checkpoint {path} {reason}") from None
     except FileNotFoundError:
         raise UserError(f"checkpoint {path} does not exist; check the path") from None
+    except IsADirectoryError:
+        raise UserError(f"checkpoint {path} is a folder", "give the file in it") from None
     except PermissionError:
         raise UserError(f"checkpoint {path} may not be read", "change its permissions") from None
     except Exception as error:  # there is no end to what damage can lead to

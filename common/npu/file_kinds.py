@@ -26,8 +26,6 @@ def require_checkpoint(path: str | Path) -> None:
     A damaged file passes: reading it shows the damage. Raise OSError where it cannot be read.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"checkpoint {path} is a folder", "give the file in it")
     with path.open("rb") as file:
         head = file.read(HEAD_SIZE)
         file.seek(max(0, path.stat().st_size - len(TABLE_END)))

@@ -232,6 +232,79 @@ def test_load_refuses_with_one_line_what_is_no_checkpoint(tmp_path):
         assert "\n" not in str(error.value)
 
 
+def torchscript(path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
+
+
+def detectron2_pickle(path):
+    content = {"model": {"stem.conv1.weight": np.zeros((2, 2))}, "__author__": "Detectron2"}
+    path.write_bytes(pickle.dumps(content, 2))
+
+
+TABLE_END = bytes.fromhex("57fb808b247547db")
+OTHER_FILES = {
+    "R-50.pkl": (detectron2_pickle, "is a plain pickle, such as Detectron2's R-50.pkl; "),
+    "model.pt": (torchscript, "is TorchScript, a program; give the state dict"),
+    "notes.txt": (b"hello\nworld", "is a text file; give a checkpoint"),
+    "chinese.txt": ("\u8bad\u7ec3 " * 2000, "is a text file; give a checkpoint"),
+    "lfs.pth": (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS, "),
+    "page.pth": (b"<!DOCTYPE html><html>not found</html>", "is a web page, not what it was to be"),
+    "model.ckpt": (b"\0" * 99 + TABLE_END, "is a TensorFlow V1 checkpoint; write it again as V2"),
+    "model.ckpt-1.index": (b"\0" * 99 + TABLE_END, "is the index of a TensorFlow checkpoint; "),
+    "model.ckpt-1.data-00000-of-00001": (b"\1\2\3", "is a part of a TensorFlow checkpoint; "),
+    "model.h5": (b"\x89HDF\r\n\x1a\n" + b"\0" * 99, "is an HDF5 file, such as Keras writes"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_a_file_of_another_kind_is_called_what_it_is(tmp_path, name):
+    content, words = OTHER_FILES[name]
+    path = tmp_path / name
+    (tmp_path / "model.ckpt-1.index").touch()
+    if isinstance(content, str):
+        path.write_text(content)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        content(path)
+    with pytest.raises(UserError) as error:
+        checkpoint.load(path)
+    assert str(error.value).startswith(f"checkpoint {path} {words}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_is_called_one(tmp_path):
+    with pytest.raises(UserError, match="is a folder; give the file in it"):
+        checkpoint.load(tmp_path)
+
+
+def write_safetensors(path):
+    """One tensor `a` of two numbers, by the format's rule: length, JSON, values."""
+    header = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+    values = np.array([1, 2], np.float32).tobytes()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + values)
+
+
+def test_safetensors_need_their_package(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(UserError) as error:
+        checkpoint.load(path)
+    assert str(error.value) == (
+        f"checkpoint {path} is of the format safetensors, whose package is not installed; "
+        "pip install safetensors"
+    )
+
+
+def test_safetensors_are_read(tmp_path):
+    pytest.importorskip("safetensors.torch")
+    write_safetensors(tmp_path / "model.safetensors")
+    loaded = checkpoint.load(tmp_path / "model.safetensors")
+    assert loaded["a"].tolist() == [1, 2]
+    assert loaded.keys() == {"a", "path"}
+
+
 @pytest.fixture
 def foreign(monkeypatch):
     """Classes as in mmcv and mmengine, in a module that is there only while a file is written."""

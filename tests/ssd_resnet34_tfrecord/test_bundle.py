@@ -1,8 +1,10 @@
 """TensorFlow checkpoints: the golden one, damage, missing parts."""
 
 import re
+import struct
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
@@ -10,6 +12,7 @@ from numpy.testing import assert_allclose
 from common.errors import UserError
 from ssd_resnet34.tfrecord import bundle
 from ssd_resnet34.tfrecord.bundle import Bundle, find_prefix, read_handle
+from ssd_resnet34.tfrecord.records import masked_crc
 
 NAME = "model.ckpt-28152"
 PARTS = ("index", "data-00000-of-00001")
@@ -116,3 +119,83 @@ def test_a_footer_of_anything_is_refused(golden_dir, tmp_path_factory, places):
     prefix.with_name(f"{NAME}.index").write_bytes(content[: -bundle.FOOTER_SIZE] + footer)
     with pytest.raises(UserError, match="not a table of variables"):
         Bundle(prefix)
+
+
+# ---- a checkpoint with a partitioned variable, written as TensorFlow does
+
+
+def varint(value):
+    encoded = bytearray()
+    while value >= 0x80:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*encoded, value])
+
+
+def field(number, value):
+    """A field of a message: a varint, or bytes with their length."""
+    if isinstance(value, bytes):
+        return varint(number << 3 | 2) + varint(len(value)) + value
+    return varint(number << 3) + varint(value)
+
+
+def entry(shape, offset, size, crc, slices=()):
+    dimensions = b"".join(field(2, field(1, side)) for side in shape)
+    parts = b"".join(field(7, part) for part in slices)
+    place = field(4, offset) + field(5, size)
+    return field(1, 1) + field(2, dimensions) + place + varint(6 << 3 | 5) + crc + parts
+
+
+def block(pairs):
+    """A block of a table in which keys share nothing, with its trailer."""
+    content = bytearray()
+    for key, value in pairs:
+        content += varint(0) + varint(len(key)) + varint(len(value)) + key + value
+    content += struct.pack("<II", 0, 1) + b"\0"
+    return bytes(content) + struct.pack("<I", masked_crc(bytes(content)))
+
+
+def write_table(path, pairs):
+    data = block(pairs)
+    empty = block([])
+    index = block([(b"\xff", varint(0) + varint(len(data) - 5))])
+    at = len(data) + len(empty)
+    footer = varint(len(data)) + varint(len(empty) - 5) + varint(at) + varint(len(index) - 5)
+    footer = footer.ljust(bundle.FOOTER_SIZE - len(bundle.MAGIC), b"\0") + bundle.MAGIC
+    path.write_bytes(data + empty + index + footer)
+
+
+@pytest.fixture
+def partitioned(tmp_path):
+    """The prefix of a checkpoint of `whole` and of `split`, which lies in two parts."""
+    values = torch.arange(12, dtype=torch.float32)
+    content = values.numpy().tobytes()
+    crc = struct.pack("<I", masked_crc(content[:16]))
+    # A part's key is binary: the name in an ordered code, and the extent of the part.
+    first = b"\0\x01split\0\x01\x02\x80\xc0"
+    second = b"\0\x01split\0\x01\x02\x84\xc0"
+    pairs = [
+        (b"", field(1, 1)),
+        (first, entry((4,), 16, 16, crc)),
+        (second, entry((4,), 32, 16, crc)),
+        (b"split", entry((8,), 0, 0, b"\0" * 4, slices=(b"\x0a\0", b"\x0a\x01"))),
+        (b"whole", entry((4,), 0, 16, crc)),
+    ]
+    write_table(tmp_path / "model.ckpt-1.index", pairs)
+    (tmp_path / "model.ckpt-1.data-00000-of-00001").write_bytes(content)
+    return tmp_path / "model.ckpt-1"
+
+
+def test_a_partitioned_variable_that_is_not_needed_does_no_harm(partitioned):
+    found = Bundle(partitioned)
+    assert found.names == ("split", "whole")
+    assert found.read("whole").tolist() == [0, 1, 2, 3]
+
+
+def test_a_partitioned_variable_that_is_needed_is_named(partitioned):
+    with pytest.raises(UserError) as error:
+        Bundle(partitioned).read("split")
+    assert str(error.value) == (
+        f"{partitioned}: split is partitioned into 2 parts, which is not read here; "
+        "save it in one part (tf.train.Saver over variables without a partitioner)"
+    )
