@@ -3,6 +3,7 @@
 No other file outside `common/npu` asks for the kind of a device.
 """
 
+import ctypes
 import importlib.util
 import os
 import platform
@@ -18,6 +19,8 @@ OLDEST_TORCH = (2, 6)
 KINDS = ("npu", "cuda", "cpu")  # in the order in which `auto` tries them
 DEVICES = ("auto", *KINDS)
 CANN_ADVICE = "source CANN's set_env.sh (bash: `source common/npu/env_npu.sh`)"
+CANN_OPERATORS = "libopapi.so"
+FUSED_SGD_OF_CANN = "aclnnFusedSgd"
 BF16_PROCESSOR_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86 and Arm in /proc/cpuinfo
 
 
@@ -149,9 +152,28 @@ def has_torchvision_operators() -> bool:
     return True
 
 
-def has_fused_sgd(device: torch.device) -> bool:
-    """Return whether torch's fused SGD runs on the device: everywhere but on an Ascend 910A."""
-    return device.type != "npu" or has_bf16(device)
+def obstacle_to_fused_sgd(device: torch.device) -> str | None:
+    """Return why torch's fused SGD does not run on the device, None where it does.
+
+    An NPU needs a kernel of torch_npu's and one of CANN's, which came with torch_npu 2.13 and CANN
+    9.1. Without the first, the step would run on the host; without the second, it is an error.
+    """
+    if device.type != "npu":
+        return None
+    if not has_bf16(device):
+        return "an Ascend 910A has no kernel for it"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_sgd_", "PrivateUse1"):
+        return "this torch_npu has no kernel for it"
+    if not _cann_has(FUSED_SGD_OF_CANN):
+        return f"this CANN has no {FUSED_SGD_OF_CANN}"
+    return None
+
+
+def _cann_has(function: str) -> bool:
+    try:
+        return hasattr(ctypes.CDLL(CANN_OPERATORS), function)
+    except OSError:
+        return False
 
 
 def be_deterministic(device: torch.device) -> None:

@@ -88,7 +88,8 @@ def start(device: torch.device, ranks: Ranks, timeout_seconds: float = 1800) -> 
     dist.init_process_group(
         BACKENDS[device.type],
         timeout=timedelta(seconds=timeout_seconds),
-        device_id=None if device.type == "cpu" else device,
+        # torch 2.6 takes it for CUDA alone; an NPU was chosen by set_device.
+        device_id=device if device.type == "cuda" else None,
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from common.errors import UserError
-from common.npu.device import has_bf16, has_fused_sgd, has_infinity, in_host_memory
+from common.npu.device import has_bf16, has_infinity, in_host_memory, obstacle_to_fused_sgd
 
 LEVELS = ("O0", "O1", "O2")
 LOSS_SCALE = re.compile(r"dynamic|[1-9]\d*(\.\d+)?")
@@ -149,11 +149,12 @@ def default_level(device: torch.device, recipe_level: str) -> str:
 
 
 def build_sgd(parameters: list, device: torch.device, **options: float) -> torch.optim.SGD:
-    """Return SGD in one fused kernel where the device has it; else one kernel a list.
+    """Return SGD in one fused kernel where the device has it; else in kernels over lists.
 
     `parameters` are tensors or groups of them; `options` are those of torch's SGD.
     """
-    optimizer = torch.optim.SGD(parameters, fused=has_fused_sgd(device), **options)
+    fused = obstacle_to_fused_sgd(device) is None
+    optimizer = torch.optim.SGD(parameters, fused=fused, foreach=not fused, **options)
     # torch's fused kernel would take them uninitialised after a first step that overflowed.
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -15,7 +15,13 @@ from common.coco.evaluation import EvaluationOptions, require_evaluator
 from common.errors import UserError
 from common.fps.runlog import RunLog
 from common.npu import checkpoint, distributed
-from common.npu.device import be_deterministic, environment, in_host_memory, setup_device
+from common.npu.device import (
+    be_deterministic,
+    environment,
+    in_host_memory,
+    obstacle_to_fused_sgd,
+    setup_device,
+)
 from common.npu.distributed import Ranks
 from common.npu.entry import StopRequest
 from common.npu.loading import workers_per_rank
@@ -130,6 +136,9 @@ class Run:
         log = RunLog(ranks, workers)
         log.info(reason)
         log.info(f"precision: {precision}")
+        obstacle = obstacle_to_fused_sgd(device)
+        if obstacle is not None:
+            log.info(f"optimizer: SGD over lists of tensors, not fused: {obstacle}")
         resumed = None
         if ranks.main:
             resumed = checkpoint.load_resume_state(args.resume, args.output_dir)

@@ -7,7 +7,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from common.errors import UserError
+from common.npu import device as device_module
 from common.npu import precision as module
+from common.npu.device import obstacle_to_fused_sgd
 from common.npu.precision import Precision, build_sgd, default_level
 
 CPU, CUDA, NPU = torch.device("cpu"), torch.device("cuda", 0), SimpleNamespace(type="npu")
@@ -216,6 +218,24 @@ def test_sgd_after_a_first_step_that_overflowed():
 def test_sgd_is_fused_where_the_device_can(device, fused):
     optimizer = build_sgd([nn.Parameter(torch.ones(1))], device, lr=0.1)
     assert optimizer.defaults["fused"] is fused
+    assert optimizer.defaults["foreach"] is not fused
+
+
+@pytest.mark.parametrize(
+    ("kernel", "cann", "obstacle"),
+    [(False, True, "this torch_npu has no"), (True, False, "this CANN has no"), (True, True, None)],
+)
+def test_an_npus_sgd_is_fused_where_torch_npu_and_cann_have_it(monkeypatch, kernel, cann, obstacle):
+    monkeypatch.setattr(device_module, "has_bf16", lambda device: True)
+    monkeypatch.setattr(
+        torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda operator, key: kernel
+    )
+    monkeypatch.setattr(device_module, "_cann_has", lambda function: cann)
+    found = obstacle_to_fused_sgd(NPU)
+    if obstacle is None:
+        assert found is None
+    else:
+        assert found.startswith(obstacle)
 
 
 AMP = """
