@@ -143,7 +143,12 @@ class Run:
         if ranks.main:
             resumed = checkpoint.load_resume_state(args.resume, args.output_dir)
             if resumed is None and args.resume == "auto":
-                log.warning(_nothing_to_resume(args.output_dir))
+                log.info(
+                    f"--resume auto: no whole checkpoint in {args.output_dir}: a new run begins"
+                )
+                newest = _newest_of_renamed_runs(args.output_dir)
+                if newest is not None:
+                    log.warning(f"a former run was renamed; --resume={newest} goes on with it")
         return Run(
             ranks=ranks,
             device=device,
@@ -257,14 +262,13 @@ def _differences(before: dict, now: dict) -> list[Difference]:
     return differences
 
 
-def _nothing_to_resume(folder: Path) -> str:
-    """Return the line on `--resume=auto` without a checkpoint; it names those of renamed runs."""
-    line = f"--resume auto: there is no whole checkpoint in {folder}, so a new run begins"
+def _newest_of_renamed_runs(folder: Path) -> Path | None:
+    """Return the newest checkpoint of the last former run of a folder that has one."""
     for former in renamed_folders(folder):
         checkpoints = checkpoint.checkpoints_newest_first(former)
         if checkpoints:
-            return f"{line}; to go on with the former run give --resume={checkpoints[0]}"
-    return line
+            return checkpoints[0]
+    return None
 
 
 class RunState:

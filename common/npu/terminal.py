@@ -50,9 +50,11 @@ def make_output_last() -> None:
 
 def _lasting(stream: io.TextIOWrapper) -> io.TextIOWrapper:
     stream.flush()
-    raw = LastingOutput(stream.fileno(), "w", closefd=False)
+    output = LastingOutput(stream.fileno(), "w", closefd=False)
+    if not stream.write_through:  # that is: unless PYTHONUNBUFFERED is set
+        output = io.BufferedWriter(output)
     return io.TextIOWrapper(
-        io.BufferedWriter(raw),
+        output,
         encoding=stream.encoding,
         errors="backslashreplace",
         line_buffering=stream.line_buffering,

@@ -185,9 +185,11 @@ def test_a_run_resumed_from_another_folder_begins_one_of_its_own(tmp_path):
 
 def test_nothing_to_resume_is_said_with_the_run_that_was_renamed(tmp_path, capsys):
     folder = tmp_path / "run"
-    nothing = f"--resume auto: there is no whole checkpoint in {folder}, so a new run begins"
+    nothing = f"INFO - --resume auto: no whole checkpoint in {folder}: a new run begins\n"
     assert start(folder, "--resume=auto").resumed is None
-    assert f"WARNING - {nothing}\n" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert nothing in output
+    assert "former" not in output
     # Neither a folder of another name nor one without a checkpoint is a former run.
     for name in ("run_old", "run_20990101_000000_000000", "run_20260101_000000_000000"):
         (tmp_path / name).mkdir()
@@ -195,8 +197,9 @@ def test_nothing_to_resume_is_said_with_the_run_that_was_renamed(tmp_path, capsy
         (tmp_path / name / "iter_7.pt").touch()
     start(folder, "--resume=auto")
     former = tmp_path / "run_20260101_000000_000000" / "iter_7.pt"
-    expected = f"{nothing}; to go on with the former run give --resume={former}\n"
-    assert expected in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert nothing in output
+    assert f"WARNING - a former run was renamed; --resume={former} goes on with it\n" in output
     start(folder)
     assert "resume" not in capsys.readouterr().out
 

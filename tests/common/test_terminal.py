@@ -86,7 +86,7 @@ from common.npu.distributed import Ranks
 def main():
     with RunLog(Ranks()) as log:
         log.open(Path({str(tmp_path)!r}), 0)
-        print("\\u732b", flush=True)
+        print("\\u732b")
         sys.stdin.read()  # until the reader has ended
         for number in tqdm(range(100), disable=False):
             log.info(f"line {{number}}")
@@ -97,7 +97,7 @@ entry.run(main)
     with subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": "1"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import signal
 import subprocess
 import sys
 
@@ -101,6 +102,13 @@ def test_the_scripts_name_an_interpreter_that_cannot(tmp_path, script):
         assert done.stderr.startswith(line)
         assert done.stderr.count("\n") == 1
     assert not (tmp_path / "training").exists()
+
+
+def test_the_loss_of_the_terminal_is_passed_on_to_the_ranks():
+    received = launch.receive_signals()
+    os.kill(os.getpid(), signal.SIGHUP)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert received == [signal.SIGHUP, signal.SIGTERM]
 
 
 @pytest.mark.parametrize("ranks", [1, 8])
