@@ -51,17 +51,17 @@ def read_json_log(path: str | Path) -> list[dict]:
 def with_modes(lines: list[dict]) -> list[dict]:
     """Return the lines with mmengine's train and val lines in the form of MMDetection 2.x.
 
-    mmengine writes no `mode`. Only its train lines have `iter`, which counts on from epoch to
-    epoch there and is counted from the beginning of the epoch here. Where its log has a hierarchy,
-    the names begin with `train/`.
+    mmengine writes no `mode`. Its train lines count iterations on from epoch to epoch; here they
+    are counted from the beginning of the epoch. Where its log has a hierarchy, the names begin with
+    `train/`.
     """
-    first_iterations = _iterations_before_epochs(lines)
+    iterations_before = _iterations_before_epochs(lines)
     converted = []
     for line in lines:
         if is_train_line_of_mmengine(line):
             changes = {
                 "mode": "train",
-                "iter": line["iter"] - first_iterations[line.get("epoch")],
+                "iter": line["step"] - iterations_before[line.get("epoch")],
                 "time": line.get("time", line.get("train/time")),
             }
             converted.append(line | changes)
@@ -73,7 +73,11 @@ def with_modes(lines: list[dict]) -> list[dict]:
 
 
 def is_train_line_of_mmengine(line: dict) -> bool:
-    return "mode" not in line and isinstance(line.get("iter"), int)
+    """Return whether a line is one of training; those of an evaluation have `step` only."""
+    if "mode" in line or not isinstance(line.get("step"), int):
+        return False
+    # Those of early versions have no `iter`, those of a run without epochs no `epoch`.
+    return any(name in line for name in ("iter", "epoch", "lr", "train/lr"))
 
 
 def _iterations_before_epochs(lines: list[dict]) -> dict[int | None, int]:
@@ -89,15 +93,15 @@ def _iterations_before_epochs(lines: list[dict]) -> dict[int | None, int]:
     gaps = [0]
     for line, next_line in pairwise(train_lines):
         if line.get("epoch") == next_line.get("epoch"):
-            gaps.append(next_line["iter"] - line["iter"])
+            gaps.append(next_line["step"] - line["step"])
     # The first line of a whole log shows the interval; a resumed run begins later. The last gap of
     # an epoch may be shorter than the interval.
     interval = max(gaps)
     if first_line.get("epoch") == 1:
-        interval = first_line["iter"]
+        interval = first_line["step"]
     before = {}
     for line in train_lines:
-        before.setdefault(line.get("epoch"), line["iter"] - interval)
+        before.setdefault(line.get("epoch"), line["step"] - interval)
     if None in before:
         before[None] = 0
     return before
