@@ -80,16 +80,13 @@ class Parser(argparse.ArgumentParser):
         """Write the flags of old commands as today's; end the program where there is none."""
         replaced = []
         answers = []
-        position = 0
-        while position < len(words):
-            word = words[position]
+        remaining = list(words)
+        while remaining:
+            word = remaining.pop(0)
             name, equals, value = word.partition("=")
-            position += 1
-            value_is_next = (
-                not equals and position < len(words) and not words[position].startswith("-")
-            )
+            value_is_next = not equals and remaining and not remaining[0].startswith("-")
             if value_is_next:
-                value = words[position]
+                value = remaining[0]
             old = self._find_old_flag(name, value)
             if old is None:
                 replaced.append(word)
@@ -97,7 +94,7 @@ class Parser(argparse.ArgumentParser):
                 answers.append(f"{word}: {old.advice}")
             elif old.new == "":
                 if value_is_next and (old.takes_value or old.value):
-                    position += 1
+                    remaining.pop(0)
             elif "=" in old.new:
                 replaced.append(old.new)
             else:
