@@ -85,6 +85,11 @@ class Progress:
                 f"the global batch of {self.images_per_step} images is larger than the data set of "
                 f"{num_images}: a step sees images more than once; lower --batch_size"
             )
+        if self.steps_done > self.end:
+            self.run.log.warning(
+                f"the resumed run has done {self.steps_done} steps, more than the {self.end} of "
+                "this one: nothing is trained; raise --epochs or --max_iters"
+            )
         self.run.log.begin(self.end, self.steps_done, self.steps_per_epoch)
 
     def steps(self, loader: Iterable) -> Iterator[tuple[int, object]]:
@@ -251,7 +256,7 @@ class Progress:
             kind=kind,
             seconds=time.time() - self.run.settings.started,
             fps=self.meter.fps_average if self._logged_losses else None,
-            accuracy=self.last_ap if self.run.settings.evaluate else None,
+            accuracy=None if self.last_ap == NOT_EVALUATED else self.last_ap,
             losses=self._logged_losses,
         )
         log.info("\n".join(closing_lines))

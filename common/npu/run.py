@@ -32,20 +32,57 @@ from common.npu.weights import require_finite, weights_on_cpu
 if TYPE_CHECKING:
     from common.fps.progress import Progress
 
-# The fields of a recipe that may differ in a resumed run, which takes the new value: the schedule,
-# the optimizer, the precision and the evaluation. What is learned from what data stays.
+# The fields of a recipe that may differ in a resumed run, which takes the new value. All others,
+# which say what is learned from what data, must stay.
 MAY_CHANGE = frozenset(
-    (
-        *("name", "epochs", "num_examples_per_epoch"),
-        "batch_size",  # of a rank; the global batch, which must stay, is compared as such
-        *("lr", "lr_step", "lr_decay_epochs", "lr_decay_factor", "lr_factors", "lr_last_epochs"),
-        *("lr_warmup_epochs", "lr_cosine_epochs", "lr_floor", "bias_lr_factor"),
-        *("warmup", "warmup_epochs", "warmup_factor", "warmup_kind", "warmup_lr", "warmup_ratio"),
-        *("momentum", "weight_decay", "clip_norm", "clip_each", "amp", "loss_scale"),
-        *("evaluation", "threshold", "eval_batch_size", "eval_shapes", "score_threshold"),
-        *("nms", "nms_iou", "soft_nms_iou", "soft_nms_min_score", "hard_nms_iou"),
-        *("candidates", "max_per_class", "max_detections", "plus_one", "clamp_boxes"),
-    )
+    [
+        # The schedule
+        "epochs",
+        "num_examples_per_epoch",
+        "lr",
+        "lr_step",
+        "lr_decay_epochs",
+        "lr_decay_factor",
+        "lr_factors",
+        "lr_last_epochs",
+        "lr_warmup_epochs",
+        "lr_cosine_epochs",
+        "lr_floor",
+        "warmup",
+        "warmup_epochs",
+        "warmup_factor",
+        "warmup_kind",
+        "warmup_lr",
+        "warmup_ratio",
+        # The optimizer and the precision
+        "bias_lr_factor",
+        "momentum",
+        "weight_decay",
+        "clip_norm",
+        "clip_each",
+        "amp",
+        "loss_scale",
+        # The evaluation
+        "evaluation",
+        "threshold",
+        "eval_batch_size",
+        "eval_shapes",
+        "score_threshold",
+        "nms",
+        "nms_iou",
+        "soft_nms_iou",
+        "soft_nms_min_score",
+        "hard_nms_iou",
+        "candidates",
+        "max_per_class",
+        "max_detections",
+        "plus_one",
+        "clamp_boxes",
+        # A word in the logs
+        "name",
+        # Images of a rank: the global batch must stay, and is compared as such
+        "batch_size",
+    ]
 )
 
 

@@ -227,6 +227,19 @@ def test_what_may_change_takes_effect_in_optimizer_checkpoint_and_log(tmp_path):
     assert text.count("from here on") == 4
 
 
+def test_a_run_that_is_past_its_end_says_so(tmp_path):
+    run = start(tmp_path, "--max_iters=3", "--kind=perf")
+    train(run, *parts_of(run))
+    shorter = start(tmp_path, "--resume=auto", "--max_iters=2")
+    state, progress = parts_of(shorter)
+    state.restore()
+    train(shorter, state, progress)
+    log = shorter.log.text_path.read_text()
+    assert "has done 3 steps, more than the 2 of this one: nothing is trained; raise" in log
+    assert "Final Train Accuracy" not in log  # there was no evaluation
+    assert "TrainAccuracy" not in (tmp_path / "tiny_bs2_1p_acc.log").read_text()
+
+
 def test_all_that_may_not_change_is_named_at_once(tmp_path):
     run = start(tmp_path, "--max_iters=1", "--kind=perf")
     train(run, *parts_of(run))
