@@ -33,6 +33,7 @@ from common import flags
 from common.errors import UserError
 from common.npu import entry
 
+PROGRAMS = ("train.py", "evaluate.py")  # of each model, for several devices
 SECONDS_TO_STOP = 300  # for the step that runs, an evaluation at most, and the checkpoint
 
 
@@ -58,9 +59,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check_flags(script: Path, program_flags: list[str]) -> None:
-    """Let a program of this repository parse its flags: it exits for --help and for a wrong one."""
-    module_path = script.resolve().relative_to(ROOT).with_suffix("")
-    program = importlib.import_module(".".join(module_path.parts))
+    """Let a model's program parse its flags: it exits for --help and for a wrong one."""
+    path = script.resolve()
+    if path.name not in PROGRAMS or path.parents[1] != ROOT or not path.is_file():
+        raise UserError(
+            f"{script}: not {' or '.join(PROGRAMS)} of a model's folder",
+            "start any other program with torchrun",
+        )
+    program = importlib.import_module(f"{path.parent.name}.{path.stem}")
     sys.argv = [str(script), *program_flags]  # the name in the help text
     args = program.parse(program_flags)
     flags.chosen_recipe(args, program.RECIPES)

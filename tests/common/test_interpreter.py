@@ -1,5 +1,6 @@
 """A program under an interpreter that cannot run it."""
 
+import ast
 import os
 import signal
 import subprocess
@@ -40,6 +41,13 @@ def test_a_program_without_packages_says_so_in_one_line(script):
     assert done.stdout == ""
     assert done.stderr.startswith(f"error: {sys.executable} has no torch, numpy, ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "script", [*ENTRY_SCRIPTS, "common/__init__.py", "common/npu/__init__.py"], ids=str
+)
+def test_an_old_python_understands_what_it_reads_before_its_line(script):
+    ast.parse((ROOT / script).read_text(), feature_version=(3, 7))
 
 
 def test_this_interpreter_has_what_is_needed():

@@ -95,6 +95,15 @@ def test_a_number_that_a_recipe_refuses_starts_nothing(started):
     assert started == []
 
 
+@pytest.mark.parametrize(
+    "script", ["fcos/demo.py", "fcos/missing.py", "ssd_resnet34/tfrecord/train.py", "/tmp/train.py"]
+)
+def test_another_program_is_left_to_torchrun(started, script):
+    with pytest.raises(UserError, match=r"not train\.py or evaluate\.py of .+ with torchrun"):
+        launch.main([*RANKS, str(ROOT / script)])
+    assert started == []
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_has_its_own_line_and_the_signals_status(monkeypatch, capsys, number, status):
     ending_with(monkeypatch, SignalException("got a signal", sigval=number))
