@@ -4,8 +4,9 @@
     python3 common/npu/launch.py --nproc_per_node=8 fcos/train.py --data=coco
 
 The program's flags are read before a process is started, so that `--help` and a mistyped flag are
-answered once. A run that is stopped ends with 130 for Ctrl-C or 143 for SIGTERM, a run that fails
-with the status of the process that failed: the processes have said why.
+answered once; `--check_data` needs no more than this process. A run that is stopped ends with 130
+for Ctrl-C or 143 for SIGTERM, a run that fails with the status of the process that failed: the
+processes have said why.
 """
 
 import sys
@@ -23,6 +24,8 @@ import importlib
 import logging
 import os
 import signal
+from argparse import Namespace
+from types import ModuleType
 
 import torch.distributed as dist
 from torch.distributed import run as torchrun
@@ -37,9 +40,12 @@ PROGRAMS = ("train.py", "evaluate.py")  # of each model, for several devices
 SECONDS_TO_STOP = 300  # for the step that runs, an evaluation at most, and the checkpoint
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int | None:
     args = torchrun.parse_args(argv)
-    check_flags(Path(args.training_script), args.training_script_args)
+    program = find_program(Path(args.training_script))
+    program_args = parse_flags(program, args.training_script, args.training_script_args)
+    if vars(program_args).get("check_data"):
+        return program.main(args.training_script_args)
     prepare(args)
     try:
         torchrun.run(args)
@@ -58,21 +64,29 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def check_flags(script: Path, program_flags: list[str]) -> None:
-    """Let a model's program parse its flags: it exits for --help and for a wrong one."""
+def find_program(script: Path) -> ModuleType:
+    """Return the module of a model's program; raise UserError for another file."""
     path = script.resolve()
     if path.name not in PROGRAMS or path.parents[1] != ROOT or not path.is_file():
         raise UserError(
             f"{script}: not {' or '.join(PROGRAMS)} of a model's folder",
             "start any other program with torchrun",
         )
-    program = importlib.import_module(f"{path.parent.name}.{path.stem}")
-    sys.argv = [str(script), *program_flags]  # the name in the help text
-    args = program.parse(program_flags)
-    flags.chosen_recipe(args, program.RECIPES)
+    return importlib.import_module(f"{path.parent.name}.{path.stem}")
 
 
-def prepare(args) -> None:
+def parse_flags(program: ModuleType, name: str, program_flags: list[str]) -> Namespace:
+    """Let a program parse its flags: it exits for --help, where it has this name, and for a fault.
+
+    Raise UserError for a value that the recipe refuses.
+    """
+    sys.argv = [name, *program_flags]
+    program_args = program.parse(program_flags)
+    flags.chosen_recipe(program_args, program.RECIPES)
+    return program_args
+
+
+def prepare(args: Namespace) -> None:
     """Set what torchrun takes from its flags, its environment and the logging module."""
     # torchrun says so in five lines.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

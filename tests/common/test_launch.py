@@ -89,6 +89,13 @@ def test_a_wrong_flag_is_one_line_and_starts_nothing(started, capsys, words, lin
     assert started == []
 
 
+def test_data_is_checked_once(started, capsys, tmp_path):
+    where = [f"--data={ROOT}/tests/data/tiny_coco", f"--output_dir={tmp_path}"]
+    assert not launch.main([*RANKS, TRAIN, "--check_data", *where])
+    assert capsys.readouterr().out.count("instances_train2017.json, images in") == 1
+    assert started == []
+
+
 def test_a_number_that_a_recipe_refuses_starts_nothing(started):
     with pytest.raises(UserError, match="--head_norm bn: not one of gn, none"):
         launch.main([*RANKS, TRAIN, "--head_norm=bn"])
