@@ -51,7 +51,8 @@ LAYOUT = Layout(
     backbone="backbone.",
     # Biases of convolutions, which some backbone files have.
     unused=re.compile(r"backbone\.(.*\.)?(conv\d|downsample\.0)\.bias"),
-    remedy="give a detector of fcos or MMDetection's caffe style, or resnet50_caffe-788b5fa3.pth",
+    remedy="give a detector of fcos, one of MMDetection's with a caffe ResNet-50, or "
+    "resnet50_caffe-788b5fa3.pth",
 )
 # MMDetection's 2.x and 3.x, which have the same keys.
 LAYOUTS = ("mmdet2", "mmdet3")
