@@ -87,14 +87,17 @@ def parse_flags(program: ModuleType, name: str, program_flags: list[str]) -> Nam
 
 
 def prepare(args: Namespace) -> None:
-    """Set what torchrun takes from its flags, its environment and the logging module."""
+    """Set what torchrun takes from its flags, its environment and the logging module.
+
+    The flags are those of newer versions, which older ones do not read.
+    """
     # torchrun says so in five lines.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if hasattr(args, "shutdown_timeout") and args.shutdown_timeout is None:
+    if vars(args).get("shutdown_timeout") is None:
         args.shutdown_timeout = SECONDS_TO_STOP
     # torchrun would take a signal that `nohup` has switched off.
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-        os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
+        args.signals_to_handle = "SIGTERM,SIGINT,SIGQUIT"
     # What it logs about signals and statuses is raised as well.
     logging.disable(logging.ERROR)
 

@@ -1,7 +1,6 @@
 """The start of a program on several devices, up to the first process and from the last one on."""
 
 import logging
-import os
 import signal
 import sys
 from pathlib import Path
@@ -24,7 +23,6 @@ def _own_process(monkeypatch):
     """`prepare` changes what belongs to the process of the launcher."""
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.delenv("TORCHELASTIC_SIGNALS_TO_HANDLE", raising=False)
     yield
     logging.disable(logging.NOTSET)
 
@@ -153,8 +151,10 @@ def test_a_port_in_use_is_one_line(monkeypatch):
         launch.main([*RANKS, TRAIN])
 
 
-def test_nohup_stays_in_force(started, monkeypatch):
-    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL])
+def test_nohup_stays_in_force(started, monkeypatch, handler):
+    monkeypatch.setattr(signal, "getsignal", lambda number: handler)
     launch.main([*RANKS, TRAIN])
-    assert "SIGHUP" not in os.environ.pop("TORCHELASTIC_SIGNALS_TO_HANDLE")
-    assert len(started) == 1
+    config, _, _ = launch.torchrun.config_from_args(started[0])
+    assert ("SIGHUP" in config.signals_to_handle) == (handler == signal.SIG_DFL)
+    assert config.shutdown_timeout == launch.SECONDS_TO_STOP
