@@ -358,7 +358,7 @@ def test_evaluate_says_what_it_noticed(tmp_path, monkeypatch):
     data = write(tmp_path / "data", images, annotations)
     train("ssd_resnet34", data, tmp_path / "out", "--kind=perf", "--save_interval=2")
     done = scripts.run("evaluate.py", f"--data={data}", f"--output_dir={tmp_path}/out", *SHORT[:1])
-    assert "note: zero-size box, skipped: 1 (image 1 annotation 9" in done.stdout
+    assert "note: zero-size box, not trained on: 1 (image 1 annotation 9" in done.stdout
     val = tmp_path / "data/annotations/instances_val2017.json"
     content = json.loads(val.read_text())
     val.write_text(json.dumps({**content, "annotations": [annotations[-1]]}))

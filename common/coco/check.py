@@ -94,8 +94,9 @@ def _bad_image_files(reader: ImageReader) -> list[str]:
     """Decode all images that are there; describe those that cannot be read or of another size."""
 
     def describe_problem(i: int) -> str | None:
-        if not os.path.lexists(reader.records.path(i)):
-            return None  # reported as missing
+        has_size = reader.records.sizes[i].min() > 0
+        if not has_size or not os.path.lexists(reader.records.path(i)):
+            return None  # reported as that
         try:
             reader.read(i)
         except UserError as error:

@@ -8,25 +8,48 @@ from typing import NamedTuple
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from common.coco.index import CocoIndex
 from common.errors import UserError
 
-# What Pillow raises for a broken file. Its UnidentifiedImageError is an OSError.
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+# What Pillow raises for a broken file; the last four are of damaged headers. Its
+# UnidentifiedImageError is an OSError.
+BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    LookupError,
+)
 JPEG_START = b"\xff\xd8"
 HEIC_BRANDS = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1")
 CMYK_SPACES = ("CMYK", "YCCK")  # whose RGB pixels by simplejpeg are not always Pillow's
 # Pillow's modes that fit into 8 bits a channel.
 MODES_OF_8_BITS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr")
-LARGEST_8_BIT = 2**8 - 1
 LARGEST_16_BIT = 2**16 - 1
+# Of these formats Pillow gives 16 bits in its mode I, which is one of 32 bits in others.
+FORMATS_OF_16_BITS = ("PNG", "PPM")
+GIT_LFS_START = b"version https://git-lfs"  # of the text that stands for a file
 REMEDY = "re-download it; --check_data lists all such files"
 
 # The EXIF orientations (tag 0x0112) that exchange height and width: quarter turns.
 ORIENTATION = 0x0112
 QUARTER_TURNS = (5, 6, 7, 8)
+TURNS = {  # to the upright position
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 EXIF_MARK = b"Exif\x00\x00"  # of EXIF data in a JPEG
 HEADER_BYTES = 2**16  # of a JPEG, in which its EXIF data begins
 PNG_START = b"\x89PNG"
@@ -123,7 +146,11 @@ def decode_image(data: bytes, where: str, remedy: str = REMEDY) -> np.ndarray:
 
 def decode_upright(data: bytes, where: str, remedy: str = REMEDY) -> np.ndarray:
     """Do what `decode_image` does, and turn the pixels as the EXIF orientation asks."""
-    return _decode_by_pillow(data, where, remedy, upright=True)
+    stored = decode_image(data, where, remedy)
+    turn = TURNS.get(exif_orientation(data))
+    if turn is None:
+        return stored
+    return np.array(Image.fromarray(stored).transpose(turn))
 
 
 def stored_size(data: bytes, where: str, remedy: str = REMEDY) -> tuple[int, int]:
@@ -287,13 +314,16 @@ def _read_bytes(path: str | Path) -> bytes:
         raise unreadable(path, error) from error
 
 
-def _decode_by_pillow(data: bytes, where: str, remedy: str, upright: bool = False) -> np.ndarray:
+def _decode_by_pillow(data: bytes, where: str, remedy: str) -> np.ndarray:
     try:
-        image = Image.open(io.BytesIO(data))
-        if upright:
-            image = ImageOps.exif_transpose(image)
-        return _to_rgb(image, where)
+        return _to_rgb(Image.open(io.BytesIO(data)), where)
     except BROKEN as error:
+        if not data:
+            raise UserError(f"{where}: the image file is empty", remedy) from error
+        if bytes(data[: len(GIT_LFS_START)]) == GIT_LFS_START:
+            raise UserError(
+                f"{where}: not the image, but Git LFS's pointer to it", "git lfs pull fetches it"
+            ) from error
         if bytes(data[4:12]) in HEIC_BRANDS:
             remedy = "Pillow reads HEIC only with a plug-in: convert it to JPEG"
         elif isinstance(error, Image.DecompressionBombError):
@@ -307,9 +337,7 @@ def _to_rgb(image: Image.Image, where: str) -> np.ndarray:
         return np.array(image.convert("RGB"))
     if image.mode.startswith("I"):
         values = np.array(image)
-        # Mode I is one of 32 bits, in which older versions of Pillow give 16: values of 8 bits are
-        # somebody's own scale.
-        is_16_bit = image.mode != "I" or values.max() > LARGEST_8_BIT
+        is_16_bit = image.mode != "I" or image.format in FORMATS_OF_16_BITS
         if is_16_bit and values.min() >= 0 and values.max() <= LARGEST_16_BIT:
             upper_bits = (values >> 8).astype(np.uint8)
             return np.repeat(upper_bits[:, :, np.newaxis], 3, axis=2)

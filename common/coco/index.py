@@ -23,8 +23,8 @@ class Severity(Enum):
     """What happens to an entry that breaks a rule."""
 
     ERROR = "the run stops"
-    SKIP = "the annotation is left out"
-    KEEP = "the annotation is used"
+    SKIP = "the annotation is not trained on; an evaluation counts it, as pycocotools does"
+    NOTE = "it is said, nothing more"
 
 
 class Rule(NamedTuple):
@@ -42,7 +42,7 @@ class Rule(NamedTuple):
 
     def summary(self, findings: "Findings", limit: int | None) -> str:
         """Return the line without its beginning, to be joined with others."""
-        consequence = ", skipped" if self.severity is Severity.SKIP else ""
+        consequence = ", not trained on" if self.severity is Severity.SKIP else ""
         examples = "; ".join(findings.examples[:limit])
         return f"{self.text}{consequence}: {findings.count} ({examples})"
 
@@ -59,40 +59,47 @@ class Findings(NamedTuple):
         return Findings(len(entries), entries)
 
 
-BAD_IMAGE_ID = Rule("image id that is no whole number from 0 on", Severity.ERROR)
+BAD_IMAGE_ID = Rule("image id that is no whole number from 0 to 2**53", Severity.ERROR)
+TEXT_IMAGE_IDS = Rule(
+    "image id that is a text: the images are numbered in their order, in results too", Severity.NOTE
+)
+IMAGE_LISTED_AGAIN = Rule("image listed again, taken once", Severity.NOTE)
 REPEATED_IMAGE_ID = Rule("image id of several images", Severity.ERROR)
 BAD_IMAGE_SIZE = Rule("image width or height that is no number above 0", Severity.ERROR)
-BAD_CATEGORY_ID = Rule("category id that is no whole number from 0 on", Severity.ERROR)
+BAD_CATEGORY_ID = Rule("category id that is no whole number from 0 to 2**53", Severity.ERROR)
 REPEATED_CATEGORY_ID = Rule("category id of several names", Severity.ERROR)
 BAD_CATEGORY_NAME = Rule("category without a name", Severity.ERROR)
 REPEATED_CATEGORY_NAME = Rule("category name of several ids that boxes use", Severity.ERROR)
-CATEGORY_LISTED_AGAIN = Rule("category listed again, taken once", Severity.KEEP)
-UNUSED_ROOT = Rule("category that no box uses and others lie under, left out", Severity.KEEP)
+CATEGORY_LISTED_AGAIN = Rule("category listed again, taken once", Severity.NOTE)
+UNUSED_ROOT = Rule("category that no box uses and others lie under, left out", Severity.NOTE)
 UNUSED_NAMESAKE = Rule(
-    "category that no box uses and that has the name of another, left out", Severity.KEEP
+    "category that no box uses and that has the name of another, left out", Severity.NOTE
 )
 BAD_ANNOTATION_ID = Rule(
-    "annotation id that is no whole number from 0 on, not needed", Severity.KEEP
+    "annotation id that is no whole number from 0 to 2**53, not needed", Severity.NOTE
 )
-REPEATED_ANNOTATION_ID = Rule("annotation id of several annotations, kept", Severity.KEEP)
+REPEATED_ANNOTATION_ID = Rule("annotation id of several annotations, kept", Severity.NOTE)
 UNKNOWN_CATEGORY = Rule("unknown category", Severity.ERROR)
 INFINITE_MARK = Rule("box of infinities with area 0", Severity.SKIP)
 BAD_BOX = Rule("box that is not 4 finite numbers", Severity.ERROR)
 NEGATIVE_SIZE = Rule("box of negative size", Severity.SKIP)
-BAD_AREA = Rule("area that is no number from 0 on", Severity.ERROR)
+BAD_AREA = Rule("area that is no number", Severity.ERROR)
 BAD_CROWD = Rule("iscrowd that is not 0 or 1", Severity.ERROR)
 BAD_IGNORE = Rule("ignore that is not 0 or 1", Severity.ERROR)
 UNKNOWN_IMAGE = Rule("annotation of an unknown image", Severity.SKIP)
 EMPTY_BOX = Rule("zero-size box", Severity.SKIP)
 BOX_OUTSIDE = Rule("box wholly outside its image", Severity.SKIP)
-BOX_OVER_EDGE = Rule("box more than 1 pixel over the edge, kept", Severity.KEEP)
-ZERO_AREA = Rule("area 0 of a box with a size, taken as width times height", Severity.KEEP)
+BOX_OVER_EDGE = Rule("box more than 1 pixel over the edge, kept", Severity.NOTE)
+ZERO_AREA = Rule("area 0 of a box with a size, taken as width times height", Severity.NOTE)
+NEGATIVE_AREA = Rule("area below 0, taken as width times height", Severity.NOTE)
 NORMALISED_BOXES = Rule(
-    "all boxes lie between 0 and 1: they are normalised, where COCO's are in pixels",
-    Severity.ERROR,
+    "boxes lie between 0 and 1: they are normalised, where COCO's are in pixels", Severity.ERROR
 )
-NO_FILE_NAME = Rule("image without file_name, the end of its coco_url is taken", Severity.KEEP)
-FILE_FOUND_OTHERWISE = Rule("image file found under another spelling", Severity.KEEP)
+NO_FILE_NAME = Rule("image without file_name", Severity.ERROR)
+FILE_NAME_OF_ADDRESS = Rule(
+    "image without file_name, the end of its coco_url is taken", Severity.NOTE
+)
+FILE_FOUND_OTHERWISE = Rule("image file found under another spelling", Severity.NOTE)
 IMAGE_FILE_MISSING = Rule("image file missing", Severity.ERROR)
 
 # The 80 classes of COCO in the order of their category ids, for weights that bring no names.
@@ -115,12 +122,16 @@ TABLE_COLUMNS = [
 SIZE_LIMIT = 2**31  # pixels: sizes are kept as int32
 EXACT_LIMIT = 2**53  # float64 holds all integers below
 BOXES_MULTIPLE = 16
-LARGEST_NORMALISED = 1.5  # a little over 1: of boxes over the edge
+# Where nearly all corners lie, if boxes are normalised: a little outside of 0 to 1, because boxes
+# reach over the edge and roundings add up.
+NORMALISED_RANGE = (-0.5, 1.5)
+SHARE_OF_NORMALISED = 0.9
+CHECK_HINT = "train.py --check_data lists them in full"
 EXAMPLES_KEPT = 20  # of a rule, unless all are asked for
 GZIP_START = b"\x1f\x8b"
 OTHER_ENCODING = "gbk"  # of files written on a Chinese Windows
 OTHER_ENCODING_READ = Rule(
-    f"file is not UTF-8 and was read as {OTHER_ENCODING.upper()}", Severity.KEEP
+    f"file is not UTF-8 and was read as {OTHER_ENCODING.upper()}", Severity.NOTE
 )
 
 
@@ -200,7 +211,7 @@ class CocoIndex:
             else:
                 unknown_unused.append(repr(name))
         self.report[Rule(text, Severity.ERROR)] = Findings.of(unknown_used)
-        unused = Rule(f"{text}, no box uses it", Severity.KEEP)
+        unused = Rule(f"{text}, no box uses it", Severity.NOTE)
         self.report[unused] = Findings.of(unknown_unused)
 
     def require_annotations(self) -> None:
@@ -220,14 +231,19 @@ class CocoIndex:
         """Return a line for each broken rule, with its count and up to `limit` examples."""
         return [rule.line(findings, limit) for rule, findings in self.broken_rules().items()]
 
-    def raise_errors(self) -> None:
-        """Raise all errors of the report together as one UserError, if there are any."""
+    def raise_errors(self, hint: str = CHECK_HINT) -> None:
+        """Raise all errors of the report together as one UserError, if there are any.
+
+        An unusual encoding, which may be their cause, is among them. `hint` ends the message.
+        """
+        has_errors = False
         errors = []
         for rule, findings in self.broken_rules().items():
             if rule.severity is Severity.ERROR:
+                has_errors = True
+            if rule.severity is Severity.ERROR or rule == OTHER_ENCODING_READ:
                 errors.append(rule.summary(findings, limit=3))
-        if errors:
-            hint = "train.py --check_data lists them in full"
+        if has_errors:
             raise UserError(f"{self.annotation_file}: {'; '.join(errors)}; {hint}")
 
 
@@ -252,8 +268,14 @@ def usable_index(
     index: CocoIndex,
     classes: Sequence[str] | None = None,
     usual_order: Sequence[str] | None = None,
+    hint: str = CHECK_HINT,
 ) -> CocoIndex:
-    """Do the second half of `read_index`: what it does with all annotations of a file."""
+    """Return the usable annotations of an index of all annotations, with the classes of a run.
+
+    `classes` and `usual_order` are those of `read_index`, of which this is the second half; `hint`
+    is that of `raise_errors`. Raise one UserError with all errors of the file, image files that are
+    missing among them.
+    """
     names = index.class_names
     if classes is not None:
         names = spelled_as(classes, index.class_names)
@@ -263,7 +285,7 @@ def usable_index(
             names = usual_names
     index.check_classes(names)
     index = find_image_files(index)
-    index.raise_errors()
+    index.raise_errors(hint)
 
     index = index.without_unusable()
     new_labels = [names.index(name) if name in names else -1 for name in index.class_names]
@@ -283,21 +305,23 @@ def find_image_files(index: CocoIndex) -> CocoIndex:
     The report tells what was found so, and what is missing. Each folder is listed only once.
     """
     folders: dict[str, _Folder] = {}
+    names = [name_from_bytes(encoded) for encoded in index.file_names.tolist()]
+    is_there = [_is_there(index.image_dir, name, folders) for name in names]
+    taken = {name for name, there in zip(names, is_there, strict=True) if there}
     file_names = []
     missing = []
     found_otherwise = []
-    for i, encoded in enumerate(index.file_names.tolist()):
-        name = name_from_bytes(encoded)
-        if _is_there(index.image_dir, name, folders):
-            file_names.append(encoded)
-            continue
-        other = _other_spelling(index.image_dir, name.replace("\\", "/"), folders)
-        if other is None:
-            missing.append(index.path(i))
-            file_names.append(encoded)
-        else:
-            found_otherwise.append(f"{name!r} is {other!r}")
-            file_names.append(name_to_bytes(other))
+    for i, name in enumerate(names):
+        found = name
+        if not is_there[i] and name:  # without a name: reported as that
+            other = _other_spelling(index.image_dir, name.replace("\\", "/"), folders)
+            if other is None or other in taken:
+                missing.append(index.path(i))
+            else:
+                found_otherwise.append(f"{name!r} is {other!r}")
+                taken.add(other)
+                found = other
+        file_names.append(name_to_bytes(found))
     index.report[IMAGE_FILE_MISSING] = Findings.of(missing)
     index.report[FILE_FOUND_OTHERWISE] = Findings.of(found_otherwise)
     return replace(index, file_names=np.array(file_names))
@@ -314,14 +338,14 @@ def name_from_bytes(encoded: bytes) -> str:
 
 
 class _Folder:
-    """The files of a folder, by their names and by what is left of a name in other spellings."""
+    """What is in a folder, by its names and by what is left of a name in other spellings."""
 
     def __init__(self, path: str):
         self.names = set(os.listdir(path)) if os.path.isdir(path) else set()
         self._spellings: dict[str, list[str]] = {}
 
     def spellings(self, name: str) -> list[str]:
-        """Return the files whose names are equal but for letter case and the form of accents."""
+        """Return the names that are equal but for letter case and the form of accents."""
         if not self._spellings:
             for other in self.names:
                 self._spellings.setdefault(_without_spelling(other), []).append(other)
@@ -332,25 +356,32 @@ def _without_spelling(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _folder_of(image_dir: str, name: str, folders: dict[str, _Folder]) -> _Folder:
-    path = os.path.dirname(os.path.join(image_dir, name))
+def _folder(path: str, folders: dict[str, _Folder]) -> _Folder:
     if path not in folders:
         folders[path] = _Folder(path)
     return folders[path]
 
 
 def _is_there(image_dir: str, name: str, folders: dict[str, _Folder]) -> bool:
-    return os.path.basename(name) in _folder_of(image_dir, name, folders).names
+    folder, base = os.path.split(os.path.join(image_dir, name))
+    return base in _folder(folder, folders).names
 
 
 def _other_spelling(image_dir: str, name: str, folders: dict[str, _Folder]) -> str | None:
-    """Return the name of the only file of another spelling, None where there is none."""
-    if _is_there(image_dir, name, folders):
-        return name
-    spellings = _folder_of(image_dir, name, folders).spellings(os.path.basename(name))
-    if len(spellings) != 1:
-        return None
-    return os.path.join(os.path.dirname(name), spellings[0])
+    """Return the name of the only file of another spelling, None where there is none.
+
+    Each part of the name, folders too, may be spelled in another way.
+    """
+    found = ""
+    for part in name.split("/"):
+        folder = _folder(os.path.join(image_dir, found), folders)
+        if part not in folder.names and part not in ("", ".", ".."):
+            spellings = folder.spellings(part)
+            if len(spellings) != 1:
+                return None
+            part = spellings[0]
+        found = os.path.join(found, part)
+    return found
 
 
 class _Breach(NamedTuple):
@@ -377,7 +408,8 @@ def read_annotations(
     report = _Report(examples)
     images, categories, annotations = _read_json(annotation_file, report)
 
-    image_ids = _numbers(images, "id")
+    images = _listed_once(images, report)
+    image_ids, id_of_image = _image_ids(images, annotations, report)
     heights = _numbers(images, "height")
     widths = _numbers(images, "width")
     good_size = (heights > 0) & (heights < SIZE_LIMIT) & (widths > 0) & (widths < SIZE_LIMIT)
@@ -395,7 +427,6 @@ def read_annotations(
     )
 
     ids = _numbers(annotations, "id")
-    id_of_image = _numbers(annotations, "image_id")
     area = _numbers(annotations, "area", null=np.nan)
     crowd = np.nan_to_num(_numbers(annotations, "iscrowd", null=np.nan))
     ignore = np.nan_to_num(_numbers(annotations, "ignore", null=np.nan))
@@ -417,7 +448,7 @@ def read_annotations(
         _Breach(INFINITE_MARK, (box_xywh == np.inf).any(axis=1) & (area == 0), "bbox"),
         _Breach(BAD_BOX, ~np.isfinite(box_xywh).all(axis=1), "bbox"),
         _Breach(NEGATIVE_SIZE, (width < 0) | (height < 0), "bbox"),
-        _Breach(BAD_AREA, (area < 0) | np.isinf(area), "area"),
+        _Breach(BAD_AREA, np.isinf(area), "area"),
         _Breach(BAD_CROWD, ~np.isin(crowd, (0, 1)), "iscrowd"),
         _Breach(BAD_IGNORE, ~np.isin(ignore, (0, 1)), "ignore"),
         _Breach(UNKNOWN_IMAGE, image < 0, "image_id"),
@@ -425,13 +456,18 @@ def read_annotations(
         _Breach(BOX_OUTSIDE, outside, "bbox"),
         _Breach(BOX_OVER_EDGE, over_edge, "bbox"),
         _Breach(ZERO_AREA, area == 0, "area"),
+        _Breach(NEGATIVE_AREA, area < 0, "area"),
         _Breach(BAD_ANNOTATION_ID, ~is_id, "id"),
         _Breach(REPEATED_ANNOTATION_ID, is_id & _comes_again(ids), "id"),
     ]
     usable = _usable(annotations, breaches, report)
-    area = np.where(has_size & (area == 0), np.nan, area)  # as where the file has none
-    if _are_normalised(box_xywh[usable], heights, widths):
-        report.add(NORMALISED_BOXES, annotations, usable, "bbox")
+    has_no_area = (has_size & (area == 0)) | (area < 0)
+    area = np.where(has_no_area, np.nan, area)  # as where the file has none
+    is_normalised = usable & _are_in_range(box_xywh, NORMALISED_RANGE)
+    has_pixels = max(heights.max(), widths.max()) > NORMALISED_RANGE[1]
+    num_normalised = np.count_nonzero(is_normalised)
+    if has_pixels and num_normalised > SHARE_OF_NORMALISED * np.count_nonzero(usable):
+        report.add(NORMALISED_BOXES, annotations, is_normalised, "bbox")
 
     ids = np.where(is_id, ids, -1)
     columns = [ids, id_of_image, label, box_xywh, area, crowd, ignore, usable]
@@ -480,7 +516,7 @@ def _usable(entries: list[dict], breaches: list[_Breach], report: _Report) -> np
     usable = np.ones(len(entries), dtype=bool)
     for rule, broken, key in breaches:
         report.add(rule, entries, broken & usable, key)
-        if rule.severity is not Severity.KEEP:
+        if rule.severity is not Severity.NOTE:
             usable &= ~broken
     return usable
 
@@ -501,15 +537,19 @@ def _read_categories(
     kept_names = spelled_as(kept_names, names)
     used_names = set()
     roots = set()
-    first_of_name = {}  # its position; of one that boxes use, where there is one
+    all_names = set(names)
+    # Of each name the position of the category to keep, and how good it is: one that boxes use is
+    # best, then one that lies under another category, then the first.
+    chosen: dict[str, tuple[tuple[bool, bool], int]] = {}
     for position, category in enumerate(categories):
         name = names[position]
+        parent = category.get("supercategory")
         is_used = ids[position] in used_ids
-        if name not in first_of_name or (is_used and name not in used_names):
-            first_of_name[name] = position
+        quality = (is_used, isinstance(parent, str) and parent in all_names)
+        if name not in chosen or quality > chosen[name][0]:
+            chosen[name] = (quality, position)
         if is_used:
             used_names.add(name)
-        parent = category.get("supercategory")
         if isinstance(parent, str) and parent != name:
             roots.add(parent)
 
@@ -521,7 +561,7 @@ def _read_categories(
         again.append((ident, name) in listed)
         listed.add((ident, name))
         is_unused = ident not in used_ids
-        is_namesake.append(is_unused and first_of_name[name] != position)
+        is_namesake.append(is_unused and chosen[name][1] != position)
         is_needless = is_unused and name not in used_names and name not in kept_names
         is_root.append(bool(used_ids) and is_needless and name in roots)
     left_out = {
@@ -564,19 +604,55 @@ def _file_names(images: list[dict], report: _Report) -> list[str]:
     is_from_address = np.zeros(len(images), dtype=bool)
     for number, image in enumerate(images):
         name = image.get("file_name")
-        if name is None and isinstance(image.get("coco_url"), str):
+        if not name and isinstance(image.get("coco_url"), str):
             name = image["coco_url"].rpartition("/")[2]
             is_from_address[number] = True
         names.append("" if name is None else str(name))
-    report.add(NO_FILE_NAME, images, is_from_address, "coco_url")
+    has_no_name = np.array([name == "" for name in names], dtype=bool)
+    report.add(FILE_NAME_OF_ADDRESS, images, is_from_address & ~has_no_name, "coco_url")
+    report.add(NO_FILE_NAME, images, has_no_name, "file_name")
     return names
 
 
-def _are_normalised(box_xywh: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> bool:
-    """Return whether all boxes (n, 4) lie within 0 to 1, and a little more, of larger images."""
-    if len(box_xywh) == 0 or min(heights.max(), widths.max()) <= LARGEST_NORMALISED:
-        return False
-    return bool(box_xywh.min() >= 0 and box_xywh.max() <= LARGEST_NORMALISED)
+def _are_in_range(box_xywh: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
+    """Return which boxes (n, 4) have both corners within limits (n,)."""
+    lowest, highest = limits
+    top_left = box_xywh[:, :2]
+    bottom_right = top_left + box_xywh[:, 2:]
+    return (top_left >= lowest).all(axis=1) & (bottom_right <= highest).all(axis=1)
+
+
+def _listed_once(images: list[dict], report: _Report) -> list[dict]:
+    """Return the images without those that are listed again with the same values."""
+    listed = {}
+    again = np.zeros(len(images), dtype=bool)
+    for number, image in enumerate(images):
+        ident = str(image.get("id"))
+        again[number] = listed.get(ident) == image
+        listed.setdefault(ident, image)
+    report.add(IMAGE_LISTED_AGAIN, images, again, "file_name")
+    return [image for image, is_again in zip(images, again.tolist(), strict=True) if not is_again]
+
+
+def _image_ids(
+    images: list[dict], annotations: list[dict], report: _Report
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids of the images and those that the annotations name, both float64.
+
+    Where images have texts as ids, their numbers from 1 on take the place of all ids.
+    """
+    ids = _numbers(images, "id")
+    types = {type(image.get("id")) for image in images}
+    is_text = ~_is_id(ids)
+    if str not in types or not types <= {str, int} or not is_text.any():
+        return ids, _numbers(annotations, "image_id")
+    report.add(TEXT_IMAGE_IDS, images, is_text, "id")
+    number_of_id = {}
+    for number, image in enumerate(images, start=1):
+        number_of_id.setdefault(str(image.get("id")), number)
+    numbers = [number_of_id[str(image.get("id"))] for image in images]
+    named = [number_of_id.get(str(entry.get("image_id")), np.nan) for entry in annotations]
+    return np.array(numbers, np.float64), np.array(named, np.float64)
 
 
 def _read_json(annotation_file: str, report: _Report) -> tuple[list[dict], list[dict], list[dict]]:

@@ -24,10 +24,13 @@ LAYOUTS = (
     ("COCO 2017", "annotations/instances_{split}2017.json", "{split}2017"),
     ("COCO 2017, slim", "annotations/bbox_only_instances_{split}2017.json", "{split}2017"),
     ("Roboflow", "{valid}/_annotations.coco.json", "{valid}"),
-    ("plain", "{split}.json", "{split}"),
-    ("plain", "{split}.json", "images/{split}"),
-    ("plain", "{split}.json", "images"),
     ("plain", "{split}.json", "{split}/images"),
+    ("plain", "{split}.json", "{valid}/images"),
+    ("plain", "{split}.json", "{split}"),
+    ("plain", "{split}.json", "{valid}"),
+    ("plain", "{split}.json", "images/{split}"),
+    ("plain", "{split}.json", "images/{split}2017"),
+    ("plain", "{split}.json", "images"),
     ("plain", "{split}.json", "JPEGImages"),
     ("plain", "annotations/{split}.json", "{split}"),
     ("plain", "annotations/{split}.json", "images/{split}"),
@@ -42,6 +45,20 @@ CONVERTER = (
     "globox convert {labels} {folder}/{split}.json "
     "--format {name} --img_folder {images} {more}--save_fmt coco --coco_auto_ids"
 )
+# Where the labels of a split are in those formats, tried in this order; of some the images are in a
+# folder of another name beside them, else in the same one.
+VOC_LABELS = ("Annotations", "VOC*/Annotations", "{valid}", "{split}")
+YOLO_LABELS = (
+    "{valid}/labels",
+    "{split}/labels",
+    "labels/{split}",
+    "labels/{split}2017",
+    "labels",
+    "obj_{split}_data",
+    "{valid}",
+    "{split}",
+)
+IMAGES_BESIDE = {"Annotations": "JPEGImages", "labels": "images"}
 
 
 def find_coco(data_path: str, split: str, annotations: str = "", images: str = "") -> Files:
@@ -89,43 +106,73 @@ def _missing(folder: str, split: str, annotations: str, images: str) -> UserErro
     other_format = _other_format(Path(folder), split)
     if other_format is not None:
         return other_format
+    layout, file_name, folder_name = _closest_layout(folder, split)
     absent = []
-    _, file_name, folder_name = LAYOUTS[0]
     if not os.path.isfile(_in(folder, file_name, split)):
         absent.append(f"file {_in(folder, file_name, split)}")
     if not os.path.isdir(_in(folder, folder_name, split)):
         absent.append(f"folder {_in(folder, folder_name, split)}")
-    return UserError(
-        f"{flag}: no {' and no '.join(absent)}, and no {split} set of Roboflow's or a plain layout",
-        f"name both with --{split}_annotations and --{split}_images, or fetch COCO with bash "
-        "download_dataset.sh",
-    )
+    remedy = f"name both with --{split}_annotations and --{split}_images"
+    if layout == LAYOUTS[0][0]:
+        remedy += ", or fetch COCO with bash download_dataset.sh"
+    return UserError(f"{flag}: no {' and no '.join(absent)} (layout: {layout})", remedy)
+
+
+def _closest_layout(folder: str, split: str) -> tuple[str, str, str]:
+    """Return the layout that a folder without a split has most of.
+
+    That is one whose annotation file is there, else one that the other split has, else COCO's.
+    """
+    for layout in LAYOUTS:
+        if os.path.isfile(_in(folder, layout[1], split)):
+            return layout
+    other_split = "val" if split == "train" else "train"
+    for layout in LAYOUTS:
+        has_file = os.path.isfile(_in(folder, layout[1], other_split))
+        if has_file and os.path.isdir(_in(folder, layout[2], other_split)):
+            return layout
+    return LAYOUTS[0]
 
 
 def _other_format(folder: Path, split: str) -> UserError | None:
     """Return the error for a folder of VOC or YOLO annotations, None where it holds neither."""
-    if any(folder.glob("Annotations/*.xml")):
+    labels = _first_with(folder, VOC_LABELS, split, "*.xml")
+    if labels is not None:
         remedy = CONVERTER.format(
             folder=folder,
-            labels=folder / "Annotations",
+            labels=labels,
             split=split,
             name="pascalvoc",
-            images=folder / "JPEGImages",
+            images=_images_of(labels, folder),
             more="",
         )
         return UserError(f"--data_path {folder}: its annotations are VOC's XML", remedy)
-    places = [folder / "labels", folder / "labels" / split, folder / split / "labels"]
-    with_labels = [place for place in places if any(place.glob("*.txt"))]
-    if not with_labels and not (folder / "data.yaml").is_file():
-        return None
-    labels = with_labels[0] if with_labels else places[-1]
-    images = ["images" if part == "labels" else part for part in labels.parts]
+    labels = _first_with(folder, YOLO_LABELS, split, "*.txt")
+    if labels is None:
+        if not (folder / "data.yaml").is_file():
+            return None
+        labels = folder / split / "labels"
     remedy = CONVERTER.format(
         folder=folder,
         labels=labels,
         split=split,
         name="yolov5",
-        images=Path(*images),
+        images=_images_of(labels, folder),
         more="--mapping NAMES.txt (the class names, a line each) ",
     )
     return UserError(f"--data_path {folder}: its annotations are YOLO's text files", remedy)
+
+
+def _first_with(folder: Path, places: tuple[str, ...], split: str, pattern: str) -> Path | None:
+    """Return the first of some places in a folder that holds a file of a pattern."""
+    for place in places:
+        for found in sorted(folder.glob(_in("", place, split))):
+            if any(found.glob(pattern)):
+                return found
+    return None
+
+
+def _images_of(labels: Path, folder: Path) -> Path:
+    """Return the folder of the images that belong to a folder of labels."""
+    parts = [IMAGES_BESIDE.get(part, part) for part in labels.relative_to(folder).parts]
+    return folder.joinpath(*parts)

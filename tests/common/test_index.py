@@ -111,7 +111,7 @@ def test_classes_of_a_checkpoint_map_by_name(coco):
 
 def test_the_severity_of_a_rule_decides_and_not_its_text(coco):
     index = read_index(*coco())
-    index.report[Rule("error: kept", Severity.KEEP)] = Findings.of(["b"])
+    index.report[Rule("error: kept", Severity.NOTE)] = Findings.of(["b"])
     index.report[Rule("error: skipped", Severity.SKIP)] = Findings.of(["c"])
     index.report[Rule("of a file", Severity.SKIP, file="b.json")] = Findings.of(["d"])
     index.raise_errors()
@@ -120,8 +120,8 @@ def test_the_severity_of_a_rule_decides_and_not_its_text(coco):
     index.report[Rule("another", Severity.ERROR)] = Findings.of(["e"])
     assert index.lines(limit=2) == [
         "note: error: kept: 1 (b)",
-        "note: error: skipped, skipped: 1 (c)",
-        "b.json: note: of a file, skipped: 1 (d)",
+        "note: error: skipped, not trained on: 1 (c)",
+        "b.json: note: of a file, not trained on: 1 (d)",
         "error: a note that is kept: 4 (a; b)",
         "error: another: 1 (e)",
     ]

@@ -45,6 +45,7 @@ def test_coco(tmp_path):
         (["train.json", "val.json", "train/", "val/"], "plain"),
         (["annotations/train.json", "annotations/val.json", "images/"], "plain"),
         (["annotations/instances_train.json", "images/train/", "val.json", "images/val/"], "plain"),
+        (["train.json", "val.json", "train/images/", "valid/images/", "train/labels/"], "plain"),
     ],
 )
 def test_other_layouts_are_recognised_and_named(tmp_path, names, layout):
@@ -71,15 +72,43 @@ def test_what_is_absent_is_said_and_nothing_else(tmp_path):
     assert "no such folder; bash download_dataset.sh" in refusal(tmp_path / "nowhere")
     make(tmp_path, "val2017/")
     message = refusal(tmp_path)
-    assert f"no file {tmp_path}/annotations/instances_val2017.json, and" in message
+    assert f"no file {tmp_path}/annotations/instances_val2017.json (layout: COCO" in message
     assert "no folder" not in message
     assert "download_dataset.sh" in message
+
+
+def test_what_is_absent_of_another_layout_is_said(tmp_path):
+    make(tmp_path, "train/_annotations.coco.json")
+    message = refusal(tmp_path)
+    assert f"no file {tmp_path}/valid/_annotations.coco.json and no folder" in message
+    assert "(layout: Roboflow); name both" in message
+    assert "download_dataset.sh" not in message
+    make(tmp_path, "val.json")
+    assert f"no folder {tmp_path}/val/images (layout: plain)" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_converted_roboflow_export_is_found(tmp_path, split):
+    """The command in the refusal leads to files that are found."""
+    folder = make(tmp_path, "data.yaml", "train/labels/a.txt", "valid/labels/a.txt")
+    make(tmp_path, "train/images/a.jpg", "valid/images/a.jpg")
+    words = refusal(folder, split).split()
+    labels = words[words.index("convert") + 1]
+    annotations = words[words.index("convert") + 2]
+    images = words[words.index("--img_folder") + 1]
+    assert Path(labels).is_dir()
+    Path(annotations).touch()
+    assert find_coco(folder, split)[:2] == (annotations, images)
 
 
 @pytest.mark.parametrize(
     ("names", "words"),
     [
         (["Annotations/a.xml", "JPEGImages/"], "VOC's XML"),
+        (["VOC2007/Annotations/a.xml", "VOC2007/JPEGImages/"], "VOC's XML"),
+        (["train/a.xml", "train/a.jpg"], "VOC's XML"),
+        (["obj_train_data/a.txt", "obj_train_data/a.jpg"], "YOLO's text files"),
+        (["labels/train2017/a.txt", "images/train2017/"], "YOLO's text files"),
         (["labels/a.txt", "images/"], "YOLO's text files"),
         (["train/labels/a.txt", "train/images/", "data.yaml"], "YOLO's text files"),
         (["labels/train/a.txt", "images/train/"], "YOLO's text files"),

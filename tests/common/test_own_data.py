@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import struct
 import unicodedata
 
 import numpy as np
@@ -161,10 +162,47 @@ def test_pixels_that_8_bits_do_not_hold_are_refused_by_name(tmp_path):
     Image.fromarray(np.ones((3, 4), np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(UserError, match=r"float\.tif: has pixels of Pillow's mode F"):
         read_image(tmp_path / "float.tif")
-    for value in (2**20, 200):
+    for value in (2**20, 60000, 200):
         Image.fromarray(np.full((3, 4), value, np.int32)).save(tmp_path / "32_bits.tif")
         with pytest.raises(UserError, match=r"32_bits\.tif: has pixels of Pillow's mode I,"):
             read_image(tmp_path / "32_bits.tif")
+
+
+def test_a_16_bit_pgm_is_read_however_dark(tmp_path):
+    header = b"P5 4 3 65535\n"
+    (tmp_path / "dark.pgm").write_bytes(header + b"\x02\x00" * 12)
+    assert (read_image(tmp_path / "dark.pgm") == 2).all()
+
+
+@pytest.mark.parametrize(
+    "other_entry",
+    [
+        struct.pack("<HHI4s", 0x011A, 2, 3, b"72"),  # XResolution as a text
+        struct.pack("<HHI4s", 0x0128, 2, 3, b"in"),  # ResolutionUnit as a text
+        struct.pack("<HHII", 0x0131, 3, 1, 7),  # Software as a number
+    ],
+)
+def test_other_exif_tags_do_not_matter(tmp_path, other_entry):
+    orientation = struct.pack("<HHII", ORIENTATION, 3, 1, 6)
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + orientation + other_entry + bytes(4)
+    stored = picture().transpose(Image.Transpose.ROTATE_90)
+    (tmp_path / "images").mkdir()
+    stored.save(tmp_path / "images/a.jpg", exif=exif, quality=95)
+    image = {"id": 1, "file_name": "a.jpg", "height": HEIGHT, "width": WIDTH}
+    index = read_index(*write(tmp_path, images=[image]))
+    assert box_iou(ImageReader(index, True).read(0), index.table.box_xywh[0]) > 0.9
+
+
+def test_what_is_there_instead_of_an_image_is_told(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="the image file is empty"):
+        read_image(tmp_path / "a.jpg")
+    (tmp_path / "a.jpg").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0")
+    with pytest.raises(UserError, match="Git LFS's pointer to it; git lfs pull"):
+        read_image(tmp_path / "a.jpg")
+    (tmp_path / "a.tif").write_bytes(bytes.fromhex("49492a00080000000100000102000100000041000000"))
+    with pytest.raises(UserError, match=r"a\.tif: cannot read the image"):
+        read_image(tmp_path / "a.tif")
 
 
 def test_what_pillow_says_is_told(tmp_path, monkeypatch):
@@ -216,8 +254,20 @@ def test_ids_that_are_equal_as_numbers_are_refused(tmp_path):
 
 
 def test_normalised_boxes_are_refused(tmp_path):
-    with pytest.raises(UserError, match="all boxes lie between 0 and 1: they are normalised"):
+    with pytest.raises(UserError, match="boxes lie between 0 and 1: they are normalised"):
         read(tmp_path, annotations=[annotation(bbox=[0.6, 0.13, 0.25, 0.46])])
+
+
+@pytest.mark.parametrize("odd", [[-0.001, 0.2, 0.3, 0.5], [0.1, 0.1, 1.6, 0.2]])
+def test_normalised_boxes_are_refused_in_spite_of_odd_ones(tmp_path, odd):
+    boxes = [annotation(number, bbox=[0.6, 0.2, 0.3, 0.5]) for number in range(20)]
+    with pytest.raises(UserError, match="they are normalised"):
+        read(tmp_path, annotations=[*boxes, annotation(20, bbox=odd)])
+
+
+def test_a_few_specks_are_not_called_normalised(tmp_path):
+    speck = annotation(2, bbox=[0, 0, 1, 1])
+    assert len(read(tmp_path, annotations=[annotation(), speck]).table) == 2
 
 
 def test_a_repeated_annotation_id_is_a_note(tmp_path):
@@ -231,7 +281,9 @@ def test_an_annotation_id_is_not_needed(tmp_path, changes):
     index = read(tmp_path, annotations=[annotation() | changes])
     assert index.table.id.tolist() == [-1]
     (line,) = index.lines()
-    assert line.startswith("note: annotation id that is no whole number from 0 on, not needed: 1 (")
+    assert line.startswith(
+        "note: annotation id that is no whole number from 0 to 2**53, not needed: 1 ("
+    )
     rows = np.array([[1, *BOX, 0.9, 1]], dtype=np.float64)
     assert evaluate(index.annotation_file, rows).stats["AP"] == pytest.approx(1)
 
@@ -317,8 +369,36 @@ def test_a_supercategory_that_is_no_text_is_passed_over(tmp_path):
 
 
 def test_a_text_with_an_underscore_is_no_number(tmp_path):
-    with pytest.raises(UserError, match="image id that is no whole number"):
-        read(tmp_path, images=[{"id": "1_0", "file_name": "a.png", "height": 30, "width": 40}])
+    with pytest.raises(UserError, match="image width or height that is no number above 0"):
+        read(tmp_path, images=[{"id": 1, "file_name": "a.png", "height": "3_0", "width": 40}])
+
+
+def test_images_with_texts_as_ids_are_numbered(tmp_path):
+    """As COCO Camera Traps has them."""
+    save(tmp_path / "images", picture())
+    image = {"file_name": "a.png", "height": HEIGHT, "width": WIDTH}
+    images = [{**image, "id": "IMG_2"}, {**image, "id": "IMG_1"}]
+    annotations = [annotation(image_id="IMG_1"), annotation(2, image_id="IMG_3")]
+    index = read_index(*write(tmp_path, images=images, annotations=annotations))
+    assert index.image_ids.tolist() == [1, 2]
+    assert index.table.image_id.tolist() == [2]
+    assert "image id that is a text: the images are numbered" in index.lines()[0]
+    assert "annotation of an unknown image, not trained on: 1" in index.lines()[1]
+    rows = np.array([[2, *BOX, 0.9, 1]], dtype=np.float64)
+    assert evaluate(index.annotation_file, rows).stats["AP"] == pytest.approx(1)
+
+
+def test_an_image_that_is_listed_again_is_taken_once(tmp_path):
+    image = {"id": 1, "file_name": "a.png", "height": HEIGHT, "width": WIDTH}
+    index = read(tmp_path, images=[image, dict(image)])
+    assert len(index) == 1
+    assert index.lines()[0].startswith("note: image listed again, taken once: 1 (")
+
+
+def test_an_area_below_0_is_as_if_it_were_missing(tmp_path):
+    index = read(tmp_path, annotations=[annotation(area=-250)])
+    assert np.isnan(index.table.area[0])
+    assert index.lines()[0].startswith("note: area below 0, taken as width times height: 1 (")
 
 
 def test_a_damaged_gzip_file_is_told(tmp_path):
@@ -331,7 +411,7 @@ def test_a_damaged_gzip_file_is_told(tmp_path):
 
 def test_placeholder_boxes_are_not_called_normalised(tmp_path):
     index = read(tmp_path, annotations=[annotation(bbox=[0, 0, 0, 0])])
-    assert "zero-size box" in index.lines()[0]
+    assert "zero-size box, not trained on" in index.lines()[0]
 
 
 def test_an_unused_category_that_only_val_has_is_a_note(tmp_path):
@@ -379,6 +459,28 @@ def test_a_backslash_separates_folders(tmp_path):
     assert index.path(0).endswith("images/sub/a.png")
 
 
+def test_folders_of_another_spelling_are_found(tmp_path):
+    (tmp_path / "images").mkdir()
+    save(tmp_path / "images" / "Sub", picture())
+    image = {"id": 1, "file_name": "sub/A.png", "height": HEIGHT, "width": WIDTH}
+    index = read_index(*write(tmp_path, images=[image]))
+    assert index.path(0).endswith("images/Sub/a.png")
+
+
+def test_a_file_is_not_found_for_two_entries(tmp_path):
+    save(tmp_path / "images", picture())
+    images = []
+    for number, name in enumerate(("A.PNG", "a.png")):
+        images.append({"id": number, "file_name": name, "height": HEIGHT, "width": WIDTH})
+    with pytest.raises(UserError, match=r"image file missing: 1 \(.*/images/A\.PNG\)"):
+        read_index(*write(tmp_path, images=images))
+
+
+def test_an_image_without_a_name_is_said(tmp_path):
+    with pytest.raises(UserError, match=r"image without file_name: 1 \(entry 0 with id 1"):
+        read(tmp_path, images=[{"id": 1, "height": HEIGHT, "width": WIDTH}])
+
+
 def test_two_spellings_that_are_there_are_not_guessed_at(tmp_path):
     for name in ("a.PNG", "A.png"):
         save(tmp_path / "images", picture(), name=name)
@@ -397,6 +499,9 @@ def test_gzip_and_gbk_are_read(tmp_path):
     index = read_index(path, images)
     assert index.class_names == ("狗",)
     assert "note: file is not UTF-8 and was read as GBK" in index.lines()[0]
+    (tmp_path / "a.json").write_bytes(text.replace("a.png", "狗.png").encode("gbk"))
+    with pytest.raises(UserError, match=r"was read as GBK: 1 .*image file missing: 1"):
+        read_index(path, images)
 
 
 def test_another_encoding_is_told(tmp_path):

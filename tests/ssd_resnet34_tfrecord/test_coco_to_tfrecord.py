@@ -94,8 +94,8 @@ def test_what_is_left_out_is_counted_and_leaves_empty_features(coco, convert, ca
     without_annotations = [one for one in features.values() if "image/object/area" not in one]
     assert len(without_annotations) == 1
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith("note: box of negative size, skipped: 1 (")
-    assert printed[1].startswith("note: zero-size box, skipped: 1 (")
+    assert printed[0].startswith("note: box of negative size, not trained on: 1 (")
+    assert printed[1].startswith("note: zero-size box, not trained on: 1 (")
     assert printed[-1] == (
         "42 of 45 boxes written; left out: 1 box of negative size, "
         "1 zero-size box, 1 over the image's edge"
