@@ -6,6 +6,7 @@ import os
 import re
 import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -537,7 +538,7 @@ def _read_categories(
     kept_names = spelled_as(kept_names, names)
     used_names = set()
     roots = set()
-    all_names = set(names)
+    num_of_name = Counter(names)
     # Of each name the position of the category to keep, and how good it is: one that boxes use is
     # best, then one that lies under another category, then the first.
     chosen: dict[str, tuple[tuple[bool, bool], int]] = {}
@@ -545,7 +546,7 @@ def _read_categories(
         name = names[position]
         parent = category.get("supercategory")
         is_used = ids[position] in used_ids
-        quality = (is_used, isinstance(parent, str) and parent in all_names)
+        quality = (is_used, isinstance(parent, str) and parent in num_of_name)
         if name not in chosen or quality > chosen[name][0]:
             chosen[name] = (quality, position)
         if is_used:
@@ -563,7 +564,10 @@ def _read_categories(
         is_unused = ident not in used_ids
         is_namesake.append(is_unused and chosen[name][1] != position)
         is_needless = is_unused and name not in used_names and name not in kept_names
-        is_root.append(bool(used_ids) and is_needless and name in roots)
+        # Of two namesakes one is the root: the one chosen lies under it.
+        lies_under_namesake = num_of_name[name] > 1 and chosen[name][0][1]
+        is_name_of_root = name in roots and not lies_under_namesake
+        is_root.append(bool(used_ids) and is_needless and is_name_of_root)
     left_out = {
         CATEGORY_LISTED_AGAIN: np.array(again),
         UNUSED_ROOT: np.array(is_root),

@@ -342,6 +342,14 @@ def test_categories_that_are_no_classes_are_left_out(tmp_path, categories, names
     assert index.table.label.tolist() == [names.index("dog")]
 
 
+def test_of_unused_namesakes_the_root_is_left_out(tmp_path):
+    root = {"id": 0, "name": "dog", "supercategory": "none"}
+    dog = {"id": 1, "name": "dog", "supercategory": "dog"}
+    cat = {"id": 2, "name": "cat", "supercategory": "dog"}
+    index = read(tmp_path, annotations=[annotation(category_id=2)], categories=[root, dog, cat])
+    assert index.category_ids == (1, 2)
+
+
 def test_a_root_that_the_checkpoint_knows_stays(tmp_path):
     save(tmp_path / "images", picture())
     files = write(tmp_path, categories=[ROOT, DOG])

@@ -155,7 +155,10 @@ def test_boxes_are_divided_in_double(coco, convert):
         (lambda c: c.update(annotations=[3]), "unknown category"),
         (lambda c: c["annotations"][0].pop("bbox"), "box that is not 4 finite numbers: 1"),
         (lambda c: c["images"].insert(0, 5), "image id that is no whole number"),
-        (lambda c: c["images"].append(c["images"][0]), "image id of several images: 1"),
+        (
+            lambda c: c["images"].append({**c["images"][0], "width": 9}),
+            "image id of several images: 1",
+        ),
         (lambda c: c["annotations"][0].update(bbox=[1, 2]), "box that is not 4 finite numbers"),
         (lambda c: c["annotations"][0].update(category_id=1000), "unknown category"),
         (lambda c: [one.update(name=3) for one in c["categories"]], "category name of several ids"),
