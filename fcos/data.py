@@ -71,7 +71,7 @@ class EvaluationSample(NamedTuple):
 
     canvas: Tensor  # (H, W, 3) uint8 RGB
     resized_size: Tensor  # (2,) int64 height and width of the image on the canvas
-    original_size: Tensor  # (2,) int64 height and width in the file
+    original_size: Tensor  # (2,) int64 height and width of the image as it is read, maybe turned
     image_id: Tensor  # () int64
 
 

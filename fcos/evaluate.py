@@ -37,7 +37,7 @@ from common.coco.evaluation import (
 )
 from common.coco.index import CocoIndex, read_index
 from common.coco.layout import find_coco
-from common.coco.report import RESULTS_FILE, draw_examples, report_results
+from common.coco.report import RESULTS_FILE, draw_examples, report_results, turned_images
 from common.files import require_writable
 from common.fps.summary import write_summary
 from common.npu import entry
@@ -45,13 +45,13 @@ from common.npu.distributed import Ranks
 from common.npu.loading import workers_per_rank
 from common.npu.precision import Precision
 from common.npu.run import start_process
-from common.npu.weights import named_classes, require_num_classes
+from common.npu.weights import known_classes, require_num_classes
 from fcos.config import RECIPES, Recipe
 from fcos.data import TURNS_IF_BOTH_FIT, build_loader, evaluation_recipe, normalise
 from fcos.detector import Detector
 from fcos.old_flags import OLD_FLAGS
 from fcos.postprocess import detect
-from fcos.weights import note_on_preset, recipe_of_checkpoint
+from fcos.weights import note_on_preset, num_classes_of, recipe_of_checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -69,7 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     detector = Detector.from_checkpoint(state, recipe, device)
     recipe = replace(detector.recipe, threshold=flags.ap_goal(args, state))
     files = find_coco(args.data, "val", args.val_annotations, args.val_images)
-    records = read_index(files.annotation_file, files.image_dir, classes=named_classes(state))
+    class_names = known_classes(state, num_classes_of(state))
+    records = read_index(files.annotation_file, files.image_dir, class_names)
     log(f"data: {files}")
     for line in records.lines():
         log(f"{records.annotation_file}: {line}")
@@ -94,7 +95,9 @@ def main(argv: list[str] | None = None) -> None:
     level = getattr(args, "amp", "O0")
     precision = Precision(device, level, recipe.loss_scale, args.amp_dtype)
     workers = workers_per_rank(args.num_workers, ranks.local_world_size)
-    result_rows = detect_all(detector.model, recipe, records, device, ranks, workers, precision)
+    result_rows = detect_all(
+        detector.model, recipe, records, device, ranks, workers, precision, log
+    )
     if result_rows is None:
         return
     if args.format_only:
@@ -138,11 +141,13 @@ def detect_all(
     ranks: Ranks,
     workers: int,
     precision: Precision | None = None,
+    log: Callable[[str], None] = log_nothing,
 ) -> np.ndarray | None:
     """Detect on every image once, shared among the ranks.
 
-    The network runs in fp32 unless another `precision` is given. Return the result rows of all
-    ranks on the main one, None on the others.
+    The network runs in fp32 unless another `precision` is given. `log` gets a line on the images
+    that were turned by their EXIF orientation. Return the result rows of all ranks on the main one,
+    None on the others.
     """
     recipe = evaluation_recipe(recipe, device)
     precision = precision or Precision(device)
@@ -160,6 +165,8 @@ def detect_all(
         for image_id, of_image in zip(image_ids.tolist(), detections, strict=True):
             result_rows.append(to_result_rows(image_id, *of_image, records.category_ids))
     model.train(was_training)
+    for line in turned_images(loader.dataset.reader, len(records), ranks):
+        log(f"data: {line}")
     return gather_result_rows(result_rows, ranks)
 
 

@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> int | None:
                 losses["grad_norm"] = torch.where(gradient_norm.isfinite(), gradient_norm, 0.0)
             progress.add(step, losses, batch.image_ids)
             if progress.first_epoch_done():
-                run.log.warn_of("data", turned_images(reader, run.ranks))
+                run.log.warn_of("data", turned_images(reader, len(train_set), run.ranks))
 
             if progress.checkpoint_due():
                 state.save()

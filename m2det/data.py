@@ -34,6 +34,7 @@ from m2det.geometry import (
     keep_whole,
     move_boxes,
     picture_box,
+    smallest_window_sides,
 )
 from m2det.resample import render
 
@@ -207,9 +208,30 @@ def is_outside(boxes_xyxy: np.ndarray) -> np.ndarray:
     return (boxes_xyxy[:, :2] > boxes_xyxy[:, 2:]).any(axis=1)
 
 
-def untrained_boxes(index: CocoIndex) -> dict[str, np.ndarray]:
+def is_too_thin(boxes_xyxy: np.ndarray, index: CocoIndex, recipe: Recipe) -> np.ndarray:
+    """Return which clipped boxes (A, 4) of an index are in no sample, whatever is drawn.
+
+    They are left out where their image stays whole, and even the smallest crop does not enlarge
+    them enough.
+    """
+    sides = boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]
+    is_left_out = (sides < SMALLEST_BOX_SIDE).any(axis=1)
+    if not recipe.augment:
+        return is_left_out
+    windows = smallest_window_sides(index.sizes, recipe)
+    windows_of_boxes = np.repeat(windows, np.diff(index.offsets), axis=0)
+    return is_left_out & (sides / windows_of_boxes <= recipe.min_box).any(axis=1)
+
+
+def untrained_boxes(index: CocoIndex, recipe: Recipe) -> dict[str, np.ndarray]:
     """Return, by reason, which boxes (A,) of an index are not trained on."""
-    return {"without a pixel inside the image": is_outside(boxes_of_pixels(index))}
+    boxes = boxes_of_pixels(index)
+    return {
+        "without a pixel inside the image": is_outside(boxes),
+        "with a side below 2 pixels, too thin even in the smallest crop": is_too_thin(
+            boxes, index, recipe
+        ),
+    }
 
 
 class TrainingSet(Dataset):

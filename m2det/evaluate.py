@@ -36,7 +36,7 @@ from common.coco.evaluation import (
     to_result_rows,
 )
 from common.coco.index import CocoIndex
-from common.coco.report import RESULTS_FILE, draw_examples, report_results
+from common.coco.report import RESULTS_FILE, draw_examples, report_results, turned_images
 from common.files import require_writable
 from common.fps.summary import write_summary
 from common.npu import entry
@@ -44,13 +44,13 @@ from common.npu.distributed import Ranks
 from common.npu.loading import workers_per_rank
 from common.npu.precision import Precision
 from common.npu.run import start_process
-from common.npu.weights import named_classes, require_num_classes
+from common.npu.weights import known_classes, require_num_classes
 from m2det.config import RECIPES, Recipe
 from m2det.data import TURNS_IF_BOTH_FIT, build_loader, find_files, normalise, read_records
 from m2det.detector import Detector
 from m2det.old_flags import OLD_FLAGS
 from m2det.postprocess import detect, submission_boxes
-from m2det.weights import recipe_of_checkpoint
+from m2det.weights import num_classes_of, recipe_of_checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -67,7 +67,8 @@ def main(argv: list[str] | None = None) -> None:
     detector = Detector.from_checkpoint(state, recipe, device)
     recipe = replace(detector.recipe, threshold=flags.ap_goal(args, state))
     files = find_files(args.data, "val", args.val_annotations, args.val_images)
-    records = read_records(files, classes=named_classes(state))
+    class_names = known_classes(state, num_classes_of(state))
+    records = read_records(files, class_names)
     for file in files:
         log(f"data: {file}")
     for line in records.lines():
@@ -90,7 +91,9 @@ def main(argv: list[str] | None = None) -> None:
     level = getattr(args, "amp", "O0")
     precision = Precision(device, level, recipe.loss_scale, args.amp_dtype)
     workers = workers_per_rank(args.num_workers, ranks.local_world_size)
-    result_rows = detect_all(detector.model, recipe, records, device, ranks, workers, precision)
+    result_rows = detect_all(
+        detector.model, recipe, records, device, ranks, workers, precision, log
+    )
     if result_rows is None:
         return
     if args.format_only:
@@ -134,11 +137,13 @@ def detect_all(
     ranks: Ranks,
     workers: int,
     precision: Precision | None = None,
+    log: Callable[[str], None] = log_nothing,
 ) -> np.ndarray | None:
     """Detect on every image once, shared among the ranks.
 
-    The network runs in fp32 unless another `precision` is given. Return the result rows of all
-    ranks on the main one, None on the others.
+    The network runs in fp32 unless another `precision` is given. `log` gets a line on the images
+    that were turned by their EXIF orientation. Return the result rows of all ranks on the main one,
+    None on the others.
     """
     precision = precision or Precision(device)
     loader = build_loader(recipe, records, training=False, ranks=ranks, workers=workers)
@@ -159,6 +164,8 @@ def detect_all(
                 )
             )
     model.train(was_training)
+    for line in turned_images(loader.dataset.reader, len(records), ranks):
+        log(f"data: {line}")
     return gather_result_rows(result_rows, ranks)
 
 

@@ -126,6 +126,19 @@ def _random_windows(
     return np.stack([left, top, left + window_width, top + window_height], axis=1)
 
 
+def smallest_window_sides(image_sizes: np.ndarray, recipe: Recipe) -> np.ndarray:
+    """Return the smallest width and height (I, 2) of any crop, at least 1 pixel.
+
+    `image_sizes` (I, 2) are heights and widths. The smallest width and the smallest height do not
+    come together.
+    """
+    scale = recipe.crop_scale[0]
+    narrowest = scale * max(recipe.crop_ratio[0], scale**2) ** 0.5
+    lowest = scale / min(recipe.crop_ratio[1], 1 / scale**2) ** 0.5
+    sides = np.floor(image_sizes[:, ::-1] * (narrowest, lowest))
+    return np.maximum(sides, 1)
+
+
 def _are_acceptable(windows: np.ndarray, boxes_xyxy: np.ndarray, min_iou: float) -> np.ndarray:
     """Return which windows (W, 4) have the IoU with every box, and the centre of one, (W,) bool."""
     left, top, right, bottom = windows.T[:, :, np.newaxis]  # (W, 1) each

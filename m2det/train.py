@@ -18,6 +18,7 @@ import common.npu.interpreter  # noqa: F401 before torch
 
 from argparse import SUPPRESS
 from dataclasses import replace
+from functools import partial
 
 from torch import nn
 
@@ -68,7 +69,11 @@ def main(argv: list[str] | None = None) -> int | None:
     val_files = find_files(args.data, "val", args.val_annotations, args.val_images)
     if args.check_data:
         return check_data(
-            train_files, val_files, untrained_boxes, TURNS_IF_BOTH_FIT, args.output_dir
+            train_files,
+            val_files,
+            partial(untrained_boxes, recipe=recipe),
+            TURNS_IF_BOTH_FIT,
+            args.output_dir,
         )
 
     # All that the run needs is read and built first. A former run's folder is moved only after
@@ -88,7 +93,7 @@ def main(argv: list[str] | None = None) -> int | None:
         recipe = recipe_of_checkpoint(requested, checkpoint)
         flags.require_agreement(args, recipe, checkpoint)
         run.log_network_change(checkpoint, requested, recipe)
-    train_set, val_set = read_data(run, train_files, val_files, weights)
+    train_set, val_set = read_data(run, recipe, train_files, val_files, weights)
     num_classes = len(train_set.class_names)
     flags.check_num_classes(args, num_classes)
     canvas = (recipe.image_size, recipe.image_size)
@@ -155,7 +160,7 @@ def main(argv: list[str] | None = None) -> int | None:
             run.precision.step(optimizer, recipe.clip_norm, recipe.clip_each)
             progress.add(step, losses, batch.image_ids)
             if progress.first_epoch_done():
-                run.log.warn_of("data", turned_images(reader, run.ranks))
+                run.log.warn_of("data", turned_images(reader, len(train_set), run.ranks))
 
             if progress.checkpoint_due():
                 state.save()
@@ -193,7 +198,11 @@ def require_trainable(recipe: Recipe) -> None:
 
 
 def read_data(
-    run: Run, train_files: list[Files], val_files: list[Files], weights: list[dict]
+    run: Run,
+    recipe: Recipe,
+    train_files: list[Files],
+    val_files: list[Files],
+    weights: list[dict],
 ) -> tuple[CocoIndex, CocoIndex]:
     """Return the training set and the val set; log where they are and what was noticed in them.
 
@@ -209,7 +218,7 @@ def read_data(
     val_set = read_records(val_files, classes=train_set.class_names)
     for records in (train_set, val_set):
         run.log.warn_of(records.annotation_file, records.lines())
-    run.log.info(trained_boxes_line(train_set, untrained_boxes(train_set)))
+    run.log.info(trained_boxes_line(train_set, untrained_boxes(train_set, recipe)))
     if run.settings.evaluate:
         val_set.require_annotations()
     return train_set, val_set

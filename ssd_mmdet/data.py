@@ -72,6 +72,19 @@ class Batch(NamedTuple):
         )
 
 
+class GroundTruth(NamedTuple):
+    """The boxes of I images: of image i the rows from offsets[i] up to offsets[i + 1].
+
+    Flat arrays: forked workers share their memory (see CocoIndex).
+    """
+
+    boxes: np.ndarray  # (B, 4) float32 xyxy, pixels of the images
+    labels: np.ndarray  # (B,) int64 0-based classes
+    offsets: np.ndarray  # (I + 1,) int64
+    crowd_boxes: np.ndarray  # (K, 4) float32 xyxy, pixels of the images
+    crowd_offsets: np.ndarray  # (I + 1,) int64
+
+
 def training_records(index: CocoIndex) -> CocoIndex:
     """Return the images to train on: those with an annotation, be it a crowd, and not tiny."""
     is_annotated = np.diff(index.offsets) > 0
@@ -84,19 +97,50 @@ def small_images(index: CocoIndex) -> np.ndarray:
 
 
 def untrained_boxes(index: CocoIndex) -> dict[str, np.ndarray]:
-    """Return, by reason, which boxes (A,) of an index are not trained on.
+    """Return, by reason, which boxes (A,) of an index are not trained on."""
+    return {**ignored_boxes(index), "iscrowd": index.table.crowd}
 
-    Crowds are not, but a crop keeps clear of them as of objects.
-    """
+
+def ignored_boxes(index: CocoIndex) -> dict[str, np.ndarray]:
+    """Return, by reason, which boxes (A,) of an index count neither as objects nor as crowds."""
     table = index.table
     side = table.box_xywh[:, 2:].min(axis=1)
     of_small_image = np.repeat(small_images(index), np.diff(index.offsets))
     return {
         f"in an image with a side below {SMALLEST_IMAGE_SIDE} pixels": of_small_image,
-        "iscrowd": table.crowd,
         "ignore": table.ignore,
         f"with a side below {SMALLEST_BOX_SIDE} pixel": side < SMALLEST_BOX_SIDE,
     }
+
+
+def training_ground_truth(records: CocoIndex) -> GroundTruth:
+    """Return the boxes that are trained on, all but `untrained_boxes`, and the crowds.
+
+    Crowds are no objects, but a crop keeps clear of them as of objects.
+    """
+    table = records.table
+    is_object = ~_any_of(untrained_boxes(records))
+    is_crowd = table.crowd & ~_any_of(ignored_boxes(records))
+    x, y, width, height = table.box_xywh.T
+    boxes = np.stack([x, y, x + width, y + height], axis=1).astype(np.float32)
+    return GroundTruth(
+        boxes=boxes[is_object],
+        labels=table.label[is_object],
+        offsets=_offsets_of_subset(records.offsets, is_object),
+        crowd_boxes=boxes[is_crowd],
+        crowd_offsets=_offsets_of_subset(records.offsets, is_crowd),
+    )
+
+
+def _any_of(masks: dict[str, np.ndarray]) -> np.ndarray:
+    """Return where any of the masks (A,) is true."""
+    return np.logical_or.reduce(list(masks.values()))
+
+
+def _offsets_of_subset(offsets: np.ndarray, is_kept: np.ndarray) -> np.ndarray:
+    """Return where each image's rows begin after all rows but those of the mask are dropped."""
+    kept_before = np.append(0, np.cumsum(is_kept))
+    return kept_before[offsets]
 
 
 @functools.cache
@@ -159,19 +203,7 @@ class TrainingSet(Dataset):
         self.reader = ImageReader(records, TURNS_IF_BOTH_FIT)
         self.max_boxes = records.max_boxes()
 
-        # Flat arrays: forked workers share their memory (see CocoIndex).
-        table = records.table
-        top_left = table.box_xywh[:, :2]
-        size = table.box_xywh[:, 2:]
-        boxes_xyxy = np.concatenate([top_left, top_left + size], axis=1).astype(np.float32)
-        is_used = (size >= SMALLEST_BOX_SIDE).all(axis=1) & ~table.ignore
-        is_object = is_used & ~table.crowd
-        is_crowd = is_used & table.crowd
-        self.boxes = boxes_xyxy[is_object]
-        self.labels = table.label[is_object]
-        self.box_offsets = _offsets_of_subset(records.offsets, is_object)
-        self.crowd_boxes = boxes_xyxy[is_crowd]
-        self.crowd_offsets = _offsets_of_subset(records.offsets, is_crowd)
+        self.all_boxes = training_ground_truth(records)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -179,12 +211,12 @@ class TrainingSet(Dataset):
     def ground_truth(self, record: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return boxes (n, 4) float32, their labels (n,) and crowd boxes (k, 4) float32.
 
-        Boxes are xyxy in pixels of the image and not clipped to it. Boxes with a side below a
-        pixel, without area or marked to be ignored are left out.
+        Boxes are xyxy in pixels of the image and not clipped to it.
         """
-        objects = slice(self.box_offsets[record], self.box_offsets[record + 1])
-        crowds = slice(self.crowd_offsets[record], self.crowd_offsets[record + 1])
-        return self.boxes[objects], self.labels[objects], self.crowd_boxes[crowds]
+        boxes, labels, offsets, crowd_boxes, crowd_offsets = self.all_boxes
+        objects = slice(offsets[record], offsets[record + 1])
+        crowds = slice(crowd_offsets[record], crowd_offsets[record + 1])
+        return boxes[objects], labels[objects], crowd_boxes[crowds]
 
     def __getitem__(self, key: tuple[int, int, int]) -> Batch:
         epoch, position, record = key
@@ -242,12 +274,6 @@ def boxes_in_window(boxes: np.ndarray, window: Window, size: int) -> np.ndarray:
     scale_y = size / window.height
     scale = np.array([scale_x, scale_y, scale_x, scale_y], np.float32)
     return ((boxes - origin) * scale).clip(0, size)
-
-
-def _offsets_of_subset(offsets: np.ndarray, is_kept: np.ndarray) -> np.ndarray:
-    """Return where each image's rows begin after all rows but those of the mask are dropped."""
-    kept_before = np.append(0, np.cumsum(is_kept))
-    return kept_before[offsets]
 
 
 def orientation_groups(records: CocoIndex, recipe: Recipe) -> list[np.ndarray]:

@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> int | None:
             run.precision.step(optimizer, recipe.clip_norm)
             progress.add(step, losses, batch.image_ids)
             if progress.first_epoch_done():
-                run.log.warn_of("data", turned_images(reader, run.ranks))
+                run.log.warn_of("data", turned_images(reader, len(train_set), run.ranks))
 
             if progress.checkpoint_due():
                 state.save()

@@ -2,15 +2,18 @@
 
 import importlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from common.coco.index import COCO_CLASSES
+from common.coco.trained import trained_boxes_line
 from common.errors import UserError
 from common.npu import checkpoint
+from ssd_resnet34.postprocess import Detections  # the same in all models
 from tests import scripts
 
 MODELS = ("ssd_resnet34", "ssd_mmdet", "m2det", "fcos")
@@ -234,6 +237,60 @@ def test_crowds_alone_are_nothing_to_train_on(model, tmp_path):
         train(model, data, tmp_path / "out")
 
 
+def is_in_a_sample(model, index, recipe):
+    """Whether any of 60 draws of the only image has its box."""
+    dataset = module(model, "data").TrainingSet(index, recipe, seed=0)
+    for position in range(60):
+        sample = dataset[0, position, 0]
+        if model == "fcos":
+            if len(sample.boxes):
+                return True
+        elif sample.valid.any():
+            return True
+    return False
+
+
+@pytest.mark.parametrize("augment", [True, False])
+@pytest.mark.parametrize("width", [0.5, 1, 1.5, 2, 40])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_box_counts_as_trained_on_if_samples_have_it(model, width, augment, tmp_path):
+    index = read(model, write(tmp_path, *entries(1, bbox=[50, 40, width, 40])))
+    recipe = replace(small_recipe(model), augment=augment)
+    data = module(model, "data")
+    if model == "m2det":
+        untrained = data.untrained_boxes(index, recipe)
+    else:
+        untrained = data.untrained_boxes(index)
+    is_left_out = any(mask.any() for mask in untrained.values())
+    assert is_in_a_sample(model, index, recipe) != is_left_out
+    if is_left_out:
+        with pytest.raises(UserError, match=r"0 of 1 boxes are trained on; left out: 1 with a si"):
+            trained_boxes_line(index, untrained)
+
+
+def test_a_thin_box_in_a_small_image_is_trained_on(tmp_path):
+    """There m2det's smallest box is less than a pixel."""
+    images = [{"id": 1, "file_name": "1.png", "height": 40, "width": 60}]
+    boxes = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [30, 10, 1.8, 20]}]
+    for split in ("train", "val"):
+        (tmp_path / f"{split}2017").mkdir()
+        Image.new("RGB", (60, 40)).save(tmp_path / f"{split}2017/1.png")
+    index = read("m2det", write(tmp_path, images, boxes))
+    recipe = replace(small_recipe("m2det"), augment=True)
+    data = module("m2det", "data")
+    assert is_in_a_sample("m2det", index, recipe)
+    line = trained_boxes_line(index, data.untrained_boxes(index, recipe))
+    assert line == "1 of 1 boxes are trained on"
+
+
+def test_check_data_knows_the_boxes_that_are_too_thin(tmp_path, capsys):
+    data = write(tmp_path, *entries(1, bbox=[50, 40, 1, 40]))
+    assert module("m2det", "train").main([*SMALL["m2det"], f"--data={data}", "--check_data"]) == 1
+    assert "0 of 1 boxes are trained on; left out: 1 with a side below 2 pixels" in (
+        capsys.readouterr().out
+    )
+
+
 @pytest.mark.parametrize("model", ["ssd_mmdet", "fcos"])
 def test_small_images_are_named(model, tmp_path, capsys):
     images, annotations = entries(3)
@@ -274,6 +331,39 @@ def test_check_data_counts(model, tmp_path, capsys):
 
 
 # ---- classes
+
+
+def detect_perfectly(outputs, sizes, recipe):
+    """The box of `picture` in images of these (height, width), as the first class of COCO."""
+    x, y, width, height = BOX
+    detections = []
+    for image_height, image_width in sizes.tolist():
+        scale = torch.tensor([image_width / WIDTH, image_height / HEIGHT]).repeat(2)
+        box = torch.tensor([[x, y, x + width, y + height]]) * scale
+        detections.append(Detections(box, scores=torch.ones(1), labels=torch.zeros(1)))
+    return detections
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_perfect_detections_have_an_ap_of_1(model, tmp_path, monkeypatch, capsys):
+    """Turned photographs, areas of 0, and weights without names for COCO's classes by alphabet."""
+    images, annotations = entries(3, area=0)
+    categories = [{"id": k, "name": name} for k, name in enumerate(sorted(COCO_CLASSES))]
+    for annotation in annotations:
+        annotation["category_id"] = sorted(COCO_CLASSES).index(COCO_CLASSES[0])
+    for number in (1, 2):
+        save(tmp_path / f"data/val2017/{number}.jpg", orientation=6)
+    data = write(tmp_path / "data", images, annotations, categories)
+    network, recipe = build(model, len(COCO_CLASSES), seed=0)
+    weights = {"model": network.state_dict(), "recipe": asdict(recipe)}
+    torch.save(weights, tmp_path / "nameless.pt")
+    evaluate = module(model, "evaluate")
+    monkeypatch.setattr(evaluate, "detect", detect_perfectly)
+    flags = (f"--checkpoint={tmp_path}/nameless.pt", f"--output_dir={tmp_path}/out")
+    evaluate.main([f"--data={data}", *flags, "--device=cpu", "--num_workers=0"])
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["AP"] == pytest.approx(1)
+    assert "data: 2 of 3 images were turned by their EXIF orientation" in capsys.readouterr().out
 
 
 def build(model, num_classes, seed):

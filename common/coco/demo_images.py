@@ -22,8 +22,10 @@ RESULTS_FILE = "results.json"
 def find_images(inputs: Sequence[str | Path], show_dir: Path) -> dict[str, Path]:
     """Return the image files by their path below the folder that all have in common.
 
-    `inputs` are files and folders; folders are walked in sorted order. What lies in `show_dir`,
-    pictures of a former call, is left out. Raise UserError for an input without an image.
+    `inputs` are files and folders. A file is taken whatever its name. Folders are walked in sorted
+    order for files whose suffix is one of an image format that Pillow reads. What lies in
+    `show_dir`, pictures of a former call, is left out. Raise UserError for an input without an
+    image.
     """
     show_dir = Path(os.path.abspath(show_dir))
     images = []
@@ -37,14 +39,18 @@ def _images_of_input(name: str | Path, show_dir: Path) -> list[Path]:
     path = Path(os.path.abspath(name))
     if not path.exists():
         raise UserError(f"{name} does not exist; give images or folders of images")
-    files = [path]
+    images = [path]
     if path.is_dir():
         files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-    images = [file for file in files if is_image(file)]
-    if not images:
-        raise UserError(f"{name}: no image in a format that Pillow reads", "give other files")
-    if len(images) < len(files):
-        print(f"{name}: {len(files) - len(images)} files are no images", file=sys.stderr)
+        images = [file for file in files if is_image(file)]
+        if not images:
+            raise UserError(
+                f"{name}: none of its {len(files)} files has the suffix of an image format that "
+                "Pillow reads",
+                "give another folder, or such files by their names",
+            )
+        if len(images) < len(files):
+            print(f"{name}: {len(files) - len(images)} files are no images", file=sys.stderr)
     images = [image for image in images if show_dir not in image.parents]
     if not images:
         raise UserError(f"{name}: lies in --show_dir; give other images or another folder")

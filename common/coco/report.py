@@ -77,16 +77,19 @@ def current_ap_line(evaluation: Evaluation, goal: float) -> str:
     return line
 
 
-def turned_images(reader: ImageReader, ranks: Ranks) -> list[str]:
+def turned_images(reader: ImageReader, num_images: int, ranks: Ranks) -> list[str]:
     """Return a line on the images that were turned so far, none where there are none.
 
-    All ranks must call it.
+    The set has `num_images`; a rank's reader has all of them or the rank's share. All ranks must
+    call it.
     """
-    is_turned = np.any(ranks.all_gather_objects(reader.is_turned), axis=0)
-    num_turned = np.count_nonzero(is_turned)
-    if num_turned == 0:
+    ids_of_rank = reader.records.image_ids[reader.is_turned].tolist()
+    turned_ids = set()
+    for ids in ranks.all_gather_objects(ids_of_rank):
+        turned_ids.update(ids)
+    if not turned_ids:
         return []
-    return [turned_images_line(num_turned, len(is_turned))]
+    return [turned_images_line(len(turned_ids), num_images)]
 
 
 def per_class_lines(evaluation: Evaluation) -> str:

@@ -34,7 +34,8 @@ from common.coco.images import (
     stored_size,
     turned_images_line,
 )
-from common.coco.index import CocoIndex, Severity, read_annotations, usable_index
+from common.coco.index import CocoIndex, read_annotations, usable_index
+from common.coco.trained import count_boxes
 from common.errors import UserError
 from common.npu import entry
 from ssd_resnet34.tfrecord.example import encode
@@ -116,20 +117,9 @@ def written_boxes_line(index: CocoIndex, is_over_edge: np.ndarray) -> str:
     `index` has the usable annotations, `is_over_edge` (A,) bool says which of them are left out.
     Raise UserError where the file has boxes and none is left.
     """
-    reasons = []
-    num_boxes = len(index.table)
-    for rule, findings in index.broken_rules().items():
-        if rule.severity is Severity.SKIP:
-            reasons.append(f"{findings.count} {rule.text}")
-            num_boxes += findings.count
-    num_over_edge = np.count_nonzero(is_over_edge)
-    if num_over_edge:
-        reasons.append(f"{num_over_edge} over the image's edge")
-    num_written = len(index.table) - num_over_edge
-    line = f"{num_written} of {num_boxes} boxes written"
-    if reasons:
-        line += f"; left out: {', '.join(reasons)}"
-    if num_boxes > 0 and num_written == 0:
+    count = count_boxes(index, {"over the image's edge": is_over_edge})
+    line = count.line("written")
+    if count.num_boxes > 0 and count.num_used == 0:
         raise UserError(f"{index.annotation_file}: {line}; there is nothing to train on")
     return line
 

@@ -34,15 +34,16 @@ def test_the_same_name_in_two_folders_is_two_pictures(tmp_path):
     ("given", "reason"),
     [
         ("nowhere", "does not exist"),
-        ("empty", "no image"),
-        ("notes.txt", "no image"),
+        ("empty", "none of its 0 files has the suffix of an image format"),
+        ("texts", "none of its 1 files has the suffix of an image format"),
         ("out/1.jpg", "lies in --show_dir"),
     ],
 )
 def test_an_input_without_images_is_an_error(tmp_path, given, reason):
     (tmp_path / "empty").mkdir()
     (tmp_path / "out").mkdir()
-    for name in ("notes.txt", "out/1.jpg"):
+    (tmp_path / "texts").mkdir()
+    for name in ("texts/notes.txt", "out/1.jpg"):
         (tmp_path / name).touch()
     with pytest.raises(UserError, match=reason):
         find_images([PHOTOS[0], tmp_path / given], tmp_path / "out")
@@ -76,6 +77,24 @@ def test_every_format_that_pillow_reads_is_taken_and_the_rest_counted(tmp_path, 
     files = find_images([tmp_path], tmp_path / "out")
     assert list(files) == ["a.gif", "b.ppm", "c.tga", "d.JPEG"]
     assert capsys.readouterr().err == f"{tmp_path}: 2 files are no images\n"
+
+
+def test_a_file_that_is_named_is_tried_whatever_its_name(tmp_path, capsys):
+    for name in ("photo", "x.JPG_large"):
+        shutil.copy(PHOTOS[0], tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no picture")
+    inputs = [tmp_path / name for name in ("photo", "x.JPG_large", "notes.txt")]
+    files = find_images(inputs, tmp_path / "out")
+    ((names, images),) = read_images(files, batch_size=8)
+    assert names == ["photo", "x.JPG_large"]
+    np.testing.assert_array_equal(images[1], read_image(PHOTOS[0]))
+    assert capsys.readouterr().err == (
+        f"skipped: {tmp_path}/notes.txt: cannot read the image (not an image in a format that "
+        "Pillow knows)\n"
+    )
+    output = DemoOutput(tmp_path / "out", NAMES, min_score=0.5)
+    output.add("photo", images[0], BOXES[:0], SCORES[:0], LABELS[:0])
+    assert Image.open(tmp_path / "out/photo.png").format == "PNG"
 
 
 def test_full_batches_leave_no_empty_one(tmp_path):

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -150,3 +151,23 @@ def test_examples_without_detections_and_without_ground_truth(records, tmp_path)
     for name, subset in (("a.png", few), ("b.png", without_gt)):
         report.draw_examples(tmp_path / name, subset, np.empty((0, 7)), False)
         assert Image.open(tmp_path / name).format == "PNG"
+
+
+def test_turned_images_of_all_ranks_are_counted_once(records):
+    """In training each rank reads the whole set, in evaluation its share."""
+
+    class TwoRanks:
+        def __init__(self, ids_of_other):
+            self.ids_of_other = ids_of_other
+
+        def all_gather_objects(self, ids):
+            return [ids, self.ids_of_other]
+
+    share = records.subset(np.arange(0, len(records), 2))
+    reader = SimpleNamespace(records=share, is_turned=np.zeros(len(share), dtype=bool))
+    assert report.turned_images(reader, len(records), TwoRanks([])) == []
+    third = share.image_ids[1].item()
+    reader.is_turned[1] = True
+    for ids_of_other, count in (([], 1), ([third], 1), ([third, 7], 2)):
+        (line,) = report.turned_images(reader, len(records), TwoRanks(ids_of_other))
+        assert line.startswith(f"{count} of {len(records)} images were turned by their EXIF")
