@@ -138,6 +138,7 @@ def test_a_file_without_detection_heads_is_named():
     with pytest.raises(UserError) as error:
         num_classes_of({"conv1.weight": torch.zeros(64, 3, 7, 7), "path": "resnet34.pth"})
     message = str(error.value)
-    assert message.startswith("resnet34.pth: no detection heads")
+    assert message.startswith("resnet34.pth: ")
+    assert "no detection heads" in message
     assert "conv1.weight" in message
     assert message.endswith("give a trained detector")
