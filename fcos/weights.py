@@ -259,7 +259,7 @@ def num_classes_of(state: Mapping) -> int:
     """
     head = network_keys(state).get("bbox_head.conv_cls.weight")
     if head is None:
-        raise no_heads(state, tensors_of(state))
+        raise no_heads(state)
     return len(head)
 
 

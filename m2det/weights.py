@@ -138,7 +138,7 @@ def num_classes_of(state: Mapping) -> int:
     deltas_bias = tensors.get("loc.0.bias")
     logits_bias = tensors.get("conf.0.bias")
     if deltas_bias is None or logits_bias is None:
-        raise no_heads(state, tensors_of(state))
+        raise no_heads(state)
     num_shapes = len(deltas_bias) // COORDINATES
     return len(logits_bias) // num_shapes - 1  # without background
 

@@ -180,7 +180,7 @@ def num_classes_of(state: Mapping) -> int:
     tensors = network_keys(state)
     head = tensors.get("bbox_head.cls_convs.0.bias")
     if head is None:
-        raise no_heads(state, tensors_of(state))
+        raise no_heads(state)
     channels = len(head) // SHAPES_OF_FIRST_MAP
     return channels - 1  # without background
 

@@ -44,7 +44,7 @@ LAYOUT = Layout(
     class_head=re.compile(r"mbox\.\d+\.(weight|bias)"),
     backbone="model.",
     unused=re.compile(r"(layer4|fc)\..*"),
-    remedy="give a detector of ssd_resnet34, or torchvision's ResNet of --backbone",
+    remedy="give a detector of ssd_resnet34 with its --backbone, or torchvision's file of that",
 )
 LAYOUTS = ("port",)  # the port's, whose files have only `model`, the state dict
 # Fields of the recipe that the weights of a checkpoint belong to.
@@ -113,7 +113,7 @@ def num_classes_of(state: Mapping) -> int:
     """
     head = network_keys(state).get("mbox.0.weight")
     if head is None:
-        raise no_heads(state, tensors_of(state))
+        raise no_heads(state)
     # For each anchor shape a channel per class, for background, and for each coordinate.
     channels = len(head) // SHAPES_OF_FIRST_MAP
     return channels - COORDINATES - 1

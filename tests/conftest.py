@@ -1,8 +1,11 @@
 """What all tests share: one thread, the handlers of signals, real data, the NPU's way on a CPU."""
 
 import signal
+import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -40,3 +43,36 @@ def tiny_train():
 def tiny_val():
     """Fifty real images of COCO's validation set."""
     return read_index(str(TINY / "annotations/instances_val2017.json"), str(TINY / "val2017"))
+
+
+@pytest.fixture
+def foreign(monkeypatch):
+    """Classes as in mmcv and mmengine, in a module that is there only while a file is written."""
+
+    class ConfigDict(dict):
+        def __getstate__(self):
+            return self
+
+        def __setstate__(self, state):
+            self.update(state)
+
+    class Config:
+        def __getstate__(self):
+            return ConfigDict(model=ConfigDict(type="SSD"), scales=[(300, 300)]), "a.py", "text"
+
+    class HistoryBuffer:
+        def __init__(self):
+            self.history, self.methods = np.arange(3.0), {"mean": HistoryBuffer.mean}
+
+        def mean(self):
+            return self.history.mean()
+
+    module = types.ModuleType("mmlike")
+    monkeypatch.setitem(sys.modules, "mmlike", module)
+    for one in (ConfigDict, Config, HistoryBuffer):
+        one.__qualname__ = one.__name__
+        setattr(module, one.__name__, one)
+    HistoryBuffer.mean.__qualname__ = "HistoryBuffer.mean"  # pickled as a call of getattr
+    for one in (ConfigDict, Config, HistoryBuffer, HistoryBuffer.mean):
+        one.__module__ = "mmlike"
+    return module

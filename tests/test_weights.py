@@ -3,6 +3,8 @@
 import importlib
 import json
 import re
+import sys
+from collections import OrderedDict
 from dataclasses import asdict, replace
 
 import pytest
@@ -302,14 +304,34 @@ def zeros_of(name):
 @pytest.mark.parametrize(
     ("model", "preset", "name", "words"),
     [
-        ("ssd_resnet34", "1p", "resnet50", "a ResNet-50 whose weights are not this network's: "),
-        ("ssd_resnet34", "1p", "resnet18", "a ResNet-18 whose weights are not this network's: "),
-        ("ssd_mmdet", "1p", "vgg16_bn", "a VGG with batch normalisation whose weights are not"),
-        ("ssd_mmdet", "1p", "vgg16", "torchvision's VGG whose weights are not this network's: 4 m"),
-        ("m2det", "512_vgg", "vgg16", "no tensor fits this network; it is torchvision's VGG"),
-        ("m2det", "512_vgg", "resnet50", "no tensor fits this network; it is a ResNet-50"),
+        (
+            "ssd_resnet34",
+            "1p",
+            "resnet50",
+            "it is a ResNet-50; its weights are not this network's: ",
+        ),
+        (
+            "ssd_resnet34",
+            "1p",
+            "resnet18",
+            "it is a ResNet-18; its weights are not this network's: ",
+        ),
+        (
+            "ssd_mmdet",
+            "1p",
+            "vgg16_bn",
+            "it is a VGG with batch normalisation; its weights are not",
+        ),
+        (
+            "ssd_mmdet",
+            "1p",
+            "vgg16",
+            "it is torchvision's VGG; its weights are not this network's: 4 m",
+        ),
+        ("m2det", "512_vgg", "vgg16", "it is torchvision's VGG; no tensor fits this network"),
+        ("m2det", "512_vgg", "resnet50", "it is a ResNet-50; no tensor fits this network"),
         ("fcos", "gn", "resnet50", "not a caffe ResNet-50"),
-        (TFRECORD, "port", "resnet50", "a ResNet-50 whose weights are not this network's: "),
+        (TFRECORD, "port", "resnet50", "it is a ResNet-50; its weights are not this network's: "),
     ],
 )
 def test_a_backbone_that_does_not_fit_whole_is_named(model, preset, name, words):
@@ -334,7 +356,7 @@ def test_torchvisions_detectors_are_named(model, preset, name):
         network = module(model, "model").build_model(recipe, 80)
     with pytest.raises(UserError, match=r"^f\.pth: .*torchvision"):
         module(model, "weights").load_weights(network, {**state, "path": "f.pth"})
-    with pytest.raises(UserError, match=r"^f\.pth: no detection heads; it is .*torchvision"):
+    with pytest.raises(UserError, match=r"^f\.pth: it is .*torchvision.*; no detection heads \("):
         module(model, "weights").num_classes_of({**state, "path": "f.pth"})
 
 
@@ -391,6 +413,10 @@ def test_a_file_without_detection_heads_is_named_with_its_tensors(model):
     line = "f.pth: no detection heads (2 tensors: a.weight, b); give a trained detector"
     with pytest.raises(UserError, match=re.escape(line)):
         module(model, "weights").num_classes_of(state)
+    state = {"network": {"a.weight": torch.zeros(1)}, "epoch": 3, "path": "f.pth"}
+    line = "f.pth: no detection heads (no tensors; entries: network, epoch); give a trained"
+    with pytest.raises(UserError, match=re.escape(line)):
+        module(model, "weights").num_classes_of(state)
 
 
 # ---- class names
@@ -408,6 +434,31 @@ META = (
 def test_mmdetections_class_names(model, meta, detectors):
     state = {"state_dict": tensors_of(detectors, model), "meta": meta}
     assert module(model, "weights").class_names_of(state) == ("a", "b c", "d")
+
+
+@pytest.mark.parametrize("model", ["ssd_mmdet", "fcos"])
+@pytest.mark.parametrize("runner", ["mmcv", "mmengine"])
+def test_files_of_mmdetections_runners(model, runner, detectors, tmp_path, foreign, monkeypatch):
+    """With their objects inside, whose classes are not there when the file is read."""
+    names = ("person", "traffic light", "dog")
+    optimizer = {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
+    state = {"state_dict": OrderedDict(tensors_of(detectors, model)), "optimizer": optimizer}
+    if runner == "mmcv":
+        state["meta"] = {"epoch": 12, "iter": 9, "mmdet_version": "2.11.0", "CLASSES": names}
+        state["meta"]["config"] = foreign.Config()
+    else:
+        state["meta"] = {"epoch": 12, "cfg": "model = dict()", "seed": 1, "mmengine_version": "1"}
+        state["meta"]["dataset_meta"] = foreign.ConfigDict(classes=names, palette=[(220, 20, 60)])
+        scalars = OrderedDict({"train/loss": foreign.HistoryBuffer()})
+        state["message_hub"] = {"log_scalars": scalars, "runtime_info": {}, "resumed_keys": {}}
+    file = tmp_path / "epoch_12.pth"
+    torch.save(state, file)
+    monkeypatch.delitem(sys.modules, "mmlike")
+    loaded = checkpoint.load(file)
+    weights = module(model, "weights")
+    assert weights.class_names_of(loaded) == names
+    report = load(model, loaded)
+    assert report.require_complete(str(file)) is report
 
 
 def write_data(folder, categories):

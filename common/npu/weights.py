@@ -1,7 +1,7 @@
 """Loading tensors into a network, and the report of what became of each of them."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -102,65 +102,88 @@ def load_whole(
     of the classes; `shown_names` are those that an error shows instead of the network's. Raise
     UserError where the file does not fit, and for values that are not finite.
     """
-    name = name_of(state)
-    shown_names = shown_names or {}
-    require_finite(tensors, name)
+    require_finite(tensors, name_of(state))
+    match = _match(model, tensors, layout.class_head)
+    missing = match.missing
+    unknown = match.unknown
+    is_detector = any(layout.class_head.fullmatch(key) for key in tensors)
+    if not is_detector:
+        missing = [key for key in missing if key.startswith(layout.backbone)]
+        unknown = [key for key in unknown if not layout.unused.fullmatch(key)]
+    if match.misshapen or missing or unknown:
+        difference = _difference(match._replace(missing=missing, unknown=unknown), shown_names)
+        if not match.loaded:
+            difference = f"no tensor fits this network ({_content(state)})"
+        raise UserError(f"{name_of(state)}: {_what_file_is(state)}{difference}", layout.remedy)
+    model.load_state_dict(match.loaded, strict=False)
+    return LoadReport(
+        loaded=tuple(match.loaded),
+        reinitialised=tuple(match.reinitialised),
+        missing=tuple(match.missing),
+        unknown=tuple(match.unknown),
+        changes=changes,
+    )
+
+
+class _Match(NamedTuple):
+    """Which tensors of a file a network has; names are those of the network."""
+
+    loaded: dict[str, Tensor]
+    reinitialised: list[str]  # class heads of another number of rows
+    misshapen: dict[str, str]  # others of another shape, with the two shapes in words
+    missing: list[str]
+    unknown: list[str]
+
+
+def _match(model: nn.Module, tensors: Mapping[str, Tensor], class_head: re.Pattern) -> _Match:
     expected = model.state_dict()
-    loaded = {}
-    reinitialised = []
-    misshapen = []
-    unknown = []
+    match = _Match({}, [], {}, [], [])
     for key, value in tensors.items():
         if key not in expected:
             if not NO_WEIGHT.fullmatch(key):
-                unknown.append(key)
+                match.unknown.append(key)
         elif value.shape == expected[key].shape:
-            loaded[key] = value
-        elif layout.class_head.fullmatch(key) and value.shape[1:] == expected[key].shape[1:]:
-            reinitialised.append(key)
+            match.loaded[key] = value
+        elif class_head.fullmatch(key) and value.shape[1:] == expected[key].shape[1:]:
+            match.reinitialised.append(key)
         else:
             shapes = f"{list(value.shape)} instead of {list(expected[key].shape)}"
-            misshapen.append(f"{shown_names.get(key, key)} {shapes}")
-    missing = []
+            match.misshapen[key] = shapes
     for key in expected:
         if key not in tensors and not NO_WEIGHT.fullmatch(key):
-            missing.append(key)
-
-    if any(layout.class_head.fullmatch(key) for key in tensors):
-        needed = missing
-        strange = unknown
-    else:
-        needed = [key for key in missing if key.startswith(layout.backbone)]
-        strange = [key for key in unknown if not layout.unused.fullmatch(key)]
-    if misshapen or needed or strange:
-        needed = [shown_names.get(key, key) for key in needed]
-        raise UserError(
-            f"{name}: {_misfit(tensors_of(state), loaded, misshapen, needed, strange)}",
-            layout.remedy,
-        )
-    model.load_state_dict(loaded, strict=False)
-    return LoadReport(tuple(loaded), tuple(reinitialised), tuple(missing), tuple(unknown), changes)
+            match.missing.append(key)
+    return match
 
 
-def _misfit(
-    tensors: Iterable[str],
-    loaded: Iterable[str],
-    misshapen: list[str],
-    missing: list[str],
-    unknown: list[str],
-) -> str:
-    """Return what a file is, where its `tensors` show that, and why it does not fit."""
-    what = describe(tensors)
-    if not loaded:
-        is_what = f"; it is {what}" if what else ""
-        return f"no tensor fits this network{is_what}"
-    breaches = [
+def _difference(match: _Match, shown_names: Mapping[str, str] | None) -> str:
+    """Return in words how the weights of a file differ from a network's."""
+    shown_names = shown_names or {}
+    misshapen = [f"{shown_names.get(key, key)} {text}" for key, text in match.misshapen.items()]
+    missing = [shown_names.get(key, key) for key in match.missing]
+    differences = [
         _count_and_names("of another shape", misshapen),
         _count_and_names("missing", missing),
-        _count_and_names("unknown", unknown),
+        _count_and_names("unknown", match.unknown),
     ]
-    text = "; ".join(breach for breach in breaches if breach)
-    return f"{what or 'a file'} whose weights are not this network's: {text}"
+    text = "; ".join(difference for difference in differences if difference)
+    return f"its weights are not this network's: {text}"
+
+
+def _what_file_is(state: Mapping) -> str:
+    """Return what a file is, for a message; empty where the names of its tensors do not show it."""
+    what = describe(tensors_of(state))
+    return f"it is {what}; " if what else ""
+
+
+def _content(state: Mapping) -> str:
+    """Return which tensors a checkpoint has, or which entries where it has no tensors."""
+    names = list(tensors_of(state))
+    if names:
+        return f"{len(names)} tensors: {shortened(names)}"
+    entries = [str(key) for key in state if key != "path"]
+    if entries:
+        return f"no tensors; entries: {shortened(entries)}"
+    return "no tensors"
 
 
 def require_finite(tensors: Mapping[str, Tensor], name: str) -> None:
@@ -272,16 +295,10 @@ def mapping(value: object) -> Mapping:
     return value if isinstance(value, Mapping) else {}
 
 
-def no_heads(state: Mapping, names: Iterable[str]) -> UserError:
+def no_heads(state: Mapping) -> UserError:
     """Return the error of a file that is to be a detector and has no detection heads."""
-    names = list(names)
-    problem = f"{name_of(state)}: no detection heads"
-    what = describe(names)
-    if what:
-        problem += f"; it is {what}"
-    return UserError(
-        f"{problem} ({len(names)} tensors: {shortened(names)})", "give a trained detector"
-    )
+    problem = f"{name_of(state)}: {_what_file_is(state)}no detection heads ({_content(state)})"
+    return UserError(problem, "give a trained detector")
 
 
 def named_classes(state: Mapping) -> tuple[str, ...] | None:

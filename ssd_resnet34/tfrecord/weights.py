@@ -24,7 +24,6 @@ from common.npu.weights import (
     named_classes,
     no_heads,
     shortened,
-    tensors_of,
     weights_on_cpu,
     with_classes_of,
 )
@@ -211,7 +210,7 @@ def num_classes_of(state: Mapping) -> int:
     """
     head = network_keys(state).get("class_net.0.weight")
     if head is None:
-        raise no_heads(state, tensors_of(state))
+        raise no_heads(state)
     channels = len(head) // SHAPES_OF_FIRST_MAP
     return channels - 1  # without background
 

@@ -2,7 +2,6 @@ import os
 import pickle
 import resource
 import sys
-import types
 import zipfile
 from collections import OrderedDict, defaultdict, deque
 from pathlib import Path
@@ -303,39 +302,6 @@ def test_safetensors_are_read(tmp_path):
     loaded = checkpoint.load(tmp_path / "model.safetensors")
     assert loaded["a"].tolist() == [1, 2]
     assert loaded.keys() == {"a", "path"}
-
-
-@pytest.fixture
-def foreign(monkeypatch):
-    """Classes as in mmcv and mmengine, in a module that is there only while a file is written."""
-
-    class ConfigDict(dict):
-        def __getstate__(self):
-            return self
-
-        def __setstate__(self, state):
-            self.update(state)
-
-    class Config:
-        def __getstate__(self):
-            return ConfigDict(model=ConfigDict(type="SSD"), scales=[(300, 300)]), "a.py", "text"
-
-    class HistoryBuffer:
-        def __init__(self):
-            self.history, self.methods = np.arange(3.0), {"mean": HistoryBuffer.mean}
-
-        def mean(self):
-            return self.history.mean()
-
-    module = types.ModuleType("mmlike")
-    monkeypatch.setitem(sys.modules, "mmlike", module)
-    for one in (ConfigDict, Config, HistoryBuffer):
-        one.__qualname__ = one.__name__
-        setattr(module, one.__name__, one)
-    HistoryBuffer.mean.__qualname__ = "HistoryBuffer.mean"  # pickled as a call of getattr
-    for one in (ConfigDict, Config, HistoryBuffer, HistoryBuffer.mean):
-        one.__module__ = "mmlike"
-    return module
 
 
 @pytest.mark.parametrize("as_zip", [True, False])

@@ -130,7 +130,7 @@ def test_evaluation_demands_a_whole_detector(model, state):
         part.require_complete("f.pth")
     narrow = {k: v[:1] if v.ndim == 4 and v.shape[1] > 3 else v for k, v in state.items()}
     with pytest.raises(
-        UserError, match=r"whose weights are not this network's: \d+ of another shape"
+        UserError, match=r"its weights are not this network's: \d+ of another shape"
     ):
         load_weights(model, narrow)
 
