@@ -67,7 +67,8 @@ FLAGS = (
         "half type; auto: bf16 on a CPU, else fp16",
         choices=("auto", "fp16", "bf16"),
     ),
-    Flag("process", "--deterministic", False, "the same bits in every run"),
+    Flag("process", "--deterministic", False, "the same bits in every run, and --exact"),
+    Flag("process", "--exact", False, "fp32 with all its bits: no TF32 (CUDA), no HF32 (NPU)"),
     Flag("process", "--timeout", 1800.0, "seconds to wait for another rank"),
     Flag("process", "--local-rank", 0, "what torch.distributed.launch may add; has no effect"),
     # The course of a training run.

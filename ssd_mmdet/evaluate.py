@@ -55,7 +55,7 @@ from ssd_mmdet.weights import num_classes_of, recipe_of_checkpoint
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     ranks, device, reason = start_process(
-        args.device, args.device_id, args.timeout, args.deterministic
+        args.device, args.device_id, args.timeout, args.deterministic, args.exact
     )
     log = print if ranks.main else log_nothing
     log(reason)
@@ -87,6 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     # The recipe's precision is that of training; evaluation is fp32 unless --amp is given.
     level = getattr(args, "amp", "O0")
     precision = Precision(device, level, recipe.loss_scale, args.amp_dtype)
+    log(f"precision: {precision}")
     workers = workers_per_rank(args.num_workers, ranks.local_world_size)
     result_rows = detect_all(
         detector.model, recipe, records, device, ranks, workers, precision, log

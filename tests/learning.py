@@ -14,8 +14,8 @@ from tests.scripts import TINY, json_lines
 IMAGE_IDS = (86408, 144941)
 
 # A different rounding is another run: a processor, a number of threads or a seed decides where it
-# ends. Ten seeds of each recipe, two threads, and processors without AVX-512 or AVX2 all ended at an
-# AP50 of 1.0, with at most 0.12 of each first loss.
+# ends. Ten seeds of each recipe, two threads, and processors without AVX-512 or AVX2 all ended at
+# an AP50 of 1.0, with at most 0.12 of each first loss.
 SMALLEST_AP50 = 0.75
 LARGEST_LOSS_RATIO = 0.3
 

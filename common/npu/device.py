@@ -176,6 +176,37 @@ def _cann_has(function: str) -> bool:
         return False
 
 
+def fp32_shortcuts(device: torch.device) -> list[str]:
+    """Return which operators compute float32 in fewer bits on the device, each with the format.
+
+    They are on by default, in torch for CUDA and in torch_npu; `be_exact` turns off what can be.
+    """
+    shortcuts = []
+    if device.type == "cuda":
+        if torch.backends.cudnn.allow_tf32:
+            shortcuts.append("TF32 in convolutions")
+        if torch.backends.cuda.matmul.allow_tf32:
+            shortcuts.append("TF32 in matrix products")
+    if device.type == "npu":
+        if not has_bf16(device):
+            return ["fp16 in convolutions and pooling, which a 910A has only so"]
+        if torch.npu.conv.allow_hf32:
+            shortcuts.append("HF32 in convolutions")
+        if torch.npu.matmul.allow_hf32:
+            shortcuts.append("HF32 in matrix products")
+    return shortcuts
+
+
+def be_exact(device: torch.device) -> None:
+    """Compute float32 with all its bits, where the device can."""
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+    if device.type == "npu":
+        torch.npu.conv.allow_hf32 = False
+        torch.npu.matmul.allow_hf32 = False
+
+
 def be_deterministic(device: torch.device) -> None:
     """Give the same bits in every run on the same machine, where the device's kernels can."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

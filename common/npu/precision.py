@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from common.errors import UserError
-from common.npu.device import has_bf16, has_infinity, in_host_memory, obstacle_to_fused_sgd
+from common.npu.device import (
+    fp32_shortcuts,
+    has_bf16,
+    has_infinity,
+    in_host_memory,
+    obstacle_to_fused_sgd,
+)
 
 LEVELS = ("O0", "O1", "O2")
 LOSS_SCALE = re.compile(r"dynamic|[1-9]\d*(\.\d+)?")
@@ -138,6 +144,10 @@ class Precision:
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         text = f"{self.level} ({dtype}, loss scale {self.loss_scale})"
+        if self.dtype is torch.float32:
+            shortcuts = fp32_shortcuts(self.device)
+            if shortcuts:
+                text += f", {', '.join(shortcuts)} (see --exact)"
         return f"apex {text}" if self.apex else text
 
 

@@ -17,6 +17,7 @@ from common.fps.runlog import RunLog
 from common.npu import checkpoint, distributed
 from common.npu.device import (
     be_deterministic,
+    be_exact,
     environment,
     in_host_memory,
     obstacle_to_fused_sgd,
@@ -99,12 +100,14 @@ def start_process(
     device_id: int,
     timeout_seconds: float,
     deterministic: bool,
+    exact: bool,
     card: int | None = None,
 ) -> Process:
     """Take a device and join the other ranks.
 
     `device_id` is the card of a single process. Of several each takes the one of its local rank,
-    unless `card` names another. `deterministic` asks for the same bits in every run. Raise
+    unless `card` names another. `deterministic` asks for the same bits in every run, `exact` for
+    float32 with all its bits, which the former includes. Raise
     UserError where the device cannot be used.
     """
     ranks = Ranks.from_environment()
@@ -113,6 +116,8 @@ def start_process(
     device, reason = setup_device(device_name, card)
     if deterministic:
         be_deterministic(device)
+    if exact or deterministic:
+        be_exact(device)
     distributed.start(device, ranks, timeout_seconds)
     return Process(ranks, device, reason)
 
@@ -156,7 +161,7 @@ class Run:
         run is moved yet: `open_output` does that, once all that the run needs has been read.
         """
         ranks, device, reason = start_process(
-            args.device, args.device_id, args.timeout, args.deterministic, card
+            args.device, args.device_id, args.timeout, args.deterministic, args.exact, card
         )
         evaluation_options = flags.evaluation_options(args)
         evaluates = args.kind == "acc"

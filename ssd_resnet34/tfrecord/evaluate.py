@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     require_files(args, "eval")
     require_ranks()
     ranks, device, reason = start_process(
-        args.device, args.device_id, args.timeout, args.deterministic, args.card
+        args.device, args.device_id, args.timeout, args.deterministic, args.exact, args.card
     )
     state = None
     if ranks.main:
@@ -101,6 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     with RunLog(ranks, workers) as log:
         log.open(args.model_dir, args.device_id)
         log.info(reason)
+        log.info(f"precision: {precision}")
         log.info(f"{state['path']}: {detector.report}")
         result_rows = detect_all(detector.model, recipe, records, device, ranks, workers, precision)
         if result_rows is None:

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from common.errors import UserError
 from common.npu import device as device_module
 from common.npu import precision as module
-from common.npu.device import obstacle_to_fused_sgd
+from common.npu.device import be_exact, fp32_shortcuts, obstacle_to_fused_sgd
 from common.npu.precision import Precision, build_sgd, default_level
 
 CPU, CUDA, NPU = torch.device("cpu"), torch.device("cuda", 0), SimpleNamespace(type="npu")
@@ -18,6 +18,7 @@ CPU, CUDA, NPU = torch.device("cpu"), torch.device("cuda", 0), SimpleNamespace(t
 @pytest.fixture
 def _bf16(monkeypatch):
     monkeypatch.setattr(module, "has_bf16", lambda device: True)
+    monkeypatch.setattr(module, "fp32_shortcuts", lambda device: [])
 
 
 @pytest.fixture
@@ -236,6 +237,15 @@ def test_an_npus_sgd_is_fused_where_torch_npu_and_cann_have_it(monkeypatch, kern
         assert found is None
     else:
         assert found.startswith(obstacle)
+
+
+def test_fp32_on_cuda_is_exact_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    precision = Precision(CUDA, "O0")
+    assert str(precision) == "O0 (float32, loss scale 1), TF32 in convolutions (see --exact)"
+    be_exact(CUDA)
+    assert str(precision) == "O0 (float32, loss scale 1)"
+    assert fp32_shortcuts(CPU) == []
 
 
 AMP = """

@@ -399,6 +399,6 @@ def test_log_lines_begin_anew_with_every_epoch(tmp_path):
 
 
 def test_a_process_has_its_device_and_says_why():
-    ranks, device, reason = start_process("cpu", 0, 10.0, deterministic=False)
+    ranks, device, reason = start_process("cpu", 0, 10.0, deterministic=False, exact=True)
     assert (ranks.world_size, device) == (1, CPU)
     assert reason.startswith("device: cpu")

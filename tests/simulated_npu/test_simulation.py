@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from common.npu.device import be_exact, fp32_shortcuts
+
 pytestmark = pytest.mark.npu_sim
 
 X = torch.linspace(-2, 2, 24).reshape(2, 3, 4)
@@ -73,6 +75,15 @@ def test_device(npu):
     event = torch.npu.current_stream().record_event()
     event.synchronize()
     torch.npu.synchronize()
+
+
+def test_fp32_is_exact_where_it_is_asked_for(npu):
+    assert fp32_shortcuts(npu) == ["HF32 in convolutions"]
+    try:
+        be_exact(npu)
+        assert fp32_shortcuts(npu) == []
+    finally:
+        torch.npu.conv.allow_hf32 = True
 
 
 # Types that autocast gives, as measured with torch_npu 2.13.0 (float32 input).
