@@ -129,14 +129,18 @@ def run_here(script: str, *flags) -> subprocess.CompletedProcess:
 
 @contextmanager
 def running(
-    script: str, *flags, ranks: int = 1, stderr: int | TextIO = subprocess.DEVNULL
+    script: str,
+    *flags,
+    ranks: int = 1,
+    stdout: int = subprocess.DEVNULL,
+    stderr: int | TextIO = subprocess.DEVNULL,
 ) -> Iterator[subprocess.Popen]:
     """Started in a process group of its own, never left behind; the run log keeps its output."""
     process = subprocess.Popen(
         command(script, *flags, ranks=ranks),
         env=environment(),
         start_new_session=True,
-        stdout=subprocess.DEVNULL,
+        stdout=stdout,
         stderr=stderr,
     )
     try:

@@ -4,6 +4,7 @@
 falls between two checkpoints, so that steps are repeated as well.
 """
 
+import os
 import shutil
 import signal
 
@@ -128,12 +129,23 @@ def test_a_signal_to_2_ranks_leaves_a_checkpoint_of_that_step(
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"]
+    ("number", "status"),
+    [
+        (signal.SIGTERM, 143),
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.again),
+    ],
+    ids=["SIGTERM", "Ctrl-C", "lost terminal"],
 )
 def test_a_signal_to_process_and_workers_gives_its_status(data, tmp_path, number, status):
+    """Also where nobody reads the output: Ctrl-C ends the `tee` behind a pipe as well."""
     output = tmp_path / "run"
     flags_of_run = (*flags(data, output, 1), "--save_interval=1000")
-    with scripts.running("train.py", *flags_of_run) as process:
+    reader, writer = os.pipe()
+    with scripts.running("train.py", *flags_of_run, stdout=writer) as process:
+        os.close(writer)
+        assert b"device: cpu" in os.read(reader, 1000)
+        os.close(reader)
         scripts.wait_for_step(output, 2, process)
         assert scripts.signal_group(process, number) == status
     assert scripts.checkpoints(output) == [max(scripts.losses(output))]
