@@ -44,6 +44,7 @@ from ssd_resnet34.tfrecord.records import RecordWriter
 # First bytes of the image formats that the reader takes.
 FORMATS = {b"\xff\xd8\xff": b"jpeg", b"\x89PNG": b"png"}
 REMEDY = "fetch the image again"
+CHECK_HINT = "ssd_resnet34/train.py --check_data lists them in full"
 UPRIGHT_QUALITY = 95  # of a JPEG that is encoded again, without chroma subsampling
 
 
@@ -78,7 +79,7 @@ def convert(image_dir: Path, annotation_file: Path, prefix: Path, num_shards: in
         raise UserError(f"--num_shards={num_shards}: give 1 or more")
     all_annotations = read_annotations(str(annotation_file), str(image_dir))
     has_annotations = np.diff(all_annotations.offsets) > 0  # usable or not
-    index = usable_index(all_annotations)
+    index = usable_index(all_annotations, hint=CHECK_HINT)
     for line in index.lines():
         print(line)
     is_over_edge = boxes_over_edge(index)

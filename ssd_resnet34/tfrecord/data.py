@@ -20,7 +20,6 @@ from common.npu.distributed import Ranks
 from common.npu.loading import loader_options
 from ssd_resnet34.data import epoch_order, normalise
 from ssd_resnet34.tfrecord.config import Recipe
-from ssd_resnet34.tfrecord.example import decode_pixels
 from ssd_resnet34.tfrecord.index import RecordIndex
 
 NO_COLOUR_JITTER = (0, 1, 1, 0)
@@ -58,7 +57,7 @@ def training_records(records: RecordIndex) -> RecordIndex:
     return records.subset(records.num_boxes > 0)
 
 
-def trained_boxes_line(records: RecordIndex) -> str:
+def trained_records_line(records: RecordIndex) -> str:
     """Return a line that says how many boxes and records of the training files are trained on.
 
     A record's boxes are all trained on. Raise UserError where there is none.
@@ -244,7 +243,7 @@ class TrainingSet(Dataset):
         annotated = self.records.read(record)
         boxes = annotated.boxes_xyxy
         labels = self.records.labels(annotated, record)
-        image = decode_pixels(annotated, self.records.where(record))
+        image = self.records.pixels(annotated, record)
 
         rng = np.random.default_rng((self.seed, epoch, position))
         flip = False
@@ -285,7 +284,7 @@ class EvaluationSet(Dataset):
 
     def __getitem__(self, record: int) -> tuple[Tensor, Tensor, Tensor]:
         annotated = self.records.read(record)
-        image = decode_pixels(annotated, self.records.where(record))
+        image = self.records.pixels(annotated, record)
         size = torch.tensor(image.shape[:2])
         image_id = torch.tensor(annotated.image_id)
         return resize(image, self.recipe.image_size), size, image_id

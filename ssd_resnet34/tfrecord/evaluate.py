@@ -16,6 +16,7 @@ import common.npu.interpreter  # noqa: F401 before torch
 # isort: split
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from common.coco.evaluation import (
     require_evaluator,
     to_result_rows,
 )
-from common.coco.index import read_annotations
+from common.coco.index import CocoIndex, read_annotations
 from common.coco.report import report_results
 from common.errors import UserError
 from common.files import require_writable
@@ -44,7 +45,7 @@ from ssd_resnet34.data import normalise
 from ssd_resnet34.tfrecord.config import RECIPES, Recipe
 from ssd_resnet34.tfrecord.data import build_loader
 from ssd_resnet34.tfrecord.detector import Detector
-from ssd_resnet34.tfrecord.index import RecordIndex, read_index
+from ssd_resnet34.tfrecord.index import RecordIndex, read_index, wrong_size
 from ssd_resnet34.tfrecord.options import parse, require_files, require_ranks
 from ssd_resnet34.tfrecord.port_lines import announce
 from ssd_resnet34.tfrecord.postprocess import detect
@@ -84,9 +85,9 @@ def main(argv: list[str] | None = None) -> None:
     recipe = recipe_of_checkpoint(flags.chosen_recipe(args, RECIPES), state)
     flags.require_agreement(args, recipe, state)
     detector = Detector.from_checkpoint(state, recipe, device)
-    records = validation_records(
-        args.validation_file_pattern, args.val_json_file, recipe.category_ids
-    )
+    records = read_index(args.validation_file_pattern, "--validation_file_pattern")
+    records = replace(records, category_ids=recipe.category_ids, class_names=detector.class_names)
+    records, notes = validation_records(records, args.val_json_file)
     # What is needed after detecting must be there before it.
     options = flags.evaluation_options(args)
     if ranks.main:
@@ -103,6 +104,7 @@ def main(argv: list[str] | None = None) -> None:
         log.info(reason)
         log.info(f"precision: {precision}")
         log.info(f"{state['path']}: {detector.report}")
+        log.warn_of(args.val_json_file, notes)
         result_rows = detect_all(detector.model, recipe, records, device, ranks, workers, precision)
         if result_rows is None:
             return
@@ -116,20 +118,22 @@ def main(argv: list[str] | None = None) -> None:
         log.val(steps, lr, evaluation.mmdet())
 
 
-def validation_records(
-    pattern: str, val_json_file: str, category_ids: tuple[int, ...]
-) -> RecordIndex:
-    """Return the records to evaluate.
+def validation_records(records: RecordIndex, val_json_file: str) -> tuple[RecordIndex, list[str]]:
+    """Return the records with the sizes of the JSON file, and a line for each thing noticed in it.
 
-    Raise UserError where the JSON file does not know an image or a category: now, not after days of
-    training.
+    Raise UserError where the file has errors or no usable annotation, where it does not have an
+    image or a category of the records, and where it has an image in another size: now, not after
+    days of training.
     """
-    records = read_index(pattern, "--validation_file_pattern", category_ids)
-    annotations = read_annotations(val_json_file)
+    annotations = read_annotations(val_json_file, classes=records.class_names)
     annotations.raise_errors()
-    missing = sorted(set(category_ids) - set(annotations.category_ids))
+    missing = sorted(set(records.category_ids) - set(annotations.category_ids))
     if missing:
         raise UserError(f"{val_json_file} has no category {missing[0]}; see --category_ids")
+    try:
+        annotations.without_unusable().require_annotations()
+    except UserError as error:
+        raise UserError(error.problem, "give a val set that has some") from None
     unknown = np.flatnonzero(~np.isin(records.image_ids, annotations.image_ids))
     if len(unknown):
         image_id = records.image_ids[unknown[0]]
@@ -137,7 +141,33 @@ def validation_records(
         if image_id < 0:
             reason = "no image/source_id, which the evaluation needs; convert the data set again"
         raise UserError(f"{records.where(unknown[0])}: {reason}")
-    return records
+
+    sizes = annotated_sizes(records, annotations)
+    notes = annotations.lines()
+    num_without_record = np.count_nonzero(~np.isin(annotations.image_ids, records.image_ids))
+    if num_without_record:
+        notes.append(
+            f"{num_without_record} of {len(annotations)} images have no record: all their objects "
+            "count as missed"
+        )
+    return replace(records, sizes=sizes), notes
+
+
+def annotated_sizes(records: RecordIndex, annotations: CocoIndex) -> np.ndarray:
+    """Return the (height, width) that the annotations have for each record's image, (R, 2) int64.
+
+    All images must be among them. Raise UserError where a record says another size.
+    """
+    by_id = np.argsort(annotations.image_ids)
+    positions = np.searchsorted(annotations.image_ids, records.image_ids, sorter=by_id)
+    sizes = annotations.sizes[by_id[positions]].astype(np.int64)
+    is_known = (records.sizes > 0).all(axis=1)
+    differing = np.flatnonzero(is_known & (records.sizes != sizes).any(axis=1))
+    if len(differing):
+        first = differing[0]
+        of_record = tuple(records.sizes[first].tolist())
+        raise wrong_size(records.where(first), of_record, tuple(sizes[first].tolist()))
+    return sizes
 
 
 @torch.no_grad()
@@ -193,6 +223,7 @@ def evaluate_and_save(
         folder / EVALUATION_FOLDER,
         options,
         log,
+        records.class_names,
         step=step,
     )
     announce(f"Current AP: {evaluation.stats['AP']:.5f}")

@@ -27,7 +27,9 @@ from ssd_resnet34.tfrecord.example import (
     AnnotatedImage,
     annotated_image,
     decode,
+    decode_pixels,
     image_id,
+    image_size,
     values,
 )
 from ssd_resnet34.tfrecord.records import Span, describe, match_files, read_record, scan_records
@@ -47,6 +49,9 @@ class RecordIndex:
     file_of_record: np.ndarray  # (R,) int32 index in files
     spans: np.ndarray  # (R, 2) int64 offset of the header, length of the payload
     image_ids: np.ndarray  # (R,) int64; -1 where the record has none
+    # (R, 2) int64 height and width that the annotation file has for the image, if there is one,
+    # else those that the record says, 0 where it does not
+    sizes: np.ndarray
     num_boxes: np.ndarray  # (R,) int64
     # The different pairs of a category id and its name that the boxes of the files have, sorted.
     # The name is empty where a record has none.
@@ -62,6 +67,17 @@ class RecordIndex:
         span = Span(*self.spans[record])
         payload = read_record(self.path(record), span)
         return annotated_image(payload, self.where(record))
+
+    def pixels(self, image: AnnotatedImage, record: int) -> np.ndarray:
+        """Decode the image of a record, (H, W, 3) uint8 RGB.
+
+        Raise UserError as `decode_pixels` does, and where its size is not that of `sizes`.
+        """
+        pixels = decode_pixels(image, self.where(record))
+        height, width = self.sizes[record].tolist()
+        if height > 0 and pixels.shape[:2] != (height, width):
+            raise wrong_size(self.where(record), pixels.shape[:2], (height, width))
+        return pixels
 
     def path(self, record: int) -> str:
         return str(self.files[self.file_of_record[record]])
@@ -93,12 +109,24 @@ class RecordIndex:
             file_of_record=self.file_of_record[keep],
             spans=self.spans[keep],
             image_ids=self.image_ids[keep],
+            sizes=self.sizes[keep],
             num_boxes=self.num_boxes[keep],
         )
 
     def max_boxes(self) -> int:
         """Return the largest number of boxes of one record, rounded up as that of a CocoIndex."""
         return round_up(int(self.num_boxes.max(initial=1)), BOXES_MULTIPLE)
+
+
+def wrong_size(where: str, of_record: tuple[int, int], annotated: tuple[int, int]) -> UserError:
+    """Return the error for a record of another (height, width) than the annotation file says."""
+    height, width = of_record
+    annotated_height, annotated_width = annotated
+    return UserError(
+        f"{where}: its image is {width} x {height} pixels, {annotated_width} x {annotated_height} "
+        "in the annotation file",
+        "give the file that the records were converted from, or convert them again",
+    )
 
 
 def names_of_categories(
@@ -120,10 +148,8 @@ def names_of_categories(
     return tuple(names.get(category_id, str(category_id)) for category_id in category_ids)
 
 
-def read_index(
-    pattern: str, flag: str, category_ids: tuple[int, ...] = COCO_CATEGORY_IDS
-) -> RecordIndex:
-    """Return the index of the files that a glob pattern matches.
+def read_index(pattern: str, flag: str) -> RecordIndex:
+    """Return the index of the files that a glob pattern matches, with COCO's classes.
 
     Raise UserError where there is no record; it names the flag that the pattern came from.
     """
@@ -143,16 +169,18 @@ def read_index(
         file_of_record=np.array(file_of_record, np.int32),
         spans=np.array([entry.span for entry in entries], np.int64),
         image_ids=np.array([entry.image_id for entry in entries], np.int64),
+        sizes=np.array([entry.size for entry in entries], np.int64),
         num_boxes=np.array([entry.num_boxes for entry in entries], np.int64),
         categories=tuple(sorted(categories)),
-        category_ids=category_ids,
-        class_names=names_of_categories(category_ids, categories),
+        category_ids=COCO_CATEGORY_IDS,
+        class_names=COCO_CLASSES,
     )
 
 
 class _Entry(NamedTuple):
     span: Span
     image_id: int
+    size: tuple[int, int]  # height, width; 0 where the record does not say it
     num_boxes: int
 
 
@@ -165,7 +193,8 @@ def _read_entries(path: str) -> tuple[list[_Entry], set[tuple[int, str]]]:
         features = decode(payload, where)
         category_ids = values(features, CATEGORY, int, where)
         names = values(features, CATEGORY_NAME, bytes, where)
-        entries.append(_Entry(span, image_id(features, where), len(category_ids)))
+        size = image_size(features, where) or (0, 0)
+        entries.append(_Entry(span, image_id(features, where), size, len(category_ids)))
         if len(names) != len(category_ids):
             names = [b""] * len(category_ids)
         categories.update(zip(category_ids, names, strict=True))

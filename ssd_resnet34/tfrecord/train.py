@@ -31,9 +31,9 @@ from common.npu.precision import build_sgd, set_learning_rate
 from common.npu.run import Run, RunState
 from ssd_resnet34.tfrecord.augment import augment
 from ssd_resnet34.tfrecord.categories import find_categories, require_known_categories
-from ssd_resnet34.tfrecord.check import check_records
+from ssd_resnet34.tfrecord.check import check_data
 from ssd_resnet34.tfrecord.config import RECIPES, Recipe
-from ssd_resnet34.tfrecord.data import build_loader, trained_boxes_line, training_records
+from ssd_resnet34.tfrecord.data import build_loader, trained_records_line, training_records
 from ssd_resnet34.tfrecord.evaluate import detect_all, evaluate_and_save, validation_records
 from ssd_resnet34.tfrecord.index import RecordIndex, read_index
 from ssd_resnet34.tfrecord.loss import DetectionLoss, decay_term
@@ -59,11 +59,12 @@ def main(argv: list[str] | None = None) -> int | None:
     if hasattr(args, "category_ids"):  # the flag was given
         category_ids = recipe.category_ids
     if args.check_data:
-        patterns = {
-            "--training_file_pattern": args.training_file_pattern,
-            "--validation_file_pattern": args.validation_file_pattern,
-        }
-        return check_records(patterns, category_ids, args.val_json_file)
+        return check_data(
+            args.training_file_pattern,
+            args.validation_file_pattern,
+            args.val_json_file,
+            category_ids,
+        )
     if args.mode == "eval":
         raise UserError(
             "--mode=eval: train.py does not evaluate; use tfrecord/evaluate.py or ssd_main.py"
@@ -100,9 +101,12 @@ def main(argv: list[str] | None = None) -> int | None:
     recipe = replace(recipe, category_ids=train_set.category_ids)
     val_set = train_set  # RunState only needs the category ids
     if run.settings.evaluate:
-        val_set = validation_records(
-            args.validation_file_pattern, args.val_json_file, recipe.category_ids
+        val_set = read_index(args.validation_file_pattern, "--validation_file_pattern")
+        val_set = replace(
+            val_set, category_ids=train_set.category_ids, class_names=train_set.class_names
         )
+        val_set, notes = validation_records(val_set, args.val_json_file)
+        run.log.warn_of(args.val_json_file, notes)
 
     canvas = (recipe.image_size, recipe.image_size)
     require_memory_for_batch(recipe.batch_size, canvas, run.ranks, run.device)
@@ -195,7 +199,7 @@ def read_training_records(
     that a run cannot be made of.
     """
     records = read_index(pattern, "--training_file_pattern")
-    run.log.info(trained_boxes_line(records))
+    run.log.info(trained_records_line(records))
     categories = find_categories(category_ids, run.resumed, val_json_file, records, trained_order)
     if not categories.are_cocos:
         run.log.info(categories.line())

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.coco.evaluation import EvaluationOptions
 from common.coco.index import COCO_CLASSES
 from common.errors import UserError
 from common.npu import checkpoint
 from ssd_resnet34.tfrecord import evaluate, train
 from ssd_resnet34.tfrecord.categories import find_categories, require_known_categories
-from ssd_resnet34.tfrecord.check import check_records
+from ssd_resnet34.tfrecord.check import check_data
 from ssd_resnet34.tfrecord.coco_to_tfrecord import convert
 from ssd_resnet34.tfrecord.config import COCO_CATEGORY_IDS
+from ssd_resnet34.tfrecord.data import build_loader
 from ssd_resnet34.tfrecord.example import encode
 from ssd_resnet34.tfrecord.index import names_of_categories, read_index
 from ssd_resnet34.tfrecord.records import RecordWriter
@@ -167,16 +169,160 @@ def test_a_run_on_own_data_from_the_records_to_its_evaluation(tmp_path, capsys):
 def test_check_data_takes_own_ids(tmp_path, capsys):
     annotation_file(tmp_path / "own.json")
     convert(tmp_path, tmp_path / "own.json", tmp_path / "records/own", num_shards=1)
-    patterns = {FLAG: f"{tmp_path}/records/own*"}
-    assert check_records(patterns, None, val_json_file="") == 0
-    assert "2 classes, from the records: 2 buoy, 40 boat" in capsys.readouterr().out
-    assert check_records(patterns, (2,), val_json_file="") == 1
+    pattern = f"{tmp_path}/records/own*"
+    assert check_data(pattern, "", "", category_ids=None) == 0
+    printed = capsys.readouterr().out
+    assert "2 classes, from the records: 2 buoy, 40 boat" in printed
+    assert "2 of 2 boxes are trained on" in printed
+    assert check_data(pattern, "", "", category_ids=(2,)) == 1
     assert "category 40 is none of the recipe's; give the ids" in capsys.readouterr().err
 
 
-def test_records_without_a_box_are_nothing_to_train_on(tmp_path):
+def test_records_without_a_box_are_nothing_to_train_on(tmp_path, capsys):
     with RecordWriter(tmp_path / "records") as writer:
         writer.write(encode({"image/encoded": (bytes, [picture()])}))
+    assert check_data(f"{tmp_path}/records", "", "", category_ids=None) == 1
+    printed = capsys.readouterr()
+    assert "0 of 0 boxes are trained on" in printed.err
+    assert "1 errors" in printed.out
     flags = [f"{FLAG}={tmp_path}/records", "--device=cpu", "--mode=train", "--recipe=small"]
     with pytest.raises(UserError, match=r"0 of 0 boxes are trained on; .*nothing to train on"):
         train.main([*flags, f"--model_dir={tmp_path}/run", "--num_workers=0"])
+
+
+# ---- the annotation file of a val set
+
+
+@pytest.fixture
+def own_set(tmp_path):
+    """Convert the set of `annotation_file`; return its records and its content."""
+    file = tmp_path / "own.json"
+    annotation_file(file)
+    convert(tmp_path, file, tmp_path / "records/own", num_shards=1)
+    records = read_index(f"{tmp_path}/records/own*", "--validation_file_pattern")
+    categories = find_categories(None, None, str(file), records)
+    return categories.of(records), json.loads(file.read_text())
+
+
+def written(path, content):
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("bbox", "reason"), [(None, ""), ([1, 2, 0, 3], "; note: zero-size box, not trained on: 2 (")]
+)
+def test_a_val_file_without_a_usable_annotation_is_refused(own_set, tmp_path, bbox, reason):
+    records, content = own_set
+    if bbox is None:
+        content["annotations"] = []
+    for annotation in content["annotations"]:
+        annotation["bbox"] = bbox
+    with pytest.raises(UserError) as raised:
+        evaluate.validation_records(records, written(tmp_path / "val.json", content))
+    message = str(raised.value)
+    assert f"val.json: no annotation to evaluate against{reason}" in message
+    assert message.endswith("; give a val set that has some")
+
+
+def test_a_val_file_of_another_size_is_refused_at_the_start(own_set, tmp_path):
+    records, content = own_set
+    content["images"][1] |= {"height": 80, "width": 120}
+    complaint = (
+        r"own-.*: record at byte \d+: its image is 60 x 40 pixels, 120 x 80 in the annotation file"
+    )
+    with pytest.raises(UserError, match=complaint):
+        evaluate.validation_records(records, written(tmp_path / "val.json", content))
+
+
+def test_where_a_record_says_no_size_the_image_is_measured(tmp_path, recipe, capsys):
+    with RecordWriter(tmp_path / "records") as writer:
+        writer.write(encode(GOOD | {"image/encoded": (bytes, [picture()])}))
+    records = read_index(f"{tmp_path}/records", FLAG)
+    image = {"id": 139, "file_name": "1.jpg", "height": 40, "width": 60}
+    box = {"id": 1, "image_id": 139, "bbox": [1, 2, 3, 4], "category_id": 90}
+    pairs = zip(COCO_CATEGORY_IDS, COCO_CLASSES, strict=True)
+    categories = [{"id": category_id, "name": name} for category_id, name in pairs]
+    content = {"images": [image], "annotations": [box], "categories": categories}
+    fits, notes = evaluate.validation_records(records, written(tmp_path / "a.json", content))
+    assert notes == []
+    next(iter(build_loader(recipe, fits, training=False)))
+
+    image["width"] = 61
+    file = written(tmp_path / "b.json", content)
+    wrong, _ = evaluate.validation_records(records, file)
+    complaint = "its image is 60 x 40 pixels, 61 x 40 in the annotation file; give the file that"
+    with pytest.raises(UserError, match=complaint):
+        next(iter(build_loader(recipe, wrong, training=False)))
+    assert check_data("", f"{tmp_path}/records", file, category_ids=None) == 1
+    assert complaint in capsys.readouterr().err
+
+
+def test_what_is_noticed_in_a_val_file_is_said(own_set, tmp_path, capsys):
+    records, content = own_set
+    content["annotations"].append({**content["annotations"][0], "id": 3, "bbox": [1, 2, 0, 3]})
+    content["images"].append({**content["images"][0], "id": 3, "file_name": "3.jpg"})
+    file = written(tmp_path / "val.json", content)
+    _, (zero_size, without_record) = evaluate.validation_records(records, file)
+    assert zero_size.startswith("note: zero-size box, not trained on: 1 (image 1 annotation 3")
+    assert without_record.startswith("1 of 3 images have no record: all their objects count as")
+
+    pattern = f"{tmp_path}/records/own*"
+    flags = [f"--model_dir={tmp_path}/run", "--device=cpu", "--num_workers=0", "--recipe=small"]
+    files = [f"--validation_file_pattern={pattern}", f"--val_json_file={file}"]
+    flags += [*files, "--train_batch_size=2", "--max_iters=1"]
+    train.main([*flags, f"{FLAG}={pattern}", "--mode=train_and_eval"])
+    assert f"{file}: {zero_size}" in (tmp_path / "run/train_0.log").read_text()
+    capsys.readouterr()
+    evaluate.main(flags)
+    assert f"{file}: {zero_size}" in "".join(capsys.readouterr())
+    assert check_data(pattern, pattern, file, category_ids=None) == 0
+    assert f"{file}: {zero_size}" in capsys.readouterr().out
+
+
+def test_a_root_that_only_the_training_set_uses_is_evaluated(tmp_path):
+    """Boxes of the training set have it, those of the val set do not."""
+    under_root = [{**category, "supercategory": "vessels"} for category in OWN_CATEGORIES]
+    categories = [{"id": 0, "name": "vessels"}, *under_root]
+    file = annotation_file(tmp_path / "own.json", categories)
+    content = json.loads((tmp_path / "own.json").read_text())
+    content["annotations"][0]["category_id"] = 0
+    training_file = tmp_path / "train.json"
+    training_file.write_text(json.dumps(content))
+    convert(tmp_path, training_file, tmp_path / "records/train", num_shards=1)
+    convert(tmp_path, tmp_path / "own.json", tmp_path / "records/val", num_shards=1)
+    training = read_index(f"{tmp_path}/records/train*", FLAG)
+    categories = find_categories(None, None, file, training)
+    assert categories.names == ("vessels", "buoy", "crew", "boat")
+    records = categories.of(read_index(f"{tmp_path}/records/val*", "flag"))
+    records, _ = evaluate.validation_records(records, file)
+    perfect = np.array([[1, 10, 10, 30, 20, 1, 40], [2, 10, 10, 30, 20, 1, 2]], np.float64)
+    of_root = np.array([[2, 0, 0, 5, 5, 0.5, 0]])
+    plain = EvaluationOptions(per_class=False, faster=False)
+    result_rows = np.concatenate([perfect, of_root])
+    evaluation = evaluate.evaluate_and_save(result_rows, records, file, tmp_path, plain, print)
+    assert evaluation.stats["AP"] == pytest.approx(1)
+
+
+def test_the_check_shows_all_of_a_broken_val_file(own_set, tmp_path, capsys):
+    _, content = own_set
+    content["annotations"] = [
+        {"id": k, "image_id": 1, "category_id": 2, "bbox": [1, 2]} for k in range(7)
+    ]
+    file = written(tmp_path / "val.json", content)
+    pattern = f"{tmp_path}/records/own*"
+    flags = [f"{FLAG}={pattern}", f"--model_dir={tmp_path}/run", "--device=cpu", "--mode=train"]
+    with pytest.raises(UserError, match=r"train\.py --check_data lists them in full$"):
+        train.main([*flags, f"--val_json_file={file}", "--recipe=small", "--num_workers=0"])
+    assert check_data(pattern, "", file, category_ids=None) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("image 1 annotation ") == 7
+    assert "7 errors" in printed
+
+
+def test_the_converter_names_the_check_that_reads_its_annotation_file(tmp_path):
+    file = tmp_path / "own.json"
+    annotation_file(file)
+    (tmp_path / "1.jpg").unlink()
+    with pytest.raises(UserError, match=r"ssd_resnet34/train\.py --check_data lists them in full$"):
+        convert(tmp_path, file, tmp_path / "records/own", num_shards=1)

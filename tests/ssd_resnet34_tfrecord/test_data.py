@@ -15,7 +15,7 @@ from common.coco.images import decode_image
 from common.errors import UserError
 from common.npu.distributed import Ranks
 from ssd_resnet34.tfrecord.augment import augment, jitter_colours
-from ssd_resnet34.tfrecord.check import check_records
+from ssd_resnet34.tfrecord.check import check_data
 from ssd_resnet34.tfrecord.config import COCO_CATEGORY_IDS
 from ssd_resnet34.tfrecord.data import (
     Batch,
@@ -28,7 +28,7 @@ from ssd_resnet34.tfrecord.data import (
     prepare_image,
     resize_crop,
     sample,
-    trained_boxes_line,
+    trained_records_line,
     training_records,
 )
 from ssd_resnet34.tfrecord.example import encode
@@ -210,8 +210,7 @@ def test_a_record_that_says_another_size_is_named(tmp_path, recipe, capsys):
         TrainingSet(records, recipe, seed=0)[0, 0, 0]
     with pytest.raises(UserError, match=complaint):
         next(iter(build_loader(recipe, records, training=False)))
-    patterns = {FLAG: str(tmp_path / "records")}
-    assert check_records(patterns, COCO_CATEGORY_IDS, val_json_file="") == 1
+    assert check_data(str(tmp_path / "records"), "", "", COCO_CATEGORY_IDS) == 1
     printed = capsys.readouterr()
     assert re.search(complaint, printed.err)
     assert "1 errors" in printed.out
@@ -219,13 +218,13 @@ def test_a_record_that_says_another_size_is_named(tmp_path, recipe, capsys):
 
 def test_boxes_that_are_trained_on_are_counted(index):
     num_boxes = index.num_boxes.sum()
-    assert trained_boxes_line(index) == (
+    assert trained_records_line(index) == (
         f"{num_boxes} of {num_boxes} boxes are trained on; left out: 1 of 6 records, without a box"
     )
     with_boxes = training_records(index)
-    assert trained_boxes_line(with_boxes) == f"{num_boxes} of {num_boxes} boxes are trained on"
+    assert trained_records_line(with_boxes) == f"{num_boxes} of {num_boxes} boxes are trained on"
     with pytest.raises(UserError, match=r"0 of 0 boxes are trained on;.*nothing to train on"):
-        trained_boxes_line(index.subset(index.num_boxes == 0))
+        trained_records_line(index.subset(index.num_boxes == 0))
 
 
 @pytest.mark.parametrize(("name", "shape"), [("up", (123, 217, 3)), ("down", (427, 640, 3))])
