@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 from tests import scripts
@@ -11,8 +12,12 @@ AS_NPU = Path(__file__).parent / "as_npu.py"
 
 def on_cpu(program: Path, *flags, ranks: int = 1) -> None:
     """Run to the end on the CPU, in the NPU path's way, where torch_npu does not even load."""
-    words = scripts.command(str(program), "--device=cpu", *flags, ranks=ranks)
-    words.insert(words.index(str(program)), str(AS_NPU))
+    launcher = []
+    if ranks > 1:  # by torchrun itself: our launcher starts only the programs
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+        launcher.append(f"--master_port={scripts.free_port()}")
+    words = [sys.executable, *launcher, str(AS_NPU), str(program), "--device=cpu"]
+    words += [str(flag) for flag in flags]
     done = subprocess.run(words, env=without_cann(), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
 
