@@ -24,7 +24,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise _cannot_be_written(path, error) from None
+        raise cannot_be_written(path, error) from None
     finally:
         if partial.exists():
             partial.unlink()
@@ -40,10 +40,11 @@ def require_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"a full disk still makes empty files")
     except OSError as error:
-        raise _cannot_be_written(folder, error) from None
+        raise cannot_be_written(folder, error) from None
 
 
-def _cannot_be_written(path: Path, error: OSError) -> UserError:
+def cannot_be_written(path: Path, error: OSError) -> UserError:
+    """Return the error that names a file or folder and why it cannot be written."""
     return UserError(
         f"{path} cannot be written: {error.strerror}", "free space or choose another folder"
     )

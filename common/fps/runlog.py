@@ -14,6 +14,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.arithmetic import ceil_div
+from common.errors import UserError
+from common.files import cannot_be_written
 from common.fps.meter import Window
 from common.npu.distributed import Ranks
 from common.npu.terminal import drop
@@ -155,7 +157,7 @@ class RunLog:
 
     def __exit__(self, kind, error, traceback) -> None:
         self.bar.close()
-        with suppress(OSError):  # of a full disk: the first error is the one to report
+        with suppress(OSError, UserError):  # of a full disk: the first error is the one to report
             if error is not None:
                 self._write("ERROR", f"rank {self.ranks.rank}: {kind.__name__}: {error}")
             if self._events is not None:
@@ -197,8 +199,11 @@ class RunLog:
 
 
 def _append(path: Path, line: str) -> None:
-    with path.open("ab", buffering=0) as file:  # ranks share the text: a line is one write
-        file.write(f"{line}\n".encode())
+    try:
+        with path.open("ab", buffering=0) as file:  # ranks share the text: a line is one write
+            file.write(f"{line}\n".encode())
+    except OSError as error:
+        raise cannot_be_written(path, error) from None
 
 
 def _fields(values: dict[str, float | str]) -> str:

@@ -3,12 +3,14 @@ import re
 import sys
 from collections import defaultdict
 from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from common.errors import UserError
 from common.fps.meter import Window
 from common.fps.runlog import RunLog
 from common.npu.distributed import Ranks
@@ -117,6 +119,15 @@ def test_nothing_waits_in_a_buffer(tmp_path):
     assert log.text_path.read_text().count("Epoch [1][50/200]") == 1
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(50, 3.25)]
+
+
+@pytest.mark.parametrize("name", ["text_path", "json_path"])
+def test_a_log_file_on_a_full_disk_is_named(tmp_path, name):
+    message = "/dev/full cannot be written: No space left on device; free space"
+    with open_log(tmp_path) as log:
+        setattr(log, name, Path("/dev/full"))
+        with pytest.raises(UserError, match=message):
+            train(log, 50)
 
 
 def test_a_resumed_run_loses_nothing_of_the_first(tmp_path):
