@@ -104,7 +104,7 @@ class Recipe:
     bias_lr_factor: float = 2.0  # factor on the learning rate of the biases of convolutions
     clip_norm: float = option(35.0, "largest global norm of the gradient (0: no clipping)")
     amp: str = option("O1", "precision on npu and cuda: O0, O1 or O2")
-    loss_scale: str = option("32", "'dynamic' or a number; used with fp16 only")
+    loss_scale: str = option("32", "'dynamic' or a number; used in fp16, on a 910A always")
 
     # Evaluation
     evaluation: tuple[int, ...] = option(

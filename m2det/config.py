@@ -98,7 +98,7 @@ class Recipe:
     clip_norm: float = option(0.0, "largest global norm of the gradient (0: no clipping)")
     clip_each: float = option(0.0, "largest norm of each parameter's gradient (0: no clipping)")
     amp: str = option("O1", "precision on npu and cuda: O0, O1 or O2")
-    loss_scale: str = option("32", "'dynamic' or a number; used with fp16 only")
+    loss_scale: str = option("32", "'dynamic' or a number; used in fp16, on a 910A always")
 
     # Evaluation
     evaluation: tuple[int, ...] = option(

@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # The recipe's precision is that of training; evaluation is fp32 unless --amp is given.
     level = getattr(args, "amp", "O0")
-    precision = Precision(device, level, recipe.loss_scale, args.amp_dtype)
+    precision = Precision(device, level, dtype=args.amp_dtype)
     log(f"precision: {precision}")
     workers = workers_per_rank(args.num_workers, ranks.local_world_size)
     result_rows = detect_all(

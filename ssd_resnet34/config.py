@@ -71,7 +71,7 @@ class Recipe:
     weight_decay: float = option(5e-4, "decay of every parameter, BN and biases too", "--wd")
     clip_norm: float = option(0.0, "largest global norm of the gradient (0: no clipping)")
     amp: str = option("O2", "precision on npu and cuda: O0, O1, O2")
-    loss_scale: str = option("32", "'dynamic' or a number; used with fp16 only")
+    loss_scale: str = option("32", "'dynamic' or a number; used in fp16, on a 910A always")
 
     # Evaluation
     evaluation: tuple[int, ...] = option(

@@ -127,6 +127,7 @@ BOXES_MULTIPLE = 16
 # reach over the edge and roundings add up.
 NORMALISED_RANGE = (-0.5, 1.5)
 SHARE_OF_NORMALISED = 0.9
+FORMAT_ONLY_HINT = "give a val set that has some; evaluate.py --format_only needs none"
 CHECK_HINT = "train.py --check_data lists them in full"
 EXAMPLES_KEPT = 20  # of a rule, unless all are asked for
 GZIP_START = b"\x1f\x8b"
@@ -215,14 +216,12 @@ class CocoIndex:
         unused = Rule(f"{text}, no box uses it", Severity.NOTE)
         self.report[unused] = Findings.of(unknown_unused)
 
-    def require_annotations(self) -> None:
+    def require_annotations(self, remedy: str = FORMAT_ONLY_HINT) -> None:
         """Raise UserError where no annotation is usable: there is nothing to evaluate against."""
         if len(self.table) == 0:
             problem = f"{self.annotation_file}: no annotation to evaluate against"
             findings = "; ".join([problem, *self.lines(limit=3)])
-            raise UserError(
-                findings, "give a val set that has some; evaluate.py --format_only needs none"
-            )
+            raise UserError(findings, remedy)
 
     def broken_rules(self) -> dict[Rule, Findings]:
         """Return the rules that are broken, with the entries that break them."""

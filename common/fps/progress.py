@@ -13,7 +13,7 @@ from common.fps.meter import Meter
 from common.fps.summary import write_summary
 from common.fps.window import LossWindow, NotFinite
 from common.npu.checkpoint import checkpoints_newest_first
-from common.npu.device import in_host_memory, memory_mib
+from common.npu.device import in_host_memory, memory_mib, overflow_happened
 from common.npu.entry import as_user_error, leave_dead_workers_to_the_loader
 from common.npu.run import Run
 
@@ -199,6 +199,12 @@ class Progress:
         lr = self.lr(steps_done - 1)
         memory = memory_mib(self.run.device)
         self.run.log.train(steps_done, lr, losses, self.meter.window(), memory)
+        if self.run.ranks.any(overflow_happened(self.run.device)):
+            scale = self.run.precision.loss_scale
+            self.run.log.warning(
+                f"a number was too large since the last line; lower --loss_scale={scale} if it "
+                "happens often"
+            )
 
     def require_finite(self) -> None:
         """Raise UserError, on all ranks, where a loss since the last log line is not finite."""

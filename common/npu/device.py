@@ -152,6 +152,21 @@ def has_torchvision_operators() -> bool:
     return True
 
 
+def overflow_happened(device: torch.device) -> bool:
+    """Return whether a number was too large since this was last asked, where only the chip knows.
+
+    That is an Ascend 910A, on which it stays at the largest number; everywhere else it becomes
+    infinite and is found in the losses. The host waits for the device.
+    """
+    if has_infinity(device):
+        return False
+    import torch_npu
+
+    happened = torch_npu.npu.utils.get_npu_overflow_flag()
+    torch_npu.npu.utils.clear_npu_overflow_flag()
+    return happened
+
+
 def obstacle_to_fused_sgd(device: torch.device) -> str | None:
     """Return why torch's fused SGD does not run on the device, None where it does.
 

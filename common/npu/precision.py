@@ -36,7 +36,7 @@ class Precision:
         self,
         device: torch.device,
         level: str = "O0",
-        loss_scale: str = "dynamic",
+        loss_scale: str = NO_SCALE,
         dtype: str = "auto",
         backend: str = "native",
     ):
@@ -56,7 +56,8 @@ class Precision:
         if level == "O2" and self.apex is None:
             self.reduce_dtype = self.dtype
         self.loss_scale = NO_SCALE
-        if self.dtype is torch.float16:
+        # An Ascend 910A, which has no infinity, convolves in fp16 whatever the type.
+        if self.dtype is torch.float16 or not has_infinity(device):
             self.loss_scale = loss_scale
         self._set_up_native_scale()
 

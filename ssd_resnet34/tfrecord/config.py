@@ -77,7 +77,7 @@ class Recipe:
     clip_norm: float = option(0.0, "largest global norm of the gradient (0: no clipping)")
     # The mixed precision of the TensorFlow port has no loss scaling.
     amp: str = option("O0", "precision on npu and cuda: O0, O1, O2")
-    loss_scale: str = option("dynamic", "'dynamic' or a number; used with fp16 only")
+    loss_scale: str = option("dynamic", "'dynamic' or a number; used in fp16, on a 910A always")
 
     # Evaluation
     evaluation: tuple[int, ...] = option(

@@ -39,7 +39,7 @@ from common.fps.runlog import RunLog
 from common.npu import checkpoint, entry
 from common.npu.distributed import Ranks
 from common.npu.loading import workers_per_rank
-from common.npu.precision import NO_SCALE, Precision
+from common.npu.precision import Precision
 from common.npu.run import start_process
 from ssd_resnet34.data import normalise
 from ssd_resnet34.tfrecord.config import RECIPES, Recipe
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # The recipe's precision is that of training; evaluation is fp32 unless --amp is given.
     level = getattr(args, "amp", "O0")
-    precision = Precision(device, level, loss_scale=NO_SCALE, dtype=args.amp_dtype)
+    precision = Precision(device, level, dtype=args.amp_dtype)
     workers = workers_per_rank(args.num_workers, ranks.local_world_size)
 
     with RunLog(ranks, workers) as log:
@@ -130,10 +130,7 @@ def validation_records(records: RecordIndex, val_json_file: str) -> tuple[Record
     missing = sorted(set(records.category_ids) - set(annotations.category_ids))
     if missing:
         raise UserError(f"{val_json_file} has no category {missing[0]}; see --category_ids")
-    try:
-        annotations.without_unusable().require_annotations()
-    except UserError as error:
-        raise UserError(error.problem, "give a val set that has some") from None
+    annotations.without_unusable().require_annotations("give a val set that has some")
     unknown = np.flatnonzero(~np.isin(records.image_ids, annotations.image_ids))
     if len(unknown):
         image_id = records.image_ids[unknown[0]]

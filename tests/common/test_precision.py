@@ -19,6 +19,7 @@ CPU, CUDA, NPU = torch.device("cpu"), torch.device("cuda", 0), SimpleNamespace(t
 def _bf16(monkeypatch):
     monkeypatch.setattr(module, "has_bf16", lambda device: True)
     monkeypatch.setattr(module, "fp32_shortcuts", lambda device: [])
+    monkeypatch.setattr(module, "has_infinity", lambda device: True)
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def test_bf16_and_fp32_need_no_scale_however_it_was_asked():
         ),
         (CUDA, {"level": "O1", "dtype": "bf16"}, "--amp_dtype bf16: of no use on this cuda"),
         (NPU, {"level": "O2", "dtype": "bf16"}, "--amp_dtype bf16: of no use on this npu"),
-        (NPU, {"level": "O1"}, "--loss_scale dynamic: this NPU hides overflows; give a number"),
+        (NPU, {"level": "O1", "loss_scale": "dynamic"}, "--loss_scale dynamic: this NPU hides"),
         *(
             (CUDA, {"level": "O1", "loss_scale": scale}, f"--loss_scale {scale}: not 'dynamic'")
             for scale in ("0", "-1", "inf", "nan", "auto", "")

@@ -98,10 +98,14 @@ bool is_910a() {
     return soc && strcmp(soc, "Ascend910A") == 0;
 }
 
+// The flag of the Ascend 910A: that something saturated since it was cleared.
+bool overflowed = false;
+
 // Half precision without infinity, as the Ascend 910A has it: what is too large saturates.
 at::Tensor as_half_holds_it(const at::Tensor &tensor) {
     constexpr double largest = 65504;
     if (!tensor.defined() || tensor.scalar_type() != at::kFloat) return tensor;
+    if (tensor.numel() && tensor.abs().max().item<float>() > largest) overflowed = true;
     return tensor.clamp(-largest, largest).to(at::kHalf).to(at::kFloat);
 }
 
@@ -322,6 +326,16 @@ at::Tensor copy_from_and_resize(const at::Tensor &from, const at::Tensor &to) {
     return to;
 }
 
+at::Tensor npu_get_float_status(const at::Tensor &status, int64_t) {
+    host_view(status).fill_(overflowed ? 1 : 0);
+    return status;
+}
+
+at::Tensor npu_clear_float_status(const at::Tensor &status, int64_t) {
+    overflowed = false;
+    return status;
+}
+
 // torch_npu's memory and storage functions work as they are.
 const std::set<std::string> kept = {
     "aten::empty",         "aten::empty_strided",        "aten::resize_",
@@ -359,6 +373,10 @@ extern "C" void install_host_kernels() {
                           torch::CppFunction::makeFromBoxedFunction<&autograd_kernel>());
     }
     kernels.impl("_copy_from_and_resize", copy_from_and_resize);
+    static torch::Library own(torch::Library::IMPL, "npu", DispatchKey::PrivateUse1, __FILE__,
+                              __LINE__);
+    own.impl("npu_get_float_status", npu_get_float_status);
+    own.impl("npu_clear_float_status", npu_clear_float_status);
 }
 
 TORCH_LIBRARY(simulated_npu, library) {

@@ -72,6 +72,9 @@ def test_910a(data, tmp_path, monkeypatch):
     half = ("--amp=O1", "--loss_scale=128")
     scripts.run("train.py", *flags, *run, *half, own_process=True)
     assert list(losses(tmp_path / "run")) == [1, 2]
+    assert "a number was too large" not in (tmp_path / "run/train_0.log").read_text()
+    scripts.run("train.py", *flags, *run, "--loss_scale=1000000000", "--amp=O0", own_process=True)
+    assert "a number was too large" in (tmp_path / "run/train_0.log").read_text()
 
 
 def test_without_cann_the_remedy_is_named(data, tmp_path):
