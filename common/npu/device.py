@@ -19,6 +19,7 @@ OLDEST_TORCH = (2, 6)
 KINDS = ("npu", "cuda", "cpu")  # in the order in which `auto` tries them
 DEVICES = ("auto", *KINDS)
 CANN_ADVICE = "source CANN's set_env.sh (bash: `source common/npu/env_npu.sh`)"
+ASCEND = "/usr/local/Ascend"
 CANN_OPERATORS = "libopapi.so"
 FUSED_SGD_OF_CANN = "aclnnFusedSgd"
 BF16_PROCESSOR_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86 and Arm in /proc/cpuinfo
@@ -238,6 +239,37 @@ def in_host_memory(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done everything issued so far."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)
+
+
+def computes_in_half(device: torch.device) -> bool:
+    """Return whether convolutions are in half precision whatever their type: an Ascend 910A's."""
+    return not has_infinity(device)
+
+
+def has_kernel(operator: str, device: torch.device) -> bool:
+    """Return whether the device has a kernel for an operator ("aten::add.Tensor"), or needs none.
+
+    An NPU leaves the others to the host, with a copy of every argument there and back.
+    """
+    if device.type != "npu":
+        return True
+    base, _, overload = operator.partition(".")
+    out_form = f"{base}.{overload}_out" if overload else f"{base}.out"
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key
+    # An operator that is made of others needs no kernel of its own.
+    for key in ("CompositeExplicitAutograd", "CompositeImplicitAutograd"):
+        if registered(operator, key):
+            return True
+    for name in (operator, out_form):
+        if torch._C._dispatch_has_kernel(name) and registered(name, "PrivateUse1"):
+            return True
+    return False
+
+
 def record_event(device: torch.device):
     """Return an event after everything issued so far, with `synchronize()`; None on a CPU."""
     if device.type == "cpu":
@@ -273,6 +305,32 @@ def chunk_size(tensor: torch.Tensor) -> int:
     if tensor.device.type == "cpu":
         return 1
     return len(tensor)
+
+
+def device_versions(device: torch.device) -> list[str]:
+    """Return a line for each version of driver, firmware and libraries that a device depends on."""
+    if device.type == "cuda":
+        capability = ".".join(str(part) for part in torch.cuda.get_device_capability(device))
+        return [
+            f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, "
+            f"compute capability {capability}"
+        ]
+    if device.type != "npu":
+        return []
+    lines = []
+    toolkit = os.environ.get("ASCEND_TOOLKIT_HOME", f"{ASCEND}/ascend-toolkit/latest")
+    for name, file in (
+        ("driver", f"{ASCEND}/driver/version.info"),
+        ("firmware", f"{ASCEND}/firmware/version.info"),
+        ("CANN", f"{toolkit}/version.cfg"),
+    ):
+        path = Path(file)
+        if path.is_file():
+            words = path.read_text(errors="replace").split()
+            lines.append(f"{name}: {' '.join(words)} ({path})")
+        else:
+            lines.append(f"{name}: {path} is not there")
+    return lines
 
 
 def environment() -> str:
