@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 MODELS = ("ssd_mmdet", "ssd_resnet34", "m2det", "fcos")
 ENTRY_SCRIPTS = sorted(
     path.relative_to(ROOT)
-    for folder in ("common", *MODELS)
-    for path in (ROOT / folder).rglob("*.py")
+    for pattern in ("*.py", *(f"{folder}/**/*.py" for folder in ("common", *MODELS)))
+    for path in ROOT.glob(pattern)
     if "entry.run(main)" in path.read_text()
 )
 
@@ -25,7 +25,7 @@ def test_the_entry_scripts_are_found():
     names = {str(path) for path in ENTRY_SCRIPTS}
     for model in MODELS:
         assert {f"{model}/{name}.py" for name in ("train", "evaluate", "demo")} <= names
-    assert {"fcos/pthtar2onx.py", "fcos/weights.py"} <= names
+    assert {"selfcheck.py", "fcos/pthtar2onx.py", "fcos/weights.py"} <= names
     assert {"ssd_resnet34/tfrecord/launch.py", "common/npu/launch.py"} <= names
 
 
