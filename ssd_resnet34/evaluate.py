@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     level = getattr(args, "amp", "O0")
     precision = Precision(device, level, dtype=args.amp_dtype)
     log(f"precision: {precision}")
-    workers = workers_per_rank(args.num_workers, ranks.local_world_size)
+    workers = workers_per_rank(args.num_workers, ranks)
     result_rows = detect_all(
         detector.model, recipe, records, device, ranks, workers, precision, log
     )

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 BACKENDS = {"npu": "cpu:gloo,npu:hccl", "cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}
 # HCCL gives up before torch's watchdog ends the process, so that the reason is logged.
 HCCL_SHARE_OF_TIMEOUT = 0.9
+HCCL_LONGEST_TIMEOUT = 17340  # seconds, HCCL_EXEC_TIMEOUT's limit on an Ascend 910A
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def start(device: torch.device, ranks: Ranks, timeout_seconds: float = 1800) -> 
     # abort the process at its end.
     from torch.distributed.nn import functional  # noqa: F401
 
-    hccl_seconds = HCCL_SHARE_OF_TIMEOUT * timeout_seconds
+    hccl_seconds = min(HCCL_SHARE_OF_TIMEOUT * timeout_seconds, HCCL_LONGEST_TIMEOUT)
     os.environ.setdefault("HCCL_EXEC_TIMEOUT", f"{hccl_seconds:.0f}")
     dist.init_process_group(
         BACKENDS[device.type],

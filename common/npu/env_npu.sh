@@ -20,6 +20,15 @@ if [ -z "${ASCEND_HOME_PATH:-}" ]; then
     done
     unset _install _base _part _flags
 fi
+# The driver's libraries, which not every image has on the path.
+for _part in lib64 lib64/common lib64/driver; do
+    _base=/usr/local/Ascend/driver/$_part
+    case :${LD_LIBRARY_PATH:-}: in
+        *:"$_base":*) ;;
+        *) [ ! -d "$_base" ] || export LD_LIBRARY_PATH="$_base${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" ;;
+    esac
+done
+unset _base _part
 _set TASK_QUEUE_ENABLE 2            # kernels are launched, workspaces handled by a second thread
 _set HCCL_CONNECT_TIMEOUT 1800      # seconds for ranks that start unevenly
 _set HCCL_WHITELIST_DISABLE 1

@@ -4,6 +4,7 @@ And whether what they load fits the host's memory.
 """
 
 import os
+import platform
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,23 +29,29 @@ MEMORY_LIMITS = (
 )
 
 
-def workers_per_rank(requested: int, ranks_on_host: int) -> int:
-    """Return the number of loader processes of a rank.
+def workers_per_rank(requested: int, ranks: Ranks) -> int:
+    """Return the number of loader processes of a rank; all ranks must call this.
 
-    `requested` is taken as it is unless it is negative; then a rank gets its share of the cores,
-    less one for the rank's main process.
+    `requested` is taken as it is unless it is negative. Then the ranks of a host that may run on
+    the same cores share them equally, less one for each rank's main process; a rank that was bound
+    to cores of its own has them all.
     """
+    own = (platform.node(), usable_cores())
+    num_sharing = 0
+    for host, cores in ranks.all_gather_objects(own):
+        if host == own[0] and not cores.isdisjoint(own[1]):
+            num_sharing += 1
     if requested >= 0:
         return requested
-    share = usable_cores() // ranks_on_host
+    share = len(own[1]) // num_sharing
     return max(0, min(MAX_WORKERS, share - 1))
 
 
-def usable_cores() -> int:
-    """Return the number of cores that this process may use; a container may allow fewer."""
+def usable_cores() -> frozenset[int]:
+    """Return the cores that this process may use; a container or a binding may allow fewer."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count()))
 
 
 def require_memory_for_batch(

@@ -174,7 +174,7 @@ class Run:
         else:
             level = default_level(device, recipe.amp)
         precision = Precision(device, level, recipe.loss_scale, args.amp_dtype, args.amp_backend)
-        workers = workers_per_rank(args.num_workers, ranks.local_world_size)
+        workers = workers_per_rank(args.num_workers, ranks)
         log = RunLog(ranks, workers)
         log.info(reason)
         log.info(f"precision: {precision}")

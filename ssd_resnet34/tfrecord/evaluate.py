@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     # The recipe's precision is that of training; evaluation is fp32 unless --amp is given.
     level = getattr(args, "amp", "O0")
     precision = Precision(device, level, dtype=args.amp_dtype)
-    workers = workers_per_rank(args.num_workers, ranks.local_world_size)
+    workers = workers_per_rank(args.num_workers, ranks)
 
     with RunLog(ranks, workers) as log:
         log.open(args.model_dir, args.device_id)

@@ -1,5 +1,7 @@
 import os
+import platform
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +12,29 @@ from common.npu import loading
 from common.npu.distributed import Ranks
 
 
+def ranks_on(*cores):
+    """Ranks of this host, each with the cores that it may use, and one of another host."""
+    hosts = [(platform.node(), frozenset(of_rank)) for of_rank in cores]
+    hosts.append(("another", frozenset(range(24))))
+    return SimpleNamespace(all_gather_objects=lambda own: hosts)
+
+
 def test_workers_are_as_many_as_asked_for_or_a_share_of_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(24), raising=False)
-    assert [loading.workers_per_rank(count, 1) for count in (0, 5, 40)] == [0, 5, 40]
-    shares = [loading.workers_per_rank(-1, ranks) for ranks in (1, 2, 8, 24, 30)]
+    assert [loading.workers_per_rank(count, Ranks()) for count in (0, 5, 40)] == [0, 5, 40]
+    shares = []
+    for num_ranks in (1, 2, 8, 24, 30):
+        ranks = ranks_on(*[range(24)] * num_ranks)
+        shares.append(loading.workers_per_rank(-1, ranks))
     assert shares == [16, 11, 2, 0, 0]
+
+
+def test_a_rank_that_is_bound_to_its_own_cores_has_them_all(monkeypatch):
+    bound = [range(first, first + 10) for first in (0, 10, 20, 30)]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: bound[1], raising=False)
+    assert loading.workers_per_rank(-1, ranks_on(*bound)) == 9
+    in_pairs = [bound[0], bound[1], bound[1], bound[0]]
+    assert loading.workers_per_rank(-1, ranks_on(*in_pairs)) == 4
 
 
 @pytest.mark.parametrize("workers", [0, 2])
