@@ -53,7 +53,7 @@ def test_missing_data_is_named_with_the_remedy(tmp_path):
     [
         ("category_id", 12345, ["unknown category"]),
         ("bbox", [1, 2, float("nan"), 4], ["finite numbers"]),
-        ("area", -3, ["area that is no number from 0 on"]),
+        ("area", "large", ["area that is no number"]),
     ],
 )
 def test_a_bad_annotation_is_named_before_training(tmp_path, data, field, value, words):
