@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,9 @@ from common.errors import UserError
 from common.npu import checkpoint
 from common.npu.device import DEVICES
 from common.npu.distributed import Ranks
-from common.parser import OldFlag, Parser, answered, needless, renamed
+from common.npu.identify import model_of
+from common.npu.weights import tensors_of
+from common.parser import OldFlag, Parser, answered, is_checkpoint_name, needless, renamed
 
 
 class Flag(NamedTuple):
@@ -137,7 +140,6 @@ OLD_FLAGS = (
 OLD_FLAGS_SENTENCE = (
     "Flags of the programs that this one replaces work too, or are answered with today's."
 )
-CHECKPOINT_SUFFIXES = (".pth", ".pt")  # of the weights that a demo takes before the images
 TRAINING_GROUPS = ("data", "files", "run", "evaluation", "device", "process")
 
 
@@ -236,7 +238,7 @@ def parse_demo(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
     if args.show:
         print(f"--show has no effect: the pictures will be in {args.show_dir}")
     args.inputs += args.img
-    if args.inputs and args.inputs[0].endswith(CHECKPOINT_SUFFIXES):
+    if args.inputs and is_checkpoint_name(args.inputs[0]):
         args.checkpoint, *args.inputs = args.inputs
     return args
 
@@ -286,47 +288,55 @@ def ap_goal(args: argparse.Namespace, checkpoint: dict) -> float:
     return checkpoint.get("recipe", {}).get("threshold", 0.0)
 
 
-def starting_weights(args: argparse.Namespace, ranks: Ranks) -> list[dict]:
+def starting_weights(args: argparse.Namespace, model: str, ranks: Ranks) -> list[dict]:
     """Load the checkpoints that a new run starts from: the backbone's, then the detector's.
 
-    `--recipe finetune` without either takes the newest checkpoint. All ranks must call it.
+    `--recipe finetune` without either takes the newest checkpoint of `model`. All ranks must call
+    it.
     """
     states = []
     for path in (args.pretrained, args.checkpoint):
         if path:
             states.append(checkpoint.load(path))
     if args.recipe == "finetune" and not states:
-        states.append(checkpoint_to_use(args, ranks))
+        states.append(checkpoint_to_use(args, model, ranks))
     return states
 
 
-def checkpoint_to_use(args: argparse.Namespace, ranks: Ranks | None = None) -> dict:
+def checkpoint_to_use(args: argparse.Namespace, model: str, ranks: Ranks | None = None) -> dict:
     """Load `--checkpoint`, else the newest whole checkpoint that the main rank finds.
 
     It looks in `--output-dir`, then in folders beside it and in those of the launch scripts there,
-    the last changed one first. Raise UserError where there is none.
+    the last changed one first. Runs of other models than `model` are passed over. Raise UserError
+    where there is none.
     """
     if args.checkpoint:
         return checkpoint.load(args.checkpoint)
     ranks = ranks or Ranks()
     state = None
     if ranks.main:
-        state = _newest_around(args.output_dir)
+        state = _newest_around(args.output_dir, model)
     state = ranks.from_main(state)
     if state is None:
-        raise UserError(f"no checkpoint in {args.output_dir}; give one with --checkpoint_path")
+        raise UserError(
+            f"no checkpoint of {model} in {args.output_dir}", "give one with --checkpoint_path"
+        )
     return state
 
 
-def _newest_around(output_dir: Path) -> dict | None:
+def _newest_around(output_dir: Path, model: str) -> dict | None:
     parent = output_dir.absolute().parent
     neighbours = [*parent.glob("*"), *parent.glob("test/output/*")]
     folders = [path for path in neighbours if path.is_dir()]
     folders.sort(key=os.path.getmtime, reverse=True)
     for folder in (output_dir, *folders):
         state = checkpoint.load_newest(folder)
-        if state is not None:
+        if state is None:
+            continue
+        actual = model_of(state, tensors_of(state))
+        if actual in ("", model):
             return state
+        print(f"skipping {state['path']}: a detector of {actual}", file=sys.stderr)
     return None
 
 

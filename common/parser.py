@@ -18,7 +18,49 @@ INDEXED_DEVICE = re.compile(r"(npu|cuda):(\d+)")
 
 # What an old command gives as a positional: MMDetection's CONFIG and CHECKPOINT.
 CONFIG_SUFFIX = ".py"
-CHECKPOINT_SUFFIXES = (".pth", ".pt")
+# Of files that are read as checkpoints, and of other weights, which get a line of their own.
+CHECKPOINT_SUFFIXES = (
+    # PyTorch's, and the ones that this project gives
+    ".pth",
+    ".pt",
+    ".pt2",
+    ".bin",
+    ".safetensors",
+    ".superseded",
+    # NumPy's, pickles and archives
+    ".npz",
+    ".npy",
+    ".pkl",
+    ".pickle",
+    ".zip",
+    ".tar",
+    ".gz",
+    ".tgz",
+    # Of other frameworks
+    ".onnx",
+    ".ckpt",
+    ".index",
+    ".meta",
+    ".pb",
+    ".tflite",
+    ".h5",
+    ".hdf5",
+    ".keras",
+    ".weights",
+    ".caffemodel",
+    ".params",
+    ".pdparams",
+    ".mindir",
+    ".air",
+    ".om",
+)
+TENSORFLOW_DATA = re.compile(r".*\.data-\d+-of-\d+")
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Return whether a file's name is one that weights have, of PyTorch or of another framework."""
+    name = name.lower()
+    return name.endswith(CHECKPOINT_SUFFIXES) or TENSORFLOW_DATA.fullmatch(name) is not None
 
 
 class OldFlag(NamedTuple):
@@ -164,7 +206,7 @@ def _explain_unknown(words: list[str]) -> str:
                 f"{word}: no config file is read; --recipe takes a preset by its name, each of its "
                 "numbers has a flag, and --checkpoint takes weights"
             )
-        if word.endswith(CHECKPOINT_SUFFIXES):
+        if is_checkpoint_name(word):
             return f"{word}: write --checkpoint={word}"
     return f"unrecognized arguments: {' '.join(words)}"
 

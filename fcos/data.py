@@ -188,6 +188,15 @@ def evaluation_recipe(recipe: Recipe, device: torch.device) -> Recipe:
     return replace(recipe, eval_shapes=shapes)
 
 
+def input_size(recipe: Recipe) -> str:
+    """Return the scale of evaluation and its canvas in words, for the log."""
+    short, long = recipe.eval_scale
+    return (
+        f"images are resized to sides of at most {short} and {long} pixels (--img_scale), canvas "
+        f"{recipe.eval_shapes}"
+    )
+
+
 def evaluation_canvas_size(size: tuple[int, int], recipe: Recipe) -> tuple[int, int]:
     """Return the (height, width) of the canvas for an image resized to `size`.
 

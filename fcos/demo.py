@@ -25,7 +25,8 @@ from common.coco.demo_images import DemoOutput, find_images, read_images
 from common.coco.sample import write_sample
 from common.npu import entry
 from common.npu.device import setup_device
-from fcos.config import RECIPES
+from fcos.config import RECIPES, Recipe
+from fcos.data import input_size
 from fcos.detector import Detector
 from fcos.old_flags import OLD_FLAGS
 from fcos.weights import note_on_preset, recipe_of_checkpoint
@@ -37,15 +38,16 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     device, reason = setup_device(args.device, args.device_id)
     print(reason)
-    state = flags.checkpoint_to_use(args)
+    state = flags.checkpoint_to_use(args, Recipe.model)
     requested = flags.chosen_recipe(args, RECIPES)
     recipe = recipe_of_checkpoint(requested, state, user_fields=vars(args))
     flags.require_agreement(args, recipe, state)
-    detector = Detector.from_checkpoint(state, recipe, device)
+    detector = Detector.from_checkpoint(state, recipe, device, user_fields=vars(args))
     note = note_on_preset(requested, state)
     if note is not None:
         print(note)
     print(f"{state['path']}: {detector.report}")
+    print(f"input: {input_size(detector.recipe)}")
     demo_output = DemoOutput(args.show_dir, detector.class_names, args.min_score)
     with tempfile.TemporaryDirectory() as scratch:
         inputs = args.inputs

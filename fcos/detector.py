@@ -25,6 +25,7 @@ from fcos.data import evaluation_canvas, evaluation_recipe, normalise
 from fcos.model import build_model
 from fcos.postprocess import Detections, detect
 from fcos.weights import (
+    as_evaluated,
     class_names_of,
     load_weights,
     num_classes_of,
@@ -71,9 +72,12 @@ class Detector:
     ) -> "Detector":
         """Build the detector of a loaded checkpoint; `recipe` gives what the file does not say.
 
-        `user_fields` are the names of the fields that the user has set by flags.
+        One of our checkpoints also says the scale at which its run evaluated it. `user_fields` are
+        the names of the fields that the user has set by flags, which stay.
         """
-        recipe = evaluation_recipe(recipe_of_checkpoint(recipe, state, user_fields), device)
+        recipe = recipe_of_checkpoint(recipe, state, user_fields)
+        recipe = as_evaluated(recipe, state, user_fields)
+        recipe = evaluation_recipe(recipe, device)
         model = build_model(recipe, num_classes_of(state))
         report = load_weights(model, state).require_complete(name_of(state))
         model.to(device, memory_format=memory_format(device)).eval()

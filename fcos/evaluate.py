@@ -47,7 +47,13 @@ from common.npu.precision import Precision
 from common.npu.run import start_process
 from common.npu.weights import known_classes, require_num_classes
 from fcos.config import RECIPES, Recipe
-from fcos.data import TURNS_IF_BOTH_FIT, build_loader, evaluation_recipe, normalise
+from fcos.data import (
+    TURNS_IF_BOTH_FIT,
+    build_loader,
+    evaluation_recipe,
+    input_size,
+    normalise,
+)
 from fcos.detector import Detector
 from fcos.old_flags import OLD_FLAGS
 from fcos.postprocess import detect
@@ -62,11 +68,11 @@ def main(argv: list[str] | None = None) -> None:
     log = print if ranks.main else log_nothing
     log(reason)
 
-    state = flags.checkpoint_to_use(args, ranks)
+    state = flags.checkpoint_to_use(args, Recipe.model, ranks)
     requested = flags.chosen_recipe(args, RECIPES)
     recipe = recipe_of_checkpoint(requested, state, user_fields=vars(args))
     flags.require_agreement(args, recipe, state)
-    detector = Detector.from_checkpoint(state, recipe, device)
+    detector = Detector.from_checkpoint(state, recipe, device, user_fields=vars(args))
     recipe = replace(detector.recipe, threshold=flags.ap_goal(args, state))
     files = find_coco(args.data, "val", args.val_annotations, args.val_images)
     class_names = known_classes(state, num_classes_of(state))
@@ -83,6 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     if note is not None:
         log(note)
     log(f"{state['path']}: {detector.report}")
+    log(f"input: {input_size(detector.recipe)}")
 
     # What is needed after detecting must be there before it.
     options = flags.evaluation_options(args)

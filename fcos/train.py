@@ -49,7 +49,7 @@ from fcos.evaluate import detect_all, evaluate_and_save
 from fcos.loss import DetectionLoss
 from fcos.model import build_model, param_groups
 from fcos.old_flags import OLD_FLAGS
-from fcos.weights import load_weights, recipe_of_checkpoint, with_mean_of
+from fcos.weights import decides_mean, load_weights, recipe_of_checkpoint, with_mean_of
 
 LOSSES = ("loss_cls", "loss_bbox", "loss_centerness", "loss")
 REMEDY = "lower --lr, clip with --clip_norm=10, use --loss_scale=dynamic, or see --check_data"
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int | None:
     run = Run.start(args, recipe)
     recipe = replace(recipe, amp=run.precision.level)  # on a CPU it may be another one
     if run.resumed is None:
-        weights = flags.starting_weights(args, run.ranks)
+        weights = flags.starting_weights(args, recipe.model, run.ranks)
         trained = weights
     else:
         weights = []
@@ -78,7 +78,8 @@ def main(argv: list[str] | None = None) -> int | None:
     for checkpoint in trained:
         requested = recipe
         recipe = recipe_of_checkpoint(requested, checkpoint, user_fields=vars(args))
-        recipe = with_mean_of(recipe, checkpoint)
+        if decides_mean(checkpoint, trained):
+            recipe = with_mean_of(recipe, checkpoint)
         flags.require_agreement(args, recipe, checkpoint)
         run.log_network_change(checkpoint, requested, recipe)
     train_set, val_set = read_data(run, train_files, val_files, weights)

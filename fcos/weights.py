@@ -70,6 +70,8 @@ NETWORK = (
 )
 # Those of them in which the published presets differ.
 PUBLISHED = ("head_norm", "conv_bias", "norm_on_bbox", "centerness_on_reg", "mean")
+# Those that decide what an evaluation measures, beside the network.
+EVALUATION = ("img_scale", "eval_shapes", "nms_iou")
 # The preset of a published detector, by what each of its towers' layers has: (norm, bias).
 PRESETS = {(True, False): "gn", (False, True): "nogn", (True, True): "tricks"}
 
@@ -189,6 +191,19 @@ def recipe_of_checkpoint(
     return replace(recipe, **changes)
 
 
+def as_evaluated(recipe: Recipe, state: Mapping, user_fields: Collection[str] = ()) -> Recipe:
+    """Return the recipe with the scale and the NMS of the evaluations in a checkpoint's own run.
+
+    What the user has chosen, the `user_fields`, stays; files of other projects change nothing.
+    """
+    saved = mapping(state.get("recipe"))
+    changes = {}
+    for field in EVALUATION:
+        if field in saved and field not in user_fields:
+            changes[field] = saved[field]
+    return replace(recipe, **changes)
+
+
 def preset_taken(recipe: Recipe, state: Mapping) -> str | None:
     """Return the preset whose network a published detector has, where `recipe` has another head."""
     if state.get("recipe"):
@@ -232,6 +247,20 @@ def with_mean_of(recipe: Recipe, state: Mapping) -> Recipe:
     if mean is None:
         return recipe
     return replace(recipe, mean=mean)
+
+
+def decides_mean(state: Mapping, states: Sequence[Mapping]) -> bool:
+    """Return whether the mean is that of `state`, one of the files that a run starts from.
+
+    A detector decides, whether it says its mean or has that of the recipe: the mean that its
+    backbone was trained with before does not count.
+    """
+    return is_detector(state) or not any(is_detector(other) for other in states)
+
+
+def is_detector(state: Mapping) -> bool:
+    """Return whether a checkpoint has the class head of a detector."""
+    return any(LAYOUT.class_head.fullmatch(key) for key in network_keys(state))
 
 
 def mean_of(state: Mapping) -> tuple[float, float, float] | None:

@@ -26,10 +26,10 @@ from common.coco.demo_images import DemoOutput, find_images, read_images
 from common.coco.sample import write_sample
 from common.npu import entry
 from common.npu.device import setup_device
-from m2det.config import RECIPES
+from m2det.config import RECIPES, Recipe
 from m2det.detector import Detector
 from m2det.old_flags import OLD_FLAGS
-from m2det.weights import recipe_of_checkpoint
+from m2det.weights import note_on_image_size, recipe_of_checkpoint
 
 SAMPLE_IMAGES = 12  # drawn where no image is given
 
@@ -38,9 +38,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     device, reason = setup_device(args.device, args.device_id)
     print(reason)
-    state = flags.checkpoint_to_use(args)
+    state = flags.checkpoint_to_use(args, Recipe.model)
     recipe = recipe_of_checkpoint(flags.chosen_recipe(args, RECIPES), state)
     flags.require_agreement(args, recipe, state)
+    note = note_on_image_size(args.recipe, recipe, state)
+    if note is not None:
+        print(note)
     if hasattr(args, "batch_size"):  # the flag was given
         recipe = replace(recipe, eval_batch_size=args.batch_size)
     detector = Detector.from_checkpoint(state, recipe, device)

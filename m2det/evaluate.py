@@ -50,7 +50,7 @@ from m2det.data import TURNS_IF_BOTH_FIT, build_loader, find_files, normalise, r
 from m2det.detector import Detector
 from m2det.old_flags import OLD_FLAGS
 from m2det.postprocess import detect, submission_boxes
-from m2det.weights import num_classes_of, recipe_of_checkpoint
+from m2det.weights import note_on_image_size, num_classes_of, recipe_of_checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -61,9 +61,12 @@ def main(argv: list[str] | None = None) -> None:
     log = print if ranks.main else log_nothing
     log(reason)
 
-    state = flags.checkpoint_to_use(args, ranks)
+    state = flags.checkpoint_to_use(args, Recipe.model, ranks)
     recipe = recipe_of_checkpoint(flags.chosen_recipe(args, RECIPES), state)
     flags.require_agreement(args, recipe, state)
+    note = note_on_image_size(args.recipe, recipe, state)
+    if note is not None:
+        log(note)
     detector = Detector.from_checkpoint(state, recipe, device)
     recipe = replace(detector.recipe, threshold=flags.ap_goal(args, state))
     files = find_files(args.data, "val", args.val_annotations, args.val_images)

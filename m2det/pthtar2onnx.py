@@ -35,7 +35,7 @@ from m2det.data import prepare_image
 from m2det.detector import Detector
 from m2det.old_flags import OLD_FLAGS
 from m2det.postprocess import decode_outputs
-from m2det.weights import recipe_of_checkpoint
+from m2det.weights import note_on_image_size, recipe_of_checkpoint
 
 # Numbers of the recipe that a deployer needs.
 DEPLOYED_FIELDS = (
@@ -71,9 +71,12 @@ class Decoded(nn.Module):
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     require_packages()
-    state = flags.checkpoint_to_use(args)
+    state = flags.checkpoint_to_use(args, Recipe.model)
     recipe = recipe_of_checkpoint(flags.chosen_recipe(args, RECIPES), state)
     flags.require_agreement(args, recipe, state)
+    note = note_on_image_size(args.recipe, recipe, state)
+    if note is not None:
+        print(note)
     detector = Detector.from_checkpoint(state, recipe, torch.device("cpu"))
     recipe = detector.recipe
     print(f"{state['path']}: {detector.report}")

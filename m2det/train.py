@@ -51,7 +51,7 @@ from m2det.evaluate import detect_all, evaluate_and_save
 from m2det.loss import DetectionLoss
 from m2det.model import build_model
 from m2det.old_flags import OLD_FLAGS
-from m2det.weights import load_weights, recipe_of_checkpoint
+from m2det.weights import load_weights, note_on_image_size, recipe_of_checkpoint
 
 # Where the port keeps the backbone's ImageNet weights.
 PRETRAINED = Path(__file__).resolve().parent / "weights" / "vgg16_reducedfc.pth"
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int | None:
     run = Run.start(args, recipe)
     recipe = replace(recipe, amp=run.precision.level)  # on a CPU it may be another one
     if run.resumed is None:
-        weights = flags.starting_weights(args, run.ranks)
+        weights = flags.starting_weights(args, recipe.model, run.ranks)
         if not weights:
             weights = default_backbone(recipe)
         trained = weights
@@ -93,6 +93,9 @@ def main(argv: list[str] | None = None) -> int | None:
         recipe = recipe_of_checkpoint(requested, checkpoint)
         flags.require_agreement(args, recipe, checkpoint)
         run.log_network_change(checkpoint, requested, recipe)
+        note = note_on_image_size(args.recipe, recipe, checkpoint)
+        if note is not None:
+            run.log.info(note)
     train_set, val_set = read_data(run, recipe, train_files, val_files, weights)
     num_classes = len(train_set.class_names)
     flags.check_num_classes(args, num_classes)

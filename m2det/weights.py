@@ -129,6 +129,22 @@ def recipe_of_checkpoint(recipe: Recipe, state: Mapping) -> Recipe:
     return replace(recipe, **changes)
 
 
+def note_on_image_size(preset_name: str, recipe: Recipe, state: Mapping) -> str | None:
+    """Return a line on a detector that does not say its image size, None for any other file.
+
+    Detectors of all sizes have the same names and shapes, so that of the preset is taken, in
+    `recipe`.
+    """
+    is_detector = any(LAYOUT.class_head.fullmatch(key) for key in network_keys(state))
+    if not is_detector or "image_size" in mapping(state.get("recipe")):
+        return None
+    side = recipe.image_size
+    return (
+        f"{name_of(state)}: does not say its image size; {side} x {side} of "
+        f"--recipe={preset_name} is taken"
+    )
+
+
 def num_classes_of(state: Mapping) -> int:
     """Return the number of foreground classes of a checkpoint's detector.
 

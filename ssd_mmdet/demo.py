@@ -26,7 +26,7 @@ from common.coco.demo_images import DemoOutput, find_images, read_images
 from common.coco.sample import write_sample
 from common.npu import entry
 from common.npu.device import setup_device
-from ssd_mmdet.config import RECIPES
+from ssd_mmdet.config import RECIPES, Recipe
 from ssd_mmdet.detector import Detector
 
 SAMPLE_IMAGES = 12  # drawn where no image is given
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     device, reason = setup_device(args.device, args.device_id)
     print(reason)
-    state = flags.checkpoint_to_use(args)
+    state = flags.checkpoint_to_use(args, Recipe.model)
     recipe = replace(RECIPES["1p"], eval_batch_size=args.batch_size)
     detector = Detector.from_checkpoint(state, recipe, device)
     print(f"{state['path']}: {detector.report}")

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     log = print if ranks.main else log_nothing
     log(reason)
 
-    state = flags.checkpoint_to_use(args, ranks)
+    state = flags.checkpoint_to_use(args, Recipe.model, ranks)
     recipe = recipe_of_checkpoint(flags.chosen_recipe(args, RECIPES), state)
     flags.require_agreement(args, recipe, state)
     detector = Detector.from_checkpoint(state, recipe, device)

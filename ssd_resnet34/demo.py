@@ -26,7 +26,7 @@ from common.coco.demo_images import DemoOutput, find_images, read_images
 from common.coco.sample import write_sample
 from common.npu import entry
 from common.npu.device import setup_device
-from ssd_resnet34.config import RECIPES
+from ssd_resnet34.config import RECIPES, Recipe
 from ssd_resnet34.detector import Detector
 from ssd_resnet34.old_flags import OLD_FLAGS
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     device, reason = setup_device(args.device, args.device_id)
     print(reason)
-    state = flags.checkpoint_to_use(args)
+    state = flags.checkpoint_to_use(args, Recipe.model)
     recipe = replace(RECIPES["1p"], eval_batch_size=args.batch_size)
     detector = Detector.from_checkpoint(state, recipe, device)
     print(f"{state['path']}: {detector.report}")

@@ -65,7 +65,7 @@ class Decoded(nn.Module):
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     require_packages()
-    state = flags.checkpoint_to_use(args)
+    state = flags.checkpoint_to_use(args, Recipe.model)
     detector = Detector.from_checkpoint(state, RECIPES["1p"], torch.device("cpu"))
     recipe = detector.recipe
     print(f"{state['path']}: {detector.report}")

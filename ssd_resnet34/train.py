@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int | None:
     run = Run.start(args, recipe)
     recipe = replace(recipe, amp=run.precision.level)  # on a CPU it may be another one
     if run.resumed is None:
-        weights = flags.starting_weights(args, run.ranks)
+        weights = flags.starting_weights(args, recipe.model, run.ranks)
         trained = weights
     else:
         weights = []

@@ -227,8 +227,10 @@ class Run:
         """Whether the resumed run lies in the output folder, not in another one."""
         if self.resumed is None:
             return False
-        folder = Path(self.resumed["path"]).resolve().parent
-        return folder == self.output_dir.resolve()
+        path = Path(self.resumed["path"])
+        # The file may be a link out of the folder, or one into it.
+        folders = (path.parent.resolve(), path.resolve().parent)
+        return self.output_dir.resolve() in folders
 
     def resumed_identity(self, name: str) -> object:
         """Return one value of the resumed run's `RunState.identity`."""

@@ -105,13 +105,17 @@ def main(argv: list[str] | None = None) -> None:
         log.info(f"precision: {precision}")
         log.info(f"{state['path']}: {detector.report}")
         log.warn_of(args.val_json_file, notes)
+        steps = state.get("iteration")
+        if not isinstance(steps, int):
+            log.info(f"{state['path']}: does not say its step: the metrics are logged without one")
         result_rows = detect_all(detector.model, recipe, records, device, ranks, workers, precision)
         if result_rows is None:
             return
         evaluation = evaluate_and_save(
             result_rows, records, args.val_json_file, args.model_dir, options, log.info
         )
-        steps = state["iteration"]
+        if not isinstance(steps, int):
+            return
         steps_per_epoch = recipe.iters_per_epoch(ranks.world_size)
         lr = recipe.lr_at(steps - 1, steps_per_epoch, ranks.world_size, recipe.batch_size)
         log.begin(steps, steps, steps_per_epoch)

@@ -3,6 +3,10 @@
 TensorFlow checkpoints are read, never written.
 """
 
+import common.npu.interpreter  # noqa: F401 before torch
+
+# isort: split
+
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.npu import checkpoint
+from common.npu import checkpoint, entry
 from common.npu.identify import require_model
 from common.npu.weights import (
     Layout,
@@ -218,3 +222,16 @@ def num_classes_of(state: Mapping) -> int:
 def published_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the weights as our checkpoints have them: fp32 on the CPU."""
     return weights_on_cpu(model)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Answer `python3 -m ssd_resnet34.tfrecord.weights export`, which the other models have."""
+    raise UserError(
+        "the TFRecord recipe has no export: its original's form is a TensorFlow bundle, which is "
+        "read and never written",
+        "give its checkpoints to evaluate.py, pthtar2onnx.py or Detector.load as they are",
+    )
+
+
+if __name__ == "__main__":
+    entry.run(main)

@@ -1,10 +1,12 @@
 import argparse
 import dataclasses
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 
 from common import flags
 from common.errors import UserError
@@ -218,9 +220,11 @@ def test_a_class_count_that_contradicts_the_file(given):
 def test_checkpoint_to_use(tmp_path, capsys):
     def use(folder, given=None):
         args = argparse.Namespace(checkpoint=given, output_dir=tmp_path / folder)
-        return Path(flags.checkpoint_to_use(args)["path"])
+        return Path(flags.checkpoint_to_use(args, "tiny")["path"])
 
-    with pytest.raises(UserError, match="give one with --checkpoint_path"):
+    with pytest.raises(
+        UserError, match=r"no checkpoint of tiny in .*give one with --checkpoint_path"
+    ):
         use("output")
     (tmp_path / "dangling").symlink_to("nowhere")
     launched = tmp_path / "test" / "output" / "0" / "iter_7.pt"
@@ -236,6 +240,44 @@ def test_checkpoint_to_use(tmp_path, capsys):
     (tmp_path / "output" / "iter_3.pt").write_bytes(b"cut")
     assert use("output") == tmp_path / "output" / "iter_2.pt"
     assert "skipping checkpoint" in capsys.readouterr().err
+
+
+def test_a_newer_run_of_another_model_is_passed_over(tmp_path, capsys):
+    args = argparse.Namespace(checkpoint=None, output_dir=tmp_path / "output")
+    contents = {
+        "own": {"written_by": "tiny"},
+        "other": {"written_by": "fcos"},
+        "published": {"state_dict": {"mbox.0.weight": torch.zeros(1)}},
+    }
+    for age, (folder, content) in enumerate(contents.items()):
+        checkpoint.save(tmp_path / folder / "iter_1.pt", content)
+        os.utime(tmp_path / folder, (age, age))  # the last one is the newest
+    assert flags.checkpoint_to_use(args, "tiny")["path"] == str(tmp_path / "own/iter_1.pt")
+    assert capsys.readouterr().err.splitlines() == [
+        f"skipping {tmp_path}/published/iter_1.pt: a detector of ssd_resnet34",
+        f"skipping {tmp_path}/other/iter_1.pt: a detector of fcos",
+    ]
+    with pytest.raises(UserError, match=f"no checkpoint of m2det in {tmp_path}/output; give one"):
+        flags.checkpoint_to_use(args, "m2det")
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        *("det.pth", "det.pt", "det.safetensors", "R-50.pkl", "det.npz", "det.zip", "det.onnx"),
+        *("model.ckpt", "model.ckpt-1.index", "model.ckpt-1.data-00000-of-00001", "net.H5"),
+        *("det.pth.tar", "det.pt2", "yolo.weights", "iter_5.pt.superseded"),
+    ],
+)
+def test_weights_before_the_images_of_a_demo(weights):
+    args = flags.parse_demo(flags.make_parser("Draw.", "files"), [weights, "a.jpg", "folder"])
+    assert (args.checkpoint, args.inputs) == (weights, ["a.jpg", "folder"])
+
+
+@pytest.mark.parametrize("image", ["a.jpg", "a.PNG", "folder", "a.tiff", "data.folder"])
+def test_the_first_image_of_a_demo_is_no_weights(image):
+    args = flags.parse_demo(flags.make_parser("Draw.", "files"), [image, "b.pth"])
+    assert (args.checkpoint, args.inputs) == ("", [image, "b.pth"])
 
 
 def test_launch_time(monkeypatch):

@@ -183,6 +183,29 @@ def test_a_run_resumed_from_another_folder_begins_one_of_its_own(tmp_path):
     assert checkpoint.load(tmp_path / "run" / "iter_2.pt")["iteration"] == 2
 
 
+@pytest.mark.parametrize("link_is_in_the_folder", [True, False])
+def test_a_run_goes_on_in_its_folder_through_a_link(tmp_path, link_is_in_the_folder):
+    """The checkpoint may lie on another disk, or the name that is given may."""
+    folder = tmp_path / "run"
+    first = start(folder, "--kind=perf", "--max_iters=1")
+    train(first, *parts_of(first))
+    elsewhere = tmp_path / "disk"
+    elsewhere.mkdir()
+    resume = "auto"
+    if link_is_in_the_folder:
+        (folder / "iter_1.pt").rename(elsewhere / "iter_1.pt")
+        (folder / "iter_1.pt").symlink_to(elsewhere / "iter_1.pt")
+    else:
+        (elsewhere / "last.pt").symlink_to(folder / "iter_1.pt")
+        resume = elsewhere / "last.pt"
+    second = start(folder, "--kind=perf", "--max_iters=2", f"--resume={resume}")
+    state, progress = parts_of(second)
+    state.restore()
+    train(second, state, progress)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "run"]
+    assert checkpoint.load(folder / "iter_2.pt")["iteration"] == 2
+
+
 def test_nothing_to_resume_is_said_with_the_run_that_was_renamed(tmp_path, capsys):
     folder = tmp_path / "run"
     nothing = f"INFO - --resume auto: no whole checkpoint in {folder}: a new run begins\n"

@@ -54,3 +54,46 @@ def test_a_published_detectors_nms_iou_yields_to_the_flag(tmp_path, monkeypatch,
     (recipe,) = recipes
     assert (recipe.head_norm, recipe.norm_on_bbox) == ("gn", True)
     assert recipe.nms_iou == nms_iou
+
+
+@pytest.fixture
+def trained_file(tmp_path):
+    """A checkpoint of a run at a scale of its own, on the canvas "square" and with NMS at 0.6."""
+    torch.manual_seed(0)
+    recipe = replace(RECIPES["gn"], **SMALL, eval_shapes="square", nms_iou=0.6)
+    path = tmp_path / "iter_1.pt"
+    weights = build_model(recipe, 80).state_dict()
+    checkpoint.save(path, {"model": weights, "recipe": asdict(recipe)})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected", "line"),
+    [
+        (
+            [],
+            (("64,107",), "square", 0.6),
+            "at most 64 and 107 pixels (--img_scale), canvas square",
+        ),
+        (
+            ["--img_scale=96,160", "--eval_shapes=exact", "--nms_iou=0.5"],
+            (("96,160",), "exact", 0.5),
+            "at most 96 and 160 pixels (--img_scale), canvas exact",
+        ),
+    ],
+)
+def test_a_checkpoint_is_evaluated_as_its_run_did_unless_a_flag_says_another(
+    trained_file, tmp_path, monkeypatch, capsys, flags, expected, line
+):
+    recipes = []
+    monkeypatch.setattr(evaluate, "detect_all", lambda model, recipe, *args: recipes.append(recipe))
+    where = [f"--data={TINY}", f"--output_dir={tmp_path}", f"--checkpoint={trained_file}"]
+    evaluate.main([*where, "--device=cpu", *flags])
+    (recipe,) = recipes
+    assert (recipe.img_scale, recipe.eval_shapes, recipe.nms_iou) == expected
+    assert line in capsys.readouterr().out
+
+
+def test_a_users_program_gets_the_scale_of_the_run(trained_file):
+    recipe = Detector.load(trained_file, "cpu").recipe
+    assert (recipe.eval_scale, recipe.eval_shapes) == ((64, 107), "square")

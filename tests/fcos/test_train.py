@@ -89,6 +89,22 @@ def test_a_resumed_run_and_finetuning_keep_the_mean(caffe_file, tmp_path):
         assert mean_of_run(loop) == DETECTRON2_MEAN
 
 
+@pytest.mark.parametrize("of_ours", [True, False])
+def test_the_mean_is_that_of_the_detector_not_of_the_backbone(caffe_file, tmp_path, of_ours):
+    path = tmp_path / "detector.pth"
+    with start() as loop:
+        weights = loop.state.model.state_dict()
+        if of_ours:
+            loop.state.save(path)
+        else:  # MMDetection's, which do not say their mean
+            checkpoint.save(path, {"state_dict": weights})
+    with start(f"--pretrained={caffe_file}", f"--checkpoint={path}") as loop:
+        assert mean_of_run(loop) == RECIPE.mean == DETECTRON_MEAN
+        assert torch.equal(
+            loop.state.model.bbox_head.conv_cls.weight, weights["bbox_head.conv_cls.weight"]
+        )
+
+
 def test_finetuning_takes_the_network_of_the_checkpoint(tmp_path, capsys):
     path = tmp_path / "iter_0.pt"
     with start(recipe=replace(RECIPES["nogn"], **SMALL)) as loop:

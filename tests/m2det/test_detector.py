@@ -66,7 +66,9 @@ def test_the_demo_has_a_batch_size_of_its_own(tmp_path, monkeypatch, capsys):
         return detectors[-1]
 
     monkeypatch.setattr(demo.Detector, "from_checkpoint", from_checkpoint)
-    monkeypatch.setattr(demo.flags, "checkpoint_to_use", lambda args: {"path": args.checkpoint})
+    monkeypatch.setattr(
+        demo.flags, "checkpoint_to_use", lambda args, model: {"path": args.checkpoint}
+    )
     images = [str(path) for path in sorted((TINY / "val2017").iterdir())[:9]]
     where = [f"--show_dir={tmp_path}", "--device=cpu", "--recipe=quickstart"]
     assert demo.main(["a.pth", *images, *where, "--batch_size=5", "--show"]) == 0

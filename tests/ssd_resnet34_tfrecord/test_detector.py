@@ -83,6 +83,29 @@ def test_evaluation_takes_the_precision_of_its_flags(
     assert tuple(metrics) == STATS
 
 
+def test_weights_alone_are_evaluated_without_a_step(
+    run_folder, golden_dir, tmp_path, monkeypatch, capsys
+):
+    state = checkpoint.load(run_folder / "iter_1.pt")
+    checkpoint.save(tmp_path / "iter_5.pt", {"model": state["model"]})
+    no_rows = np.zeros((0, 7))
+    monkeypatch.setattr(evaluate, "detect_all", lambda *arguments: no_rows)
+    evaluate.main(
+        [
+            f"--validation_file_pattern={golden_dir}/train2017*",
+            f"--val_json_file={golden_dir}/instances_train6.json",
+            f"--model_dir={tmp_path}",
+            "--device=cpu",
+            "--recipe=small",
+        ]
+    )
+    output = capsys.readouterr().out
+    said = f"{tmp_path}/iter_5.pt: does not say its step: the metrics are logged without one\n"
+    assert said in output
+    assert output.index(said) < output.index("Current AP: 0.00000")
+    assert tuple(json.loads((tmp_path / "eval/metrics.json").read_text())) == STATS
+
+
 def test_what_an_evaluation_needs_is_there_before_it_detects(
     run_folder, golden_dir, tmp_path, monkeypatch
 ):

@@ -183,3 +183,9 @@ def test_the_other_recipes_detector_is_refused(recipe):
         load_weights(model, other.state_dict())
     with pytest.raises(UserError, match="a detector of ssd_resnet34/tfrecord, not of ssd_resnet34"):
         first_weights.load_weights(other, model.state_dict())
+
+
+@pytest.mark.parametrize("words", [[], ["export", "a", "b"], ["--help"]])
+def test_there_is_no_export_and_a_line_says_so(words):
+    with pytest.raises(UserError, match="has no export: its original's form is a TensorFlow bund"):
+        weights.main(words)
