@@ -1,7 +1,9 @@
 """Checkpoint files: written whole or not at all, checked before use, never executed."""
 
 import io
+import os
 import pickle
+import stat
 import sys
 import zipfile
 from pathlib import Path
@@ -12,7 +14,8 @@ from torch.utils._pytree import tree_map_only
 from common.errors import UserError
 from common.files import write_atomically
 from common.npu.file_kinds import is_safetensors, require_checkpoint
-from common.npu.foreign import placeholder_classes
+from common.npu.foreign import Placeholder, is_numpy, placeholder_classes
+from common.npu.weights import WRAPPERS, tensors_of
 
 DIRECTORY = 0x10  # in the external attributes of a zip archive's entry
 PREFIX = "iter_"  # of a checkpoint's file name, before the number of steps
@@ -36,6 +39,7 @@ def load(path: str | Path) -> dict:
     becomes a Placeholder. A file of the format safetensors is read where the package is there.
     Raise UserError, naming the file, where it is missing, damaged or no checkpoint.
     """
+    _require_file(path)
     try:
         if is_safetensors(path):
             return {**_load_safetensors(path), "path": str(path)}
@@ -47,12 +51,6 @@ def load(path: str | Path) -> dict:
     except pickle.UnpicklingError:
         reason = "holds more than tensors and plain values, or is damaged; save its state dict"
         raise UserError(f"checkpoint {path} {reason}") from None
-    except FileNotFoundError:
-        raise UserError(f"checkpoint {path} does not exist; check the path") from None
-    except IsADirectoryError:
-        raise UserError(f"checkpoint {path} is a folder", "give the file in it") from None
-    except PermissionError:
-        raise UserError(f"checkpoint {path} may not be read", "change its permissions") from None
     except Exception as error:  # there is no end to what damage can lead to
         reason = f"is cut short or damaged ({error!r:.120}); use another copy"
         raise UserError(f"checkpoint {path} {reason}") from None
@@ -61,7 +59,42 @@ def load(path: str | Path) -> dict:
             f"checkpoint {path} holds a {type(state).__name__}, not a dictionary; give a "
             "checkpoint of train.py or a state dict"
         )
+    _require_tensors(path, state)
     return {**state, "path": str(path)}
+
+
+def _require_file(path: str | Path) -> None:
+    """Raise UserError where a path does not lead to a file that can be read."""
+    try:
+        if not stat.S_ISDIR(os.stat(path).st_mode):
+            with open(path, "rb"):
+                return
+    except FileNotFoundError:
+        raise UserError(f"checkpoint {path} does not exist; check the path") from None
+    except PermissionError:
+        raise UserError(f"checkpoint {path} may not be read", "change its permissions") from None
+    except OSError as error:  # a name that is too long, a link to itself, a file as a folder
+        problem = f"checkpoint {path} cannot be opened ({error.strerror})"
+        raise UserError(problem, "check the path") from None
+    raise UserError(f"checkpoint {path} is a folder", "give the file in it")
+
+
+def _require_tensors(path: str | Path, state: dict) -> None:
+    """Raise UserError where something else lies under a name that weights have, and no tensor."""
+    if tensors_of(state):
+        return
+    for name in WRAPPERS:
+        value = state.get(name)
+        if isinstance(value, Placeholder):
+            raise UserError(
+                f"checkpoint {path} has no tensors: {name} is a pickled {type(value).__name__}",
+                "save its state dict instead, in the program that wrote it",
+            )
+        if isinstance(value, dict) and any(is_numpy(entry) for entry in value.values()):
+            raise UserError(
+                f"checkpoint {path} has no tensors: {name} holds NumPy arrays",
+                "make tensors of them with torch.from_numpy",
+            )
 
 
 def _load_safetensors(path: str | Path) -> dict[str, torch.Tensor]:

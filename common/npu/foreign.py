@@ -45,6 +45,11 @@ class Placeholder:
         type(self).container = list
 
 
+def is_numpy(value: object) -> bool:
+    """Return whether a value stands for an array or a number of NumPy."""
+    return isinstance(value, Placeholder) and type(value).__module__.split(".")[0] == "numpy"
+
+
 class NameCollector(pickle.Unpickler):
     """Unpickle without looking up a single name: each becomes a class of its own in `classes`."""
 

@@ -1,7 +1,10 @@
+import gzip
 import os
 import pickle
 import resource
+import struct
 import sys
+import tarfile
 import zipfile
 from collections import OrderedDict, defaultdict, deque
 from pathlib import Path
@@ -11,6 +14,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
 
 from common.errors import UserError
 from common.npu import checkpoint
@@ -240,6 +245,36 @@ def detectron2_pickle(path):
     path.write_bytes(pickle.dumps(content, 2))
 
 
+def numpy_archive(path):
+    with path.open("wb") as file:  # an open file: a path would get a suffix
+        np.savez(file, a=np.zeros(2))
+
+
+def numpy_array(path):
+    with path.open("wb") as file:
+        np.save(file, np.zeros(2))
+
+
+def zip_archive(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("weights/iter_1.pt", b"1")
+
+
+def exported_program(path):
+    program = torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
+    torch.export.save(program, path)
+
+
+def tar_archive(path):
+    with tarfile.open(path, "w") as archive:
+        archive.add(__file__)
+
+
+def jpeg(path):
+    Image.new("RGB", (4, 4)).save(path, "JPEG")
+
+
+ARRAYS = {"conv.weight": np.zeros((2, 2)), "steps": 3}
 TABLE_END = bytes.fromhex("57fb808b247547db")
 OTHER_FILES = {
     "R-50.pkl": (detectron2_pickle, "is a plain pickle, such as Detectron2's R-50.pkl; "),
@@ -251,6 +286,32 @@ OTHER_FILES = {
     "model.ckpt": (b"\0" * 99 + TABLE_END, "is a TensorFlow V1 checkpoint; write it again as V2"),
     "model.ckpt-1.index": (b"\0" * 99 + TABLE_END, "is the index of a TensorFlow checkpoint; "),
     "model.ckpt-1.data-00000-of-00001": (b"\1\2\3", "is a part of a TensorFlow checkpoint; "),
+    "arrays.npz": (numpy_archive, "is an archive of NumPy's arrays; write its arrays as tensors"),
+    "array.npy": (numpy_array, "is an array of NumPy; write its arrays as tensors"),
+    "weights.zip": (zip_archive, "is a zip archive of other files; unpack it and give"),
+    "program.pt2": (exported_program, "is a program of torch.export; give the state dict"),
+    "weights.tar": (tar_archive, "is a tar archive; unpack it and give the checkpoint in it"),
+    "weights.pth.gz": (gzip.compress(b"1"), "is a file compressed with gzip; unpack it and give"),
+    "photo.jpg": (jpeg, "is an image; give weights here, images after them or with --img"),
+    "det.onnx": (
+        b"\x08\x08\x12\x07pytorch\x1a\x06\x32.9.1\0\1",
+        "is an ONNX graph; give the",
+    ),
+    "yolov3.weights": (
+        struct.pack("<iiiq", 0, 2, 0, 32_013_312) + np.ones(9, np.float32).tobytes(),
+        "is a file of Darknet's weights, such as YOLO's; give PyTorch's weights",
+    ),
+    "latin1.txt": ("Gr\u00f6\u00dfe: 3 m\n".encode("latin-1"), "is a text file; give a checkpoint"),
+    "utf16.txt": ("Gr\u00f6\u00dfe \u8bad\n".encode("utf-16"), "is a text file; give a checkpoint"),
+    "gbk.txt": ("\u8bad\u7ec3\n".encode("gbk"), "is a text file; give a checkpoint"),
+    "protocol0.pkl": (pickle.dumps(ARRAYS, 0), "is a plain pickle of an early protocol; write its"),
+    "protocol1.pkl": (pickle.dumps(ARRAYS, 1), "is a plain pickle of an early protocol; write its"),
+    "ordered.pkl": (pickle.dumps(OrderedDict(ARRAYS), 0), "is a plain pickle of an early protocol"),
+    "checkpoint": (
+        b'model_checkpoint_path: "model.ckpt-5"\nall_model_checkpoint_paths: "model.ckpt-5"\n',
+        "is TensorFlow's list of the checkpoints in a folder; give the folder, to ssd_resnet34/tf",
+    ),
+    "unknown.pth": (bytes(range(1, 200)), "is of no kind that can be read as a checkpoint; give a"),
     "model.h5": (b"\x89HDF\r\n\x1a\n" + b"\0" * 99, "is an HDF5 file, such as Keras writes"),
 }
 
@@ -270,6 +331,42 @@ def test_a_file_of_another_kind_is_called_what_it_is(tmp_path, name):
         checkpoint.load(path)
     assert str(error.value).startswith(f"checkpoint {path} {words}")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("n" * 300 + ".pth", "cannot be opened (File name too long); check the path"),
+        ("file/x.pth", "cannot be opened (Not a directory); check the path"),
+        ("loop.pth", "cannot be opened (Too many levels of symbolic links); check the path"),
+    ],
+)
+def test_a_path_that_cannot_be_opened_is_no_damage(tmp_path, name, reason):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop.pth").symlink_to("loop.pth")
+    with pytest.raises(UserError) as error:
+        checkpoint.load(tmp_path / name)
+    assert str(error.value) == f"checkpoint {tmp_path / name} {reason}"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"state_dict": ARRAYS}, "state_dict holds NumPy arrays; make tensors of them"),
+        ({"model": nn.Linear(2, 2), "epoch": 3}, "model is a pickled Linear; save its state dict"),
+    ],
+)
+def test_what_lies_in_the_place_of_tensors_is_named(tmp_path, content, words):
+    path = tmp_path / "last.pth"
+    torch.save(content, path)
+    with pytest.raises(UserError) as error:
+        checkpoint.load(path)
+    assert str(error.value).startswith(f"checkpoint {path} has no tensors: {words}")
+
+
+def test_tensors_beside_a_pickled_module_are_read(tmp_path):
+    torch.save({"model": nn.Linear(2, 2), "state_dict": {"a": torch.ones(1)}}, tmp_path / "a.pth")
+    assert checkpoint.load(tmp_path / "a.pth")["state_dict"]["a"] == 1
 
 
 def test_a_folder_is_called_one(tmp_path):
