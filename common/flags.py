@@ -14,7 +14,7 @@ from common.npu import checkpoint
 from common.npu.device import DEVICES
 from common.npu.distributed import Ranks
 from common.npu.identify import model_of
-from common.npu.weights import tensors_of
+from common.npu.weights import recipe_entry, tensors_of
 from common.parser import OldFlag, Parser, answered, is_checkpoint_name, needless, renamed
 
 
@@ -257,8 +257,13 @@ def chosen_recipe(args: argparse.Namespace, recipes: dict):
     return recipe
 
 
-def require_agreement(args: argparse.Namespace, recipe, checkpoint: dict) -> None:
-    """Raise UserError where a given flag contradicts the recipe that is taken from a checkpoint."""
+def require_agreement(args: argparse.Namespace, recipe, checkpoint: dict):
+    """Return the recipe that is taken from a checkpoint, with the `--name` that is given.
+
+    Raise UserError where another flag contradicts it.
+    """
+    if hasattr(args, "name"):  # the flag was given; it is no more than a word in the logs
+        recipe = dataclasses.replace(recipe, name=args.name)
     for field in dataclasses.fields(recipe):
         if not field.metadata or not hasattr(args, field.name):
             continue
@@ -267,9 +272,14 @@ def require_agreement(args: argparse.Namespace, recipe, checkpoint: dict) -> Non
             given = tuple(given)
         trained = getattr(recipe, field.name)
         if given != trained:
+            problem = f"--{field.name} {given}: {checkpoint['path']}"
+            if recipe_entry(checkpoint):
+                raise UserError(f"{problem} was trained with {trained}", "omit it")
             raise UserError(
-                f"--{field.name} {given}: {checkpoint['path']} was trained with {trained}; omit it"
+                f"{problem} does not say its recipe; its tensors look like those with {trained}",
+                "omit it, or give the --recipe of this network with it",
             )
+    return recipe
 
 
 def evaluation_options(args: argparse.Namespace) -> EvaluationOptions:
@@ -285,7 +295,7 @@ def ap_goal(args: argparse.Namespace, checkpoint: dict) -> float:
     """
     if hasattr(args, "threshold"):  # the flag was given
         return args.threshold
-    return checkpoint.get("recipe", {}).get("threshold", 0.0)
+    return recipe_entry(checkpoint).get("threshold", 0.0)
 
 
 def starting_weights(args: argparse.Namespace, model: str, ranks: Ranks) -> list[dict]:

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     state = flags.checkpoint_to_use(args, Recipe.model)
     requested = flags.chosen_recipe(args, RECIPES)
     recipe = recipe_of_checkpoint(requested, state, user_fields=vars(args))
-    flags.require_agreement(args, recipe, state)
+    recipe = flags.require_agreement(args, recipe, state)
     detector = Detector.from_checkpoint(state, recipe, device, user_fields=vars(args))
     note = note_on_preset(requested, state)
     if note is not None:

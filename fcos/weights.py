@@ -30,9 +30,12 @@ from common.npu.weights import (
     class_names_or_numbers,
     known_classes,
     load_whole,
-    mapping,
     name_of,
-    no_heads,
+    recipe_entry,
+    recipe_fields,
+    renamed,
+    require_numbers,
+    rows_of,
     tensors_of,
     weights_on_cpu,
     with_classes_of,
@@ -91,6 +94,7 @@ def load_weights(
     state = source if isinstance(source, Mapping) else checkpoint.load(source)
     tensors = network_keys(state)
     require_model(state, tensors, Recipe.model, name_of(state))
+    require_numbers(model, tensors, name_of(state))
     require_caffe_style(state, tensors)
     heads = [key for key in tensors if LAYOUT.class_head.fullmatch(key)]
     changes = ""
@@ -108,7 +112,7 @@ def require_caffe_style(state: Mapping, tensors: Mapping[str, Tensor]) -> None:
     colours and the normalisation are not. Caffe's batch norm is folded into factor and offset, so
     that its statistics are 0 and 1; ours may have others where they were trained.
     """
-    if state.get("recipe"):
+    if recipe_entry(state) or state.get("written_by") == Recipe.model:
         return
     has_statistics = False
     for key, value in tensors.items():
@@ -133,13 +137,14 @@ def network_keys(state: Mapping) -> dict[str, Tensor]:
     tensors = tensors_of(state)
     if is_backbone(tensors):
         return _backbone_keys(tensors)
-    renamed = {}
-    for key, value in tensors.items():
-        modules = key.split(".")
-        if len(modules) > 1:
-            modules[1] = EARLY_NAMES.get(modules[1], modules[1])
-        renamed[".".join(modules)] = value
-    return renamed
+    return renamed(state, tensors, _network_key)
+
+
+def _network_key(key: str) -> str:
+    modules = key.split(".")
+    if len(modules) > 1:
+        modules[1] = EARLY_NAMES.get(modules[1], modules[1])
+    return ".".join(modules)
 
 
 def is_backbone(tensors: Mapping[str, Tensor]) -> bool:
@@ -155,13 +160,13 @@ def _backbone_keys(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     Biases of convolutions, which some caffe files have, are left out where they are 0; others are
     reported.
     """
-    renamed = {}
+    with_prefix = {}
     for key, value in tensors.items():
         name = f"backbone.{key}"
         if LAYOUT.unused.fullmatch(name) and not value.any():
             continue
-        renamed[name] = value
-    return renamed
+        with_prefix[name] = value
+    return with_prefix
 
 
 def recipe_of_checkpoint(
@@ -177,9 +182,8 @@ def recipe_of_checkpoint(
     UserError for a detector of another model.
     """
     require_model(state, network_keys(state), Recipe.model, name_of(state))
-    saved = mapping(state.get("recipe"))
-    if saved:
-        return replace(recipe, **{field: saved[field] for field in NETWORK if field in saved})
+    if recipe_entry(state):
+        return replace(recipe, **recipe_fields(state, recipe, NETWORK))
     name = preset_taken(recipe, state)
     if name is None:
         return recipe
@@ -196,17 +200,13 @@ def as_evaluated(recipe: Recipe, state: Mapping, user_fields: Collection[str] = 
 
     What the user has chosen, the `user_fields`, stays; files of other projects change nothing.
     """
-    saved = mapping(state.get("recipe"))
-    changes = {}
-    for field in EVALUATION:
-        if field in saved and field not in user_fields:
-            changes[field] = saved[field]
-    return replace(recipe, **changes)
+    fields = [field for field in EVALUATION if field not in user_fields]
+    return replace(recipe, **recipe_fields(state, recipe, fields))
 
 
 def preset_taken(recipe: Recipe, state: Mapping) -> str | None:
     """Return the preset whose network a published detector has, where `recipe` has another head."""
-    if state.get("recipe"):
+    if recipe_entry(state):
         return None
     name = preset_of(state)
     if name is None or has_same_head(recipe, RECIPES[name]):
@@ -270,9 +270,8 @@ def mean_of(state: Mapping) -> tuple[float, float, float] | None:
     of their recipe. Detectron's backbone has a bias for every convolution, Detectron2's for the
     first one.
     """
-    saved = mapping(state.get("recipe"))
-    if saved:
-        return tuple(saved["mean"])
+    if recipe_entry(state):
+        return recipe_fields(state, RECIPES["gn"], ["mean"]).get("mean")
     tensors = tensors_of(state)
     if not is_backbone(tensors) or "conv1.bias" not in tensors:
         return None
@@ -286,10 +285,7 @@ def num_classes_of(state: Mapping) -> int:
 
     Raise UserError where it has no detection heads.
     """
-    head = network_keys(state).get("bbox_head.conv_cls.weight")
-    if head is None:
-        raise no_heads(state)
-    return len(head)
+    return rows_of(state, network_keys(state), "bbox_head.conv_cls.weight", 1)
 
 
 def class_names_of(state: Mapping) -> tuple[str, ...]:
@@ -310,7 +306,8 @@ def published_file(state: Mapping, layout: str) -> dict:
     recipe = recipe_of_checkpoint(RECIPES["gn"], state)
     model = build_model(recipe, num_classes_of(state))
     load_weights(model, state).require_complete(name_of(state))
-    return mmdetection_file(published_state_dict(model), class_names_of(state), layout)
+    weights = published_state_dict(model)
+    return mmdetection_file(weights, class_names_of(state), layout, Recipe.model)
 
 
 def main(argv: list[str] | None = None) -> None:

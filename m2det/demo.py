@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     print(reason)
     state = flags.checkpoint_to_use(args, Recipe.model)
     recipe = recipe_of_checkpoint(flags.chosen_recipe(args, RECIPES), state)
-    flags.require_agreement(args, recipe, state)
+    recipe = flags.require_agreement(args, recipe, state)
     note = note_on_image_size(args.recipe, recipe, state)
     if note is not None:
         print(note)

@@ -63,12 +63,12 @@ def main(argv: list[str] | None = None) -> None:
 
     state = flags.checkpoint_to_use(args, Recipe.model, ranks)
     recipe = recipe_of_checkpoint(flags.chosen_recipe(args, RECIPES), state)
-    flags.require_agreement(args, recipe, state)
+    recipe = flags.require_agreement(args, recipe, state)
     note = note_on_image_size(args.recipe, recipe, state)
     if note is not None:
         log(note)
     detector = Detector.from_checkpoint(state, recipe, device)
-    recipe = replace(detector.recipe, threshold=flags.ap_goal(args, state))
+    recipe = replace(detector.recipe, name=recipe.name, threshold=flags.ap_goal(args, state))
     files = find_files(args.data, "val", args.val_annotations, args.val_images)
     class_names = known_classes(state, num_classes_of(state))
     records = read_records(files, class_names)

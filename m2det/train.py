@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int | None:
     for checkpoint in trained:
         requested = recipe
         recipe = recipe_of_checkpoint(requested, checkpoint)
-        flags.require_agreement(args, recipe, checkpoint)
+        recipe = flags.require_agreement(args, recipe, checkpoint)
         run.log_network_change(checkpoint, requested, recipe)
         note = note_on_image_size(args.recipe, recipe, checkpoint)
         if note is not None:

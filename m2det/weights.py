@@ -28,9 +28,12 @@ from common.npu.weights import (
     class_names_or_numbers,
     known_classes,
     load_whole,
-    mapping,
     name_of,
-    no_heads,
+    recipe_entry,
+    recipe_fields,
+    renamed,
+    require_numbers,
+    rows_of,
     tensors_of,
     weights_on_cpu,
     with_classes_of,
@@ -62,6 +65,8 @@ NETWORK = (
     "anchor_sizes",
     "anchor_ratios",
 )
+# What earlier versions called some of them.
+FORMER_NAMES = {field: field.replace("anchor_", "prior_") for field in NETWORK}
 COORDINATES = 4
 
 
@@ -79,6 +84,7 @@ def load_weights(
     state = source if isinstance(source, Mapping) else checkpoint.load(source)
     tensors = network_keys(state)
     require_model(state, tensors, Recipe.model, name_of(state))
+    require_numbers(model, tensors, name_of(state))
     heads = [key for key in tensors if LAYOUT.class_head.fullmatch(key)]
     changes = ""
     trained = known_classes(state, num_classes_of(state)) if heads else None
@@ -100,12 +106,13 @@ def class_rows(num_rows: int, num_classes: int) -> Tensor:
 
 def network_keys(state: Mapping) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint, in any known layout, under the network's names."""
-    renamed = {}
-    for key, value in tensors_of(state).items():
-        if BACKBONE_KEY.match(key):
-            key = f"base.{key}"
-        renamed[key] = value
-    return renamed
+    return renamed(state, tensors_of(state), _network_key)
+
+
+def _network_key(key: str) -> str:
+    if BACKBONE_KEY.match(key):
+        return f"base.{key}"
+    return key
 
 
 def recipe_of_checkpoint(recipe: Recipe, state: Mapping) -> Recipe:
@@ -118,14 +125,9 @@ def recipe_of_checkpoint(recipe: Recipe, state: Mapping) -> Recipe:
     """
     keys = network_keys(state)
     require_model(state, keys, Recipe.model, name_of(state))
-    saved = mapping(state.get("recipe"))
-    changes = {}
-    if not saved and any(LAYOUT.class_head.fullmatch(key) for key in keys):
+    changes = recipe_fields(state, recipe, NETWORK, FORMER_NAMES)
+    if not recipe_entry(state) and any(LAYOUT.class_head.fullmatch(key) for key in keys):
         changes["sfam"] = any(key.startswith("sfam_module.") for key in keys)
-    for field in NETWORK:
-        for name in (field, field.replace("anchor_", "prior_")):
-            if name in saved:
-                changes[field] = saved[name]
     return replace(recipe, **changes)
 
 
@@ -136,7 +138,7 @@ def note_on_image_size(preset_name: str, recipe: Recipe, state: Mapping) -> str 
     `recipe`.
     """
     is_detector = any(LAYOUT.class_head.fullmatch(key) for key in network_keys(state))
-    if not is_detector or "image_size" in mapping(state.get("recipe")):
+    if not is_detector or "image_size" in recipe_entry(state):
         return None
     side = recipe.image_size
     return (
@@ -151,12 +153,10 @@ def num_classes_of(state: Mapping) -> int:
     Raise UserError where it has no detection heads.
     """
     tensors = network_keys(state)
-    deltas_bias = tensors.get("loc.0.bias")
-    logits_bias = tensors.get("conf.0.bias")
-    if deltas_bias is None or logits_bias is None:
-        raise no_heads(state)
-    num_shapes = len(deltas_bias) // COORDINATES
-    return len(logits_bias) // num_shapes - 1  # without background
+    num_shapes = rows_of(state, tensors, "loc.0.bias", COORDINATES) // COORDINATES
+    rows_of_one_class = 2 * num_shapes  # with background
+    channels = rows_of(state, tensors, "conf.0.bias", rows_of_one_class) // num_shapes
+    return channels - 1  # without background
 
 
 def class_names_of(state: Mapping) -> tuple[str, ...]:

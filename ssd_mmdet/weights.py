@@ -13,7 +13,7 @@ import common.npu.interpreter  # noqa: F401 before torch
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,7 +32,11 @@ from common.npu.weights import (
     load_whole,
     mapping,
     name_of,
-    no_heads,
+    recipe_entry,
+    recipe_fields,
+    renamed,
+    require_numbers,
+    rows_of,
     tensors_of,
     weights_on_cpu,
     with_classes_of,
@@ -50,6 +54,8 @@ EXTRA_SINCE_2_14 = re.compile(r"^neck\.extra_layers\.(\d+)\.(\d+)\.conv\.")
 EXTRA_BEFORE_2_14 = re.compile(r"^backbone\.extra\.(\d+)\.")
 CONVOLUTIONS_OF_EXTRA_LAYER = 2
 ONLY_IN_SSD512 = "backbone.extra.9.weight"
+FIRST_CONVOLUTION = "backbone.features.0.weight"
+CHANNELS_OF_FIRST_CONVOLUTION = 64  # of a network of width 1
 LAYOUT = Layout(
     class_head=re.compile(r"bbox_head\.cls_convs\.\d+\.(weight|bias)"),
     backbone="backbone.features.",
@@ -86,6 +92,7 @@ def load_weights(
     state = source if isinstance(source, Mapping) else checkpoint.load(source)
     tensors = network_keys(state)
     require_model(state, tensors, Recipe.model, name_of(state))
+    require_numbers(model, tensors, name_of(state))
     tensors, changes = with_background_last(tensors, state)
     heads = [key for key in tensors if LAYOUT.class_head.fullmatch(key)]
     trained = known_classes(state, num_classes_of(state)) if heads else None
@@ -139,7 +146,7 @@ def class_rows(num_rows: int, num_classes: int) -> Tensor:
 
 def network_keys(state: Mapping) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint, in any known layout, under the network's names."""
-    return {_network_key(key): value for key, value in tensors_of(state).items()}
+    return renamed(state, tensors_of(state), _network_key)
 
 
 def _network_key(key: str) -> str:
@@ -158,18 +165,22 @@ def _network_key(key: str) -> str:
 def recipe_of_checkpoint(recipe: Recipe, state: Mapping) -> Recipe:
     """Return the recipe with the network of a checkpoint.
 
-    Ours say which it is, published detectors show it by their names. A backbone by itself changes
-    nothing. Raise UserError for a detector of another model.
+    Ours say which it is, others show it by the names of their tensors and the width by the first
+    convolution. A backbone by itself changes nothing. Raise UserError for a detector of another
+    model.
     """
     keys = network_keys(state)
     require_model(state, keys, Recipe.model, name_of(state))
-    saved = mapping(state.get("recipe"))
-    if not saved:
-        if not any(LAYOUT.class_head.fullmatch(key) for key in keys):
-            return recipe
-        preset = "ssd512" if ONLY_IN_SSD512 in keys else "1p"
-        saved = asdict(RECIPES[preset])
-    return replace(recipe, **{field: saved[field] for field in NETWORK if field in saved})
+    if recipe_entry(state):
+        return replace(recipe, **recipe_fields(state, recipe, NETWORK))
+    if not any(LAYOUT.class_head.fullmatch(key) for key in keys):
+        return recipe
+    preset = RECIPES["ssd512" if ONLY_IN_SSD512 in keys else "1p"]
+    changes = {field: getattr(preset, field) for field in NETWORK}
+    first = keys.get(FIRST_CONVOLUTION)
+    if first is not None and first.ndim:
+        changes["width"] = len(first) / CHANNELS_OF_FIRST_CONVOLUTION
+    return replace(recipe, **changes)
 
 
 def num_classes_of(state: Mapping) -> int:
@@ -178,10 +189,9 @@ def num_classes_of(state: Mapping) -> int:
     Raise UserError where it has no detection heads.
     """
     tensors = network_keys(state)
-    head = tensors.get("bbox_head.cls_convs.0.bias")
-    if head is None:
-        raise no_heads(state)
-    channels = len(head) // SHAPES_OF_FIRST_MAP
+    rows_of_one_class = 2 * SHAPES_OF_FIRST_MAP  # with background
+    rows = rows_of(state, tensors, "bbox_head.cls_convs.0.bias", rows_of_one_class)
+    channels = rows // SHAPES_OF_FIRST_MAP
     return channels - 1  # without background
 
 
@@ -221,7 +231,7 @@ def published_file(state: Mapping, layout: str) -> dict:
     model = build_model(recipe, num_classes_of(state))
     load_weights(model, state).require_complete(name_of(state))
     weights = published_state_dict(model, since_2_14=layout == "mmdet3")
-    return mmdetection_file(weights, class_names_of(state), layout)
+    return mmdetection_file(weights, class_names_of(state), layout, Recipe.model)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int | None:
     for checkpoint in trained:
         requested = recipe
         recipe = recipe_of_checkpoint(requested, checkpoint)
-        flags.require_agreement(args, recipe, checkpoint)
+        recipe = flags.require_agreement(args, recipe, checkpoint)
         run.log_network_change(checkpoint, requested, recipe)
     train_set, val_set = read_data(run, train_files, val_files, weights)
     num_classes = len(train_set.class_names)

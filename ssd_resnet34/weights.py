@@ -28,9 +28,11 @@ from common.npu.weights import (
     class_names_or_numbers,
     known_classes,
     load_whole,
-    mapping,
     name_of,
-    no_heads,
+    recipe_fields,
+    renamed,
+    require_numbers,
+    rows_of,
     tensors_of,
     weights_on_cpu,
     with_classes_of,
@@ -67,6 +69,7 @@ def load_weights(
     state = source if isinstance(source, Mapping) else checkpoint.load(source)
     tensors = network_keys(state)
     require_model(state, tensors, Recipe.model, name_of(state))
+    require_numbers(model, tensors, name_of(state))
     heads = [key for key in tensors if LAYOUT.class_head.fullmatch(key)]
     changes = ""
     trained = known_classes(state, num_classes_of(state)) if heads else None
@@ -85,13 +88,14 @@ def class_rows(num_rows: int, num_classes: int) -> Tensor:
 
 def network_keys(state: Mapping) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint, in any known layout, under the network's names."""
-    renamed = {}
-    for key, value in tensors_of(state).items():
-        first, _, rest = key.partition(".")
-        if first in TORCHVISION:
-            key = f"model.{TORCHVISION[first]}.{rest}"
-        renamed[key] = value
-    return renamed
+    return renamed(state, tensors_of(state), _network_key)
+
+
+def _network_key(key: str) -> str:
+    first, _, rest = key.partition(".")
+    if first in TORCHVISION:
+        return f"model.{TORCHVISION[first]}.{rest}"
+    return key
 
 
 def recipe_of_checkpoint(recipe: Recipe, state: Mapping) -> Recipe:
@@ -101,9 +105,7 @@ def recipe_of_checkpoint(recipe: Recipe, state: Mapping) -> Recipe:
     model.
     """
     require_model(state, network_keys(state), Recipe.model, name_of(state))
-    saved = mapping(state.get("recipe"))
-    changes = {field: saved[field] for field in NETWORK if field in saved}
-    return replace(recipe, **changes)
+    return replace(recipe, **recipe_fields(state, recipe, NETWORK))
 
 
 def num_classes_of(state: Mapping) -> int:
@@ -111,11 +113,10 @@ def num_classes_of(state: Mapping) -> int:
 
     Raise UserError where it has no detection heads.
     """
-    head = network_keys(state).get("mbox.0.weight")
-    if head is None:
-        raise no_heads(state)
     # For each anchor shape a channel per class, for background, and for each coordinate.
-    channels = len(head) // SHAPES_OF_FIRST_MAP
+    rows_of_one_class = (1 + 1 + COORDINATES) * SHAPES_OF_FIRST_MAP
+    rows = rows_of(state, network_keys(state), "mbox.0.weight", rows_of_one_class)
+    channels = rows // SHAPES_OF_FIRST_MAP
     return channels - COORDINATES - 1
 
 

@@ -414,13 +414,15 @@ def test_classes_of_the_same_name_keep_their_weights(model):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_more_names_than_the_head_has_classes_are_no_crash(model):
+def test_more_names_than_the_head_has_classes_are_an_error(model):
     trained, _ = build(model, 3, seed=1)
     names = [f"name {number}" for number in range(80)]
     state = {"model": trained.state_dict(), "classes": names, "recipe": {}, "path": "a.pt"}
     network, _ = build(model, 2, seed=2)
-    report = module(model, "weights").load_weights(network, state, ("cow", "hat"))
-    assert report.reinitialised
+    with pytest.raises(
+        UserError, match=r"^a\.pt names 80 classes, its heads have 3 classes; correct"
+    ):
+        module(model, "weights").load_weights(network, state, ("cow", "hat"))
 
 
 @pytest.mark.slow

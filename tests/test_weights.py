@@ -6,6 +6,7 @@ import re
 import sys
 from collections import OrderedDict
 from dataclasses import asdict, replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from PIL import Image
 
 from common.errors import UserError
 from common.npu import checkpoint
+from common.npu.identify import model_of
 from common.npu.weights import tensors_of as tensors_of_checkpoint
 from tests.scripts import TINY
 
@@ -208,6 +210,30 @@ def test_a_flag_that_contradicts_the_checkpoint_is_an_error_that_says_both(
         assert str(error.value) == line.replace("FILE", str(file))
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_the_name_is_the_users(model, detectors, tmp_path, monkeypatch):
+    names = []
+
+    def note(output_dir, network, **facts):
+        names.append(network)
+        return []
+
+    class Result:
+        """An evaluation of no detections."""
+
+        stats: ClassVar = {"AP": 0.0}
+
+    evaluate = module(model, "evaluate")
+    monkeypatch.setattr(evaluate, "detect_all", lambda *args: ())
+    monkeypatch.setattr(evaluate, "evaluate_and_save", lambda *args: Result)
+    monkeypatch.setattr(evaluate, "write_summary", note)
+    data = write_data(tmp_path, {1: "person", 17: "cat", 18: "dog"})
+    program = programs(model, detectors[model], tmp_path)["evaluate"]
+    program(f"--data={data}")
+    program(f"--data={data}", "--name=Mine")
+    assert names == [small_recipe(model).name, "Mine"]
+
+
 @pytest.mark.parametrize("name", ["gn", "nogn", "tricks"])
 def test_finetuning_takes_the_head_of_a_published_fcos(name, network_of, tmp_path):
     """Whatever the requested preset is: by the tensors that the head's towers have."""
@@ -288,6 +314,171 @@ def test_weights_that_are_not_finite_are_refused_by_every_program(model, bad, de
             "the training that wrote it had diverged; give an earlier checkpoint"
         )
     assert not (tmp_path / "out").exists()
+
+
+NO_NUMBERS = {
+    "of the dtype int64": lambda value: value.long(),
+    "of the dtype bool": lambda value: value.bool(),
+    "of the dtype complex64": lambda value: value.to(torch.complex64),
+    "of the dtype float8_e4m3fn": lambda value: value.to(torch.float8_e4m3fn),
+    "of the dtype quint8": lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.quint8),
+    "of the layout sparse_coo": lambda value: value.to_sparse(),
+    "on the device meta, without values": lambda value: value.to("meta"),
+}
+
+
+@pytest.mark.parametrize("model", ALL)
+def test_weights_that_are_no_real_numbers_are_refused(model, detectors):
+    """Of a class head, of the backbone, and with `classes`, where heads are copied by rows."""
+    state = checkpoint.load(detectors[model])
+    weights = state["model"]
+    head = next(key for key in weights if module(model, "weights").LAYOUT.class_head.fullmatch(key))
+    for name in (next(iter(weights)), head):
+        for words, change in NO_NUMBERS.items():
+            changed = {**state, "model": {**weights, name: change(weights[name])}}
+            network = module(model, "model").build_model(small_recipe(model), 3)
+            with pytest.raises(UserError) as error:
+                module(model, "weights").load_weights(network, changed, ("a", "b", "c"))
+            assert str(error.value) == (
+                f"{detectors[model]}: {name} is {words}, not of floating-point numbers; "
+                "save its weights as float32"
+            )
+
+
+@pytest.mark.parametrize("model", ALL)
+def test_what_no_network_reads_may_be_anything(model, detectors):
+    weights = tensors_of(detectors, model)
+    weights["ema_a_weight"] = torch.tensor(float("nan"))
+    weights["a.total_ops"] = torch.tensor(float("inf"))
+    report = load(model, {"model": weights, "recipe": asdict(small_recipe(model))})
+    assert report.require_complete("f.pt") is report
+
+
+HEADS = {
+    "ssd_mmdet": "bbox_head.cls_convs.0.bias",
+    "ssd_resnet34": "mbox.0.weight",
+    "m2det": "conf.0.bias",
+    "fcos": "bbox_head.conv_cls.weight",
+    TFRECORD: "class_net.0.weight",
+}
+
+
+@pytest.mark.parametrize("model", ALL)
+def test_a_head_without_a_class_is_named(model, detectors):
+    weights = tensors_of(detectors, model)
+    num_classes_of = module(model, "weights").num_classes_of
+    heads = [HEADS[model], "loc.0.bias"] if model == "m2det" else [HEADS[model]]
+    for head in heads:
+        empty = {**weights, head: torch.zeros(0)}
+        with pytest.raises(UserError, match=rf"^the state dict: {re.escape(head)} has 0 rows, few"):
+            num_classes_of(empty)
+        number = {**weights, head: torch.tensor(1.0)}
+        with pytest.raises(UserError, match=rf"^the state dict: {re.escape(head)} is a single nu"):
+            num_classes_of(number)
+
+
+@pytest.mark.parametrize("model", ALL)
+def test_a_tensor_needs_a_name_of_its_own(model, detectors):
+    weights = tensors_of(detectors, model)
+    name = next(iter(weights))
+    network_keys = module(model, "weights").network_keys
+    deep = {f"module.module.{key}": value for key, value in weights.items()}
+    assert network_keys({"model": deep}).keys() == weights.keys()
+    with pytest.raises(UserError, match=r"^f\.pt: a tensor has the key 7, which is not a name; "):
+        network_keys({"model": {**weights, 7: torch.zeros(1)}, "path": "f.pt"})
+    twice = {**weights, f"module.{name}": weights[name]}
+    line = f"^f\\.pt: {name} and module\\.{name} are the same weight; remove one of them"
+    with pytest.raises(UserError, match=line):
+        network_keys({"model": twice, "path": "f.pt"})
+
+
+def test_a_wrapper_holds_tensors(detectors):
+    """In front of the weights MMDetection's configuration lies under `model`."""
+    weights = tensors_of(detectors, "ssd_mmdet")
+    state = {"model": {"type": "SSD"}, "net": {"ema": {}}, "state_dict": {"module": weights}}
+    assert tensors_of_checkpoint(state).keys() == weights.keys()
+
+
+# ---- entries that are not as ours
+
+
+@pytest.mark.parametrize("model", ALL)
+@pytest.mark.parametrize("recipe", ["yolo", {"lr": 0.1}, ["a"], 3])
+def test_a_recipe_of_another_project_is_none(model, recipe, detectors):
+    weights = module(model, "weights")
+    requested = small_recipe(model)
+    state = {"model": tensors_of(detectors, model), "path": "f.pt"}
+    expected = weights.recipe_of_checkpoint(requested, state)
+    assert weights.recipe_of_checkpoint(requested, {**state, "recipe": recipe}) == expected
+    if model == "fcos":
+        assert weights.mean_of({**state, "recipe": recipe}) is None
+
+
+@pytest.mark.parametrize("model", ALL)
+def test_a_value_of_another_type_in_a_recipe_is_named(model, detectors):
+    weights = module(model, "weights")
+    state = checkpoint.load(detectors[model])
+    for field in weights.NETWORK:
+        changed = {**state, "recipe": {**state["recipe"], field: None}}
+        with pytest.raises(UserError) as error:
+            weights.recipe_of_checkpoint(small_recipe(model), changed)
+        assert str(error.value) == (
+            f"{detectors[model]}: its recipe has {field} = None; "
+            "give a checkpoint as train.py wrote it"
+        )
+
+
+def test_the_check_of_batch_norm_knows_our_files_and_no_others(detectors, tmp_path):
+    """One that we trained with batch norm, exported; and another project's with a `recipe`."""
+    state = checkpoint.load(detectors["fcos"])
+    weights = state["model"]
+    for key, value in weights.items():
+        if key.startswith("backbone.") and key.endswith("running_mean"):
+            weights[key] = value + 0.1
+    with pytest.raises(UserError, match="not a caffe ResNet-50"):
+        load("fcos", {"state_dict": weights, "recipe": "r50"})
+    file = tmp_path / "iter_1.pt"
+    checkpoint.save(file, state)
+    for layout in ("mmdet2", "mmdet3"):
+        out = tmp_path / f"{layout}.pth"
+        module("fcos", "weights").main(["export", str(file), str(out), f"--layout={layout}"])
+        report = load("fcos", checkpoint.load(out))
+        assert report.require_complete("f.pt") is report
+
+
+def test_an_exported_detector_shows_its_width(detectors, tmp_path):
+    out = tmp_path / "ssd512.pth"
+    weights = module("ssd_mmdet", "weights")
+    weights.main(["export", str(detectors["ssd_mmdet"]), str(out)])
+    recipe = weights.recipe_of_checkpoint(small_recipe("ssd_mmdet"), checkpoint.load(out))
+    assert recipe.width == 1 / 16
+    report = load("ssd_mmdet", checkpoint.load(out), recipe=recipe)
+    assert report.require_complete("f.pt") is report
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_an_export_never_destroys_what_it_reads(model, detectors, tmp_path, capsys):
+    file = detectors[model]
+    before = file.read_bytes()
+    link = tmp_path / "link.pt"
+    link.symlink_to(file)
+    main = module(model, "weights").main
+    for out in (file, link):
+        with pytest.raises(UserError) as error:
+            main(["export", str(file), str(out)])
+        assert str(error.value) == (f"{out}: is the checkpoint that is read; give OUT another name")
+    assert file.read_bytes() == before
+    out = tmp_path / "out.pth"
+    main(["export", str(file), str(out)])
+    assert "in place of a former file" not in capsys.readouterr().out
+    main(["export", str(file), str(out)])
+    assert capsys.readouterr().out.endswith(", in place of a former file\n")
+
+
+def test_efficientdet_is_not_called_the_tfrecord_recipe():
+    names = ["class_net.conv_rep.0.conv_dw.weight", "box_net.predict.conv_pw.weight"]
+    assert model_of({}, names) == ""
+    assert model_of({}, ["class_net.0.weight"]) == TFRECORD
 
 
 # ---- files of others
@@ -420,6 +611,32 @@ def test_a_file_without_detection_heads_is_named_with_its_tensors(model):
 
 
 # ---- class names
+
+
+@pytest.mark.parametrize("model", ALL)
+def test_a_file_names_as_many_classes_as_its_heads_have(model, detectors, tmp_path):
+    file = tmp_path / "iter_1.pt"
+    state = {**checkpoint.load(detectors[model]), "classes": ["person", "cat"]}
+    checkpoint.save(file, state)
+    line = f"{file} names 2 classes, its heads have 3 classes; correct the names in the file, or"
+    reading = programs(model, file, tmp_path)
+    for name in sorted(set(reading) - {"resume", "train"}):
+        with pytest.raises(UserError, match=f"^{re.escape(line)}"):
+            reading[name]()
+    network = module(model, "model").build_model(small_recipe(model), 3)
+    with pytest.raises(UserError, match=f"^{re.escape(line)}"):
+        module(model, "weights").load_weights(network, checkpoint.load(file), ("person", "cat"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("ids", [[1, 17], "person", [1, 17, "dog"]])
+def test_a_file_has_as_many_category_ids_as_its_heads_have_classes(ids, detectors):
+    state = {**checkpoint.load(detectors[TFRECORD]), "category_ids": ids, "path": "iter_1.pt"}
+    line = "^iter_1.pt: category_ids is .*, not a list of integers; correct the entry"
+    if len(ids) == 2:
+        line = "^iter_1.pt names 2 category ids, its heads have 3 classes; correct the names"
+    with pytest.raises(UserError, match=line):
+        module(TFRECORD, "weights").recipe_of_checkpoint(small_recipe(TFRECORD), state)
 
 
 META = (

@@ -6,6 +6,7 @@ import pickle
 import stat
 import sys
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,10 +16,24 @@ from common.errors import UserError
 from common.files import write_atomically
 from common.npu.file_kinds import is_safetensors, require_checkpoint
 from common.npu.foreign import Placeholder, is_numpy, placeholder_classes
-from common.npu.weights import WRAPPERS, tensors_of
+from common.npu.identify import require_model
+from common.npu.weights import WRAPPERS, recipe_entry, tensors_of
 
 DIRECTORY = 0x10  # in the external attributes of a zip archive's entry
 PREFIX = "iter_"  # of a checkpoint's file name, before the number of steps
+# What the state of a run is made of, see `RunState`.
+ENTRIES_OF_A_RUN = {
+    "model": Mapping,
+    "buffers": list,
+    "windows": list,
+    "optimizer": Mapping,
+    "scaler": Mapping,
+    "iteration": int,
+    "best": int | float,
+    "classes": list | tuple,
+    "category_ids": list | tuple,
+    "run": Mapping,
+}
 SUPERSEDED = ".superseded"  # end of the name of a checkpoint that a resumed run left behind
 
 
@@ -81,7 +96,7 @@ def _require_file(path: str | Path) -> None:
 
 def _require_tensors(path: str | Path, state: dict) -> None:
     """Raise UserError where something else lies under a name that weights have, and no tensor."""
-    if tensors_of(state):
+    if tensors_of({**state, "path": str(path)}):
         return
     for name in WRAPPERS:
         value = state.get(name)
@@ -149,16 +164,35 @@ def load_newest(folder: Path) -> dict | None:
     return None
 
 
-def load_resume_state(resume: str, folder: Path) -> dict | None:
-    """Load the state that `--resume none|auto|FILE` names; None for a fresh start."""
+def load_resume_state(
+    resume: str, folder: Path, model: str, weights_flag: str = "--checkpoint_path"
+) -> dict | None:
+    """Load the state that `--resume none|auto|FILE` names; None for a fresh start.
+
+    Raise UserError where it is of another model than `model`, or not a whole state of a run; its
+    weights can then be given by `weights_flag`.
+    """
     if resume == "none":
         return None
     if resume == "auto":
         state = load_newest(folder)
     else:
         state = load(resume)
-    if state is not None and "run" not in state:
-        raise UserError(f"--resume {resume}: holds weights only; use --checkpoint_path {resume}")
+    if state is None:
+        return None
+    path = state["path"]
+    require_model(state, tensors_of(state), model, path)
+    unusable = []
+    if not recipe_entry(state):
+        unusable.append("recipe")
+    for name, kind in ENTRIES_OF_A_RUN.items():
+        if not isinstance(state.get(name), kind):
+            unusable.append(name)
+    if unusable:
+        reason = "holds weights only"
+        if isinstance(state.get("run"), Mapping):
+            reason = f"not a whole state of a run (nothing usable as {', '.join(unusable)})"
+        raise UserError(f"--resume {path}: {reason}", f"use {weights_flag} {path}")
     return state
 
 

@@ -21,7 +21,7 @@ KINDS = (
     Kind("ssd_resnet34", re.compile(r"mbox\."), "an SSD-ResNet34 detector"),
     Kind(
         "ssd_resnet34/tfrecord",
-        re.compile(r"class_net\."),
+        re.compile(r"class_net\.\d+\."),
         "an SSD-ResNet34 detector of the TFRecord recipe",
     ),
     Kind("fcos", re.compile(r"bbox_head\.(conv|fcos)_centerness\."), "an FCOS detector"),

@@ -28,7 +28,7 @@ from common.npu.entry import StopRequest
 from common.npu.loading import workers_per_rank
 from common.npu.output import claim_output_folder, renamed_folders
 from common.npu.precision import Precision, default_level
-from common.npu.weights import require_finite, weights_on_cpu
+from common.npu.weights import load_same, weights_on_cpu
 
 if TYPE_CHECKING:
     from common.fps.progress import Progress
@@ -154,11 +154,17 @@ class Run:
     resumed: dict | None  # the checkpoint that the run goes on from
 
     @staticmethod
-    def start(args: Namespace, recipe, card: int | None = None) -> "Run":
+    def start(
+        args: Namespace,
+        recipe,
+        card: int | None = None,
+        weights_flag: str = "--checkpoint_path",
+    ) -> "Run":
         """Take a device, join the other ranks, and read the state that the run goes on from.
 
-        `recipe` gives the precision and the name; `card` as in `start_process`. Nothing of a former
-        run is moved yet: `open_output` does that, once all that the run needs has been read.
+        `recipe` gives the precision and the name; `card` as in `start_process`;
+        `weights_flag` takes weights to start anew from. Nothing of a former run is moved yet:
+        `open_output` does that, once all that the run needs has been read.
         """
         ranks, device, reason = start_process(
             args.device, args.device_id, args.timeout, args.deterministic, args.exact, card
@@ -183,7 +189,9 @@ class Run:
             log.info(f"optimizer: SGD over lists of tensors, not fused: {obstacle}")
         resumed = None
         if ranks.main:
-            resumed = checkpoint.load_resume_state(args.resume, args.output_dir)
+            resumed = checkpoint.load_resume_state(
+                args.resume, args.output_dir, recipe.model, weights_flag
+            )
             if resumed is None and args.resume == "auto":
                 log.info(
                     f"--resume auto: no whole checkpoint in {args.output_dir}: a new run begins"
@@ -365,8 +373,7 @@ class RunState:
         if state is None:
             return
         self._require_same_run(state)
-        require_finite(state["model"], state["path"])
-        self.model.load_state_dict(state["model"])
+        load_same(self.model, state["model"], state["path"])
         rank = self.run.ranks.rank
         if len(state["windows"]) == self.run.ranks.world_size:
             self.model.load_state_dict(state["buffers"][rank], strict=False)

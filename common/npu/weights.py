@@ -21,6 +21,11 @@ NO_WEIGHT = re.compile(
     r"(.*\.)?(num_batches_tracked|total_ops|total_params)|n_averaged|data_preprocessor\.(mean|std)"
     r"|ema_.*"
 )
+# What a weight may be stored as; the 8-bit ones are scaled in ways of their own.
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NO_CLASS_HEAD = re.compile(r"(?!)")  # fits no name
+# Fields that the recipes of all models have had in every version.
+FIELDS_OF_EVERY_RECIPE = ("name", "epochs", "batch_size", "lr")
 # Under which a state dict may lie in a file, in this order; the last ones are of averaged weights.
 WRAPPERS = (
     "model",
@@ -95,14 +100,15 @@ def load_whole(
 ) -> LoadReport:
     """Load a detector or a backbone into the network, whole or not at all.
 
-    `tensors` are those of the checkpoint `state` under the network's names. A file with class heads
-    is a detector: it must have the network's weights and no others, and only class heads may have
-    another number of rows; those stay as initialised. Any other file is a backbone: it must have
-    all weights of the network's, and no others but unused ones. `changes` is what the report says
-    of the classes; `shown_names` are those that an error shows instead of the network's. Raise
-    UserError where the file does not fit, and for values that are not finite.
+    `tensors` are those of the checkpoint `state` under the network's names, and have passed
+    `require_numbers`. A file with class heads is a detector: it must have the network's weights and
+    no others, and only class heads may have another number of rows; those stay as initialised. Any
+    other file is taken as a backbone, with whatever of the rest of the network it has: it must have
+    all weights of the network's backbone, and no tensors that the network lacks but unused ones. Of
+    the rest, what it has is loaded, and what it lacks stays as initialised; the report names that.
+    `changes` is what the report says of the classes; `shown_names` are those that an error shows
+    instead of the network's. Raise UserError where the file does not fit.
     """
-    require_finite(tensors, name_of(state))
     match = _match(model, tensors, layout.class_head)
     missing = match.missing
     unknown = match.unknown
@@ -186,14 +192,50 @@ def _content(state: Mapping) -> str:
     return "no tensors"
 
 
-def require_finite(tensors: Mapping[str, Tensor], name: str) -> None:
-    """Raise UserError, naming the file, where a weight is not a finite number."""
+def require_numbers(model: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
+    """Raise UserError, naming the file, where a weight is not a tensor of finite real numbers.
+
+    Only those that the network reads count, by their names in `tensors`.
+    """
+    expected = model.state_dict()
     for key, value in tensors.items():
-        if value.is_floating_point() and not value.isfinite().all():
+        if key not in expected or NO_WEIGHT.fullmatch(key):
+            continue
+        obstacle = _not_readable(value)
+        if obstacle:
+            raise UserError(
+                f"{name}: {key} is {obstacle}, not of floating-point numbers",
+                "save its weights as float32",
+            )
+        if not value.isfinite().all():
             raise UserError(
                 f"{name}: {key} has values that are not finite numbers",
                 "the training that wrote it had diverged; give an earlier checkpoint",
             )
+
+
+def _not_readable(value: Tensor) -> str:
+    """Return what kind of tensor cannot be a weight, empty for one that can."""
+    if value.is_meta:
+        return "on the device meta, without values"
+    if value.layout is not torch.strided:
+        return f"of the layout {str(value.layout).removeprefix('torch.')}"
+    if value.dtype not in WEIGHT_DTYPES:
+        return f"of the dtype {str(value.dtype).removeprefix('torch.')}"
+    return ""
+
+
+def load_same(model: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
+    """Load the weights of a network that must be the same one, as a resumed run's is.
+
+    Raise UserError, naming the file, where names or shapes differ, and for values that are not
+    finite numbers.
+    """
+    require_numbers(model, tensors, name)
+    match = _match(model, tensors, NO_CLASS_HEAD)
+    if match.misshapen or match.missing or match.unknown:
+        raise UserError(f"{name}: {_difference(match, None)}", "give the file as it was written")
+    model.load_state_dict(tensors)
 
 
 def with_classes_of(
@@ -270,24 +312,64 @@ def tensors_of(state: Mapping) -> dict[str, Tensor]:
 
     They may lie under one of the `WRAPPERS`, or several of them in turn, or at the top. `module.`
     in front of the names, which distributed training leaves, and `_orig_mod.`, which torch.compile
-    does, are taken off.
+    does, are taken off. Raise UserError for a tensor without a name, and for two of the same.
     """
-    wrapper = _wrapper(state)
+    content = state
+    wrapper = _wrapper(content)
     while wrapper is not None:
-        state = state[wrapper]
-        wrapper = _wrapper(state)
-    tensors = {}
-    for name, value in state.items():
-        if isinstance(value, Tensor):
-            tensors[name.replace("_orig_mod.", "").removeprefix("module.")] = value
-    return tensors
+        content = content[wrapper]
+        wrapper = _wrapper(content)
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    for key in tensors:
+        if not isinstance(key, str):
+            raise UserError(
+                f"{name_of(state)}: a tensor has the key {key!r}, which is not a name",
+                "give a state dict, whose keys are the names of the tensors",
+            )
+    return renamed(state, tensors, _without_prefixes)
+
+
+def _without_prefixes(name: str) -> str:
+    name = name.replace("_orig_mod.", "")
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    return name
+
+
+def renamed(
+    state: Mapping, tensors: Mapping[str, Tensor], new_name: Callable[[str], str]
+) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint under other names.
+
+    Raise UserError, naming the file, where two of them would have the same name.
+    """
+    result = {}
+    old_names = {}
+    for old_name, value in tensors.items():
+        name = new_name(old_name)
+        if name in result:
+            raise UserError(
+                f"{name_of(state)}: {old_names[name]} and {old_name} are the same weight",
+                "remove one of them from the file",
+            )
+        result[name] = value
+        old_names[name] = old_name
+    return result
 
 
 def _wrapper(state: Mapping) -> str | None:
+    """Return under which wrapper the tensors of a mapping lie, None where there is none."""
     for wrapper in WRAPPERS:
-        if isinstance(state.get(wrapper), Mapping):
+        content = state.get(wrapper)
+        if isinstance(content, Mapping) and _holds_tensors(content):
             return wrapper
     return None
+
+
+def _holds_tensors(content: Mapping) -> bool:
+    """Return whether a mapping has tensors, itself or under a wrapper."""
+    has_tensor = any(isinstance(value, Tensor) for value in content.values())
+    return has_tensor or _wrapper(content) is not None
 
 
 def mapping(value: object) -> Mapping:
@@ -324,11 +406,25 @@ def named_classes(state: Mapping) -> tuple[str, ...] | None:
 
 
 def known_classes(state: Mapping, num_classes: int) -> tuple[str, ...] | None:
-    """Return a detector's class names; where it holds none, COCO's if there are 80 classes."""
+    """Return a detector's class names; where it holds none, COCO's if there are 80 classes.
+
+    Raise UserError where it names another number of classes than its heads have.
+    """
     names = named_classes(state)
     if names is None and num_classes == len(COCO_CLASSES):
         return COCO_CLASSES
+    if names is not None:
+        require_as_many(state, "classes", len(names), num_classes)
     return names
+
+
+def require_as_many(state: Mapping, what: str, in_file: int, in_heads: int) -> None:
+    """Raise UserError where a file lists another number of classes than its heads have."""
+    if in_file != in_heads:
+        raise UserError(
+            f"{name_of(state)} names {in_file} {what}, its heads have {in_heads} classes",
+            "correct the names in the file, or remove them",
+        )
 
 
 def class_names_or_numbers(state: Mapping, num_classes: int) -> tuple[str, ...]:
@@ -337,6 +433,91 @@ def class_names_or_numbers(state: Mapping, num_classes: int) -> tuple[str, ...]:
     if names is not None:
         return names
     return tuple(f"class_{label}" for label in range(num_classes))
+
+
+def note_on_class_names(state: Mapping, class_names: Sequence[str]) -> str:
+    """Return a line that says which class names are assumed, empty where the file has its own."""
+    if named_classes(state) is not None:
+        return ""
+    if tuple(class_names) == COCO_CLASSES:
+        assumed = "COCO's"
+    else:
+        assumed = shortened(class_names)
+    return f"{name_of(state)}: its class names are not in the file; assumed: {assumed}"
+
+
+def rows_of(
+    state: Mapping, tensors: Mapping[str, Tensor], name: str, rows_of_one_class: int
+) -> int:
+    """Return the number of rows of a head's tensor, which are at least those of one class.
+
+    Raise UserError, naming the file, where it lacks the tensor or that has fewer rows.
+    """
+    head = tensors.get(name)
+    if head is None:
+        raise no_heads(state)
+    if head.ndim == 0:
+        raise UserError(
+            f"{name_of(state)}: {name} is a single number, not a head", "give a trained detector"
+        )
+    if len(head) < rows_of_one_class:
+        raise UserError(
+            f"{name_of(state)}: {name} has {len(head)} rows, fewer than the {rows_of_one_class} of "
+            "one class",
+            "give a trained detector",
+        )
+    return len(head)
+
+
+def recipe_entry(state: Mapping) -> Mapping:
+    """Return the recipe that a checkpoint of ours holds, an empty mapping where it holds none.
+
+    What another project calls `recipe` does not have the fields of every recipe of ours.
+    """
+    entry = mapping(state.get("recipe"))
+    if all(field in entry for field in FIELDS_OF_EVERY_RECIPE):
+        return entry
+    return {}
+
+
+def recipe_fields(
+    state: Mapping, recipe, fields: Sequence[str], former_names: Mapping[str, str] | None = None
+) -> dict[str, object]:
+    """Return those of the fields that a checkpoint's recipe has, as changes to `recipe`.
+
+    `former_names` are what earlier versions called some of them. Raise UserError, naming the file,
+    for a value of another type than that of `recipe`.
+    """
+    entry = recipe_entry(state)
+    former_names = former_names or {}
+    changes = {}
+    for field in fields:
+        name = field
+        if field not in entry:
+            name = former_names.get(field, field)
+        if name not in entry:
+            continue
+        value = entry[name]
+        if not _is_like(value, getattr(recipe, field)):
+            raise UserError(
+                f"{name_of(state)}: its recipe has {name} = {value!r:.60}",
+                "give a checkpoint as train.py wrote it",
+            )
+        changes[field] = value
+    return changes
+
+
+def _is_like(value: object, example: object) -> bool:
+    """Return whether a value is of an example's type; numbers and sequences are alike."""
+    if isinstance(example, list | tuple):
+        if not isinstance(value, list | tuple):
+            return False
+        return not example or all(_is_like(element, example[0]) for element in value)
+    if isinstance(example, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(example, bool)
+    if isinstance(example, int | float):
+        return isinstance(value, int | float)
+    return isinstance(value, type(example))
 
 
 def weights_on_cpu(

@@ -17,7 +17,7 @@ from torch import nn
 from common.coco.images import to_array
 from common.npu import checkpoint
 from common.npu.device import memory_format, setup_device
-from common.npu.weights import LoadReport, name_of
+from common.npu.weights import LoadReport, name_of, named_classes
 from ssd_resnet34.data import normalise
 from ssd_resnet34.postprocess import Detections
 from ssd_resnet34.tfrecord.config import RECIPES, Recipe
@@ -72,7 +72,7 @@ class Detector:
         model = build_model(recipe, num_classes_of(state))
         report = load_weights(model, state).require_complete(name_of(state))
         model.to(device, memory_format=memory_format(device)).eval()
-        names = state.get("classes")
+        names = named_classes(state)
         if names is None:
             names = names_of_categories(recipe.category_ids, categories=())
         return Detector(model, recipe, tuple(names), device, report)

@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     if state is None:
         raise UserError(f"no checkpoint in --model_dir={args.model_dir}; train first")
     recipe = recipe_of_checkpoint(flags.chosen_recipe(args, RECIPES), state)
-    flags.require_agreement(args, recipe, state)
+    recipe = flags.require_agreement(args, recipe, state)
     detector = Detector.from_checkpoint(state, recipe, device)
     records = read_index(args.validation_file_pattern, "--validation_file_pattern")
     records = replace(records, category_ids=recipe.category_ids, class_names=detector.class_names)

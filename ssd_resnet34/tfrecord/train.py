@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int | None:
 
     # All that the run needs is read and built first. A former run's folder is moved only after
     # that, by `open_output`: a run that is refused changes nothing.
-    run = Run.start(args, recipe, card=args.card)
+    run = Run.start(args, recipe, card=args.card, weights_flag="--resnet_checkpoint")
     recipe = replace(recipe, amp=run.precision.level)  # on a CPU it may be another one
     weights = None
     trained = run.resumed
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int | None:
         requested = recipe
         network = recipe_of_checkpoint(requested, trained)
         recipe = replace(network, category_ids=requested.category_ids)  # those of the records
-        flags.require_agreement(args, recipe, trained)
+        recipe = flags.require_agreement(args, recipe, trained)
         run.log_network_change(trained, requested, recipe)
     world_size = run.ranks.world_size
     steps_per_epoch = recipe.iters_per_epoch(world_size)

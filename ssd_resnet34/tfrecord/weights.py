@@ -23,10 +23,12 @@ from common.npu.weights import (
     LoadReport,
     class_changes,
     load_whole,
-    mapping,
     name_of,
     named_classes,
-    no_heads,
+    recipe_fields,
+    require_as_many,
+    require_numbers,
+    rows_of,
     shortened,
     weights_on_cpu,
     with_classes_of,
@@ -95,14 +97,19 @@ def load_weights(
                 f"{name_of(state)}: weights that are not of this network: {shortened(strange)}",
                 LAYOUT.remedy,
             )
+        require_numbers(model, tensors, name_of(state))
         report = load_whole(model, tensors, state, LAYOUT, shown_names=tensorflow_names(model))
         return replace(report, unknown=not_used)
     tensors = network_keys(state)
     require_model(state, tensors, Recipe.model, name_of(state))
+    require_numbers(model, tensors, name_of(state))
     changes = ""
+    heads = [key for key in tensors if LAYOUT.class_head.fullmatch(key)]
+    names = named_classes(state)
+    if heads and names is not None:
+        require_as_many(state, "classes", len(names), num_classes_of(state))
     trained = trained_classes(state)
     if trained is not None and classes is not None:
-        heads = [key for key in tensors if LAYOUT.class_head.fullmatch(key)]
         tensors = with_classes_of(tensors, model, heads, class_rows, trained, classes)
         changes = class_changes(trained, classes)
     return load_whole(model, tensors, state, LAYOUT, changes)
@@ -114,7 +121,7 @@ def trained_classes(state: Mapping) -> tuple[str, ...] | None:
     Our earlier checkpoints have the category ids of own classes in the place of their names.
     """
     names = named_classes(state)
-    ids = tuple(str(category_id) for category_id in state.get("category_ids", ()))
+    ids = tuple(str(category_id) for category_id in _category_ids(state))
     return None if names == ids else names
 
 
@@ -199,12 +206,26 @@ def recipe_of_checkpoint(recipe: Recipe, state: Mapping) -> Recipe:
     Other files do not say them: the recipe stays as it is. Raise UserError for a detector of
     another model.
     """
-    require_model(state, network_keys(state), Recipe.model, name_of(state))
-    saved = mapping(state.get("recipe"))
-    changes = {field: saved[field] for field in NETWORK if field in saved}
-    if "category_ids" in state:
-        changes["category_ids"] = tuple(state["category_ids"])
+    keys = network_keys(state)
+    require_model(state, keys, Recipe.model, name_of(state))
+    changes = recipe_fields(state, recipe, NETWORK)
+    ids = _category_ids(state)
+    if ids:
+        changes["category_ids"] = ids
+        if any(LAYOUT.class_head.fullmatch(key) for key in keys):
+            require_as_many(state, "category ids", len(ids), num_classes_of(state))
     return replace(recipe, **changes)
+
+
+def _category_ids(state: Mapping) -> tuple[int, ...]:
+    """Return the category ids of a checkpoint, none where it does not have that entry."""
+    ids = state.get("category_ids", ())
+    if not isinstance(ids, list | tuple) or not all(isinstance(ident, int) for ident in ids):
+        raise UserError(
+            f"{name_of(state)}: category_ids is {ids!r:.60}, not a list of integers",
+            "correct the entry in the file, or remove it",
+        )
+    return tuple(ids)
 
 
 def num_classes_of(state: Mapping) -> int:
@@ -212,10 +233,9 @@ def num_classes_of(state: Mapping) -> int:
 
     Raise UserError where it has no detection heads.
     """
-    head = network_keys(state).get("class_net.0.weight")
-    if head is None:
-        raise no_heads(state)
-    channels = len(head) // SHAPES_OF_FIRST_MAP
+    rows_of_one_class = 2 * SHAPES_OF_FIRST_MAP  # with background
+    rows = rows_of(state, network_keys(state), "class_net.0.weight", rows_of_one_class)
+    channels = rows // SHAPES_OF_FIRST_MAP
     return channels - 1  # without background
 
 

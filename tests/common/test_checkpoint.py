@@ -26,7 +26,19 @@ ROOT = Path(__file__).parents[2]
 
 def state(value=1.0):
     weights = {f"layer{k}.weight": torch.full((40, 30), value + k) for k in range(3)}
-    return {"model": weights, "run": {"seed": 0}, "iteration": 3}
+    return {
+        "model": weights,
+        "buffers": [{}],
+        "windows": [{}],
+        "optimizer": {},
+        "scaler": {},
+        "iteration": 3,
+        "best": 0.0,
+        "recipe": {"name": "tiny", "epochs": 1, "batch_size": 2, "lr": 0.1},
+        "classes": ["person"],
+        "category_ids": [1],
+        "run": {"seed": 0},
+    }
 
 
 @pytest.fixture
@@ -203,25 +215,47 @@ def test_a_file_that_is_not_there_is_not_called_damaged(tmp_path):
 
 def test_nothing_to_resume_from(tmp_path, capsys):
     assert checkpoint.load_newest(tmp_path / "missing") is None
-    assert checkpoint.load_resume_state("auto", tmp_path) is None
-    assert checkpoint.load_resume_state("none", tmp_path) is None
+    assert checkpoint.load_resume_state("auto", tmp_path, "tiny") is None
+    assert checkpoint.load_resume_state("none", tmp_path, "tiny") is None
     assert capsys.readouterr().err == ""
 
 
-def test_resume_takes_the_newest_whole_one_and_says_what_it_skips(saved, capsys):
+def test_resume_takes_the_newest_whole_one_and_says_what_it_skips(saved, tmp_path, capsys):
     saved.with_name("iter_9.pt").write_bytes(b"PK broken")
-    assert checkpoint.load_resume_state("none", saved.parent) is None
-    found = checkpoint.load_resume_state("auto", saved.parent)
+    assert checkpoint.load_resume_state("none", saved.parent, "tiny") is None
+    found = checkpoint.load_resume_state("auto", saved.parent, "tiny")
     assert found["path"] == str(saved)
     assert found["iteration"] == 3
     assert "skipping checkpoint" in capsys.readouterr().err
-    assert checkpoint.load_resume_state(str(saved), saved.parent / "elsewhere")["iteration"] == 3
+    assert checkpoint.load_resume_state(str(saved), tmp_path / "b", "tiny")["iteration"] == 3
 
 
-def test_weights_alone_cannot_be_resumed(tmp_path):
-    torch.save({"model": {}}, tmp_path / "weights.pt")
-    with pytest.raises(UserError, match=r"weights\.pt: holds weights only; use --checkpoint_path"):
-        checkpoint.load_resume_state(str(tmp_path / "weights.pt"), tmp_path)
+@pytest.mark.parametrize("run", [None, "wandb"])
+def test_weights_alone_cannot_be_resumed(run, tmp_path):
+    path = tmp_path / "iter_1.pt"
+    torch.save({"model": {}} if run is None else {"model": {}, "run": run}, path)
+    for resume in (str(path), "auto"):
+        with pytest.raises(UserError) as error:
+            checkpoint.load_resume_state(resume, tmp_path, "tiny", "--resnet_checkpoint")
+        assert str(error.value) == (
+            f"--resume {path}: holds weights only; use --resnet_checkpoint {path}"
+        )
+
+
+@pytest.mark.parametrize("name", sorted(set(state()) - {"run"}))
+@pytest.mark.parametrize("value", [None, "text"])
+def test_a_state_that_lacks_an_entry_cannot_be_resumed(name, value, tmp_path):
+    path = tmp_path / "iter_3.pt"
+    content = {**state(), name: value}
+    if value is None:
+        del content[name]
+    torch.save(content, path)
+    with pytest.raises(UserError) as error:
+        checkpoint.load_resume_state(str(path), tmp_path, "tiny")
+    assert str(error.value) == (
+        f"--resume {path}: not a whole state of a run (nothing usable as {name}); "
+        f"use --checkpoint_path {path}"
+    )
 
 
 def test_load_refuses_with_one_line_what_is_no_checkpoint(tmp_path):

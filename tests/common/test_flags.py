@@ -182,13 +182,33 @@ def test_a_run_has_an_epoch():
 
 
 def test_a_flag_that_contradicts_the_checkpoint_is_refused():
-    trained = {"path": "iter_1.pt"}
+    trained = {"path": "iter_1.pt", "recipe": dataclasses.asdict(Recipe())}
     args = parser().parse_args(["--batch_size=3"])
     flags.require_agreement(args, flags.chosen_recipe(args, RECIPES), trained)
     with pytest.raises(UserError, match=r"--batch_size 3: iter_1\.pt was trained with 8; omit it"):
         flags.require_agreement(
             args, dataclasses.replace(flags.chosen_recipe(args, RECIPES), batch_size=8), trained
         )
+
+
+def test_the_name_may_differ_from_the_checkpoints():
+    trained = {"path": "iter_1.pt", "recipe": dataclasses.asdict(Recipe(name="old"))}
+    for words, name in (((), "old"), (("--name=Mine",), "Mine")):
+        args = parser().parse_args(list(words))
+        recipe = flags.require_agreement(args, Recipe(name="old"), trained)
+        assert recipe.name == name
+
+
+@pytest.mark.parametrize("recipe", [None, "yolo", {"lr": 0.1}, {"threshold": 1.0}])
+def test_a_flag_that_contradicts_a_file_without_a_recipe_says_how_to_give_it(recipe):
+    args = parser().parse_args(["--batch_size=3"])
+    line = (
+        r"^--batch_size 3: a\.pth does not say its recipe; its tensors look like those with 32; "
+        r"omit it, or give the --recipe of this network with it$"
+    )
+    with pytest.raises(UserError, match=line):
+        flags.require_agreement(args, Recipe(), {"path": "a.pth", "recipe": recipe})
+    assert flags.ap_goal(args, {"path": "a.pth", "recipe": recipe}) == 0.0
 
 
 def test_undocumented_fields_have_no_flag(capsys):

@@ -193,10 +193,11 @@ def test_evaluation_demands_a_whole_detector(model, filled_state):
 def test_classes_of_a_checkpoint(filled_state):
     state = filled_state("gn")
     assert num_classes_of(runner_file(state)) == 80
-    assert class_names_of(runner_file(state, CLASSES=("a", "b"))) == ("a", "b")
-    assert class_names_of({"model": state, "classes": ["c"]}) == ("c",)
-    meta = {"dataset_meta": {"classes": ("x", "y")}}
-    assert class_names_of({"state_dict": state, "meta": meta}) == ("x", "y")
+    names = tuple(f"name {label}" for label in range(80))
+    assert class_names_of(runner_file(state, CLASSES=names)) == names
+    assert class_names_of({"model": state, "classes": list(names)}) == names
+    meta = {"dataset_meta": {"classes": names}}
+    assert class_names_of({"state_dict": state, "meta": meta}) == names
     for unknown in (object(), {"CLASSES": object()}, {"dataset_meta": object()}):
         assert class_names_of({"state_dict": state, "meta": unknown}) == COCO_CLASSES
     assert class_names_of({"state_dict": state})[0] == "person"

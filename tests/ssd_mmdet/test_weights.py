@@ -102,7 +102,7 @@ def test_caffes_vgg16(model, state, tmp_path, wrapper):
 
 
 def test_our_checkpoint_with_everything_in_it(model, state, tmp_path):
-    given = {"model": state, "optimizer": {"state": {}}, "iteration": 7, "classes": ["a"]}
+    given = {"model": state, "optimizer": {"state": {}}, "iteration": 7, "classes": ["a"] * 80}
     torch.save(given, tmp_path / "iter_7.pt")
     load_weights(model, str(tmp_path / "iter_7.pt"))
     assert_holds(model, state, state)
@@ -148,10 +148,11 @@ def test_nothing_that_fits(model, given, tmp_path):
 def test_classes_of_a_checkpoint(state):
     assert num_classes_of(state) == 80
     assert num_classes_of({"state_dict": {since_2_14(k): v for k, v in state.items()}}) == 80
-    assert class_names_of({"model": state, "classes": ["a", "b"]}) == ("a", "b")
-    assert class_names_of({"state_dict": state, "meta": {"CLASSES": ("x",)}}) == ("x",)
-    meta = {"dataset_meta": {"classes": ("x", "y")}}
-    assert class_names_of({"state_dict": state, "meta": meta}) == ("x", "y")
+    names = tuple(f"name {label}" for label in range(80))
+    assert class_names_of({"model": state, "classes": list(names)}) == names
+    assert class_names_of({"state_dict": state, "meta": {"CLASSES": names}}) == names
+    meta = {"dataset_meta": {"classes": names}}
+    assert class_names_of({"state_dict": state, "meta": meta}) == names
     for unknown in (object(), {"CLASSES": object()}, {"dataset_meta": object()}):
         assert class_names_of({"state_dict": state, "meta": unknown}) == COCO_CLASSES
     assert class_names_of(state) == COCO_CLASSES
