@@ -115,9 +115,13 @@ OLD_FLAGS = (
     *renamed("--no-validate", "--kind=perf"),
     *renamed("--max-steps", "--max-iters"),
     *answered(
-        "--cfg-options --options --eval-options",
+        "--cfg-options --options",
         "each number of the recipe has a flag of its own, such as --lr=0.01",
     ),
+    *answered("--eval-options", "--per_class and --format_only of evaluate.py are what there is"),
+    *answered("--auto-scale-lr", "the rate follows the global batch by itself; see --lr"),
+    *answered("--tta", "there is no test-time augmentation; omit it"),
+    *answered("--wait-time", "pictures are written, not shown; omit it"),
     *answered(
         "--gpus --gpu-ids --gpu-id --npus --npu-ids",
         "--device_id=N takes the card of one process, test/train_full_8p.sh --nproc_per_node=N "

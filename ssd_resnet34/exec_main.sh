@@ -6,6 +6,10 @@ path_to_tfrecord=${path_to_tfrecord:-/path/to/tfrecord}
 path_to_pretrain=${path_to_pretrain:-/path/to/pretrain}
 path_to_annotations=${path_to_annotations:-/path/to/annotations}
 
+if [ $# -lt 3 ]; then
+    echo "usage: bash exec_main.sh RANK SIZE FOLDER [FLAGS...]; run_npu_1p.sh and run_npu_8p.sh call it" >&2
+    exit 2
+fi
 export RANK_ID=$1 RANK_SIZE=$2 DEVICE_ID=${DEVICE_ID:-$1}
 source "$3/../common/npu/env_npu.sh"
 source "$3/../common/npu/launch.sh"

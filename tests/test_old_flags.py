@@ -103,7 +103,7 @@ def test_evaluation_takes_or_answers_mmdetections_flags(model, capsys):
         "--gpu-collect": "omit it",
         "--tmpdir=a": "omit it",
         "--cfg-options a=b": "each number of the recipe has a flag of its own",
-        "--eval-options a=b": "each number of the recipe has a flag of its own",
+        "--eval-options a=b": "--per_class and --format_only",
     }
     for words, advice in answers.items():
         assert advice in answer(program, words.split(), capsys), words

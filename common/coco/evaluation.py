@@ -167,7 +167,7 @@ def evaluate(
 
 
 def require_evaluator(faster: bool) -> None:
-    """Raise UserError where the package that `evaluate` needs is absent."""
+    """Raise UserError where the package that `evaluate` needs is absent or broken."""
     _import_evaluator(faster)
 
 
@@ -186,6 +186,11 @@ def _import_evaluator(faster: bool):
             return COCO, COCOeval_faster, COCOeval.summarize
     except ImportError as error:
         raise UserError(f"{error}; pip install pycocotools faster-coco-eval") from error
+    except Exception as error:  # of compiled code that was built for another numpy
+        raise UserError(
+            f"pycocotools or faster-coco-eval cannot be imported ({type(error).__name__}: {error})",
+            "pip install --force-reinstall pycocotools faster-coco-eval",
+        ) from error
     return COCO, COCOeval, COCOeval.summarize
 
 

@@ -8,6 +8,7 @@ mmengine (`vis_data/scalars.json`, `vis_data/<time>.json`).
 """
 
 import json
+import math
 import sys
 from argparse import ArgumentTypeError
 from itertools import pairwise
@@ -35,16 +36,25 @@ def read_json_log(path: str | Path) -> list[dict]:
     missing or something else.
     """
     try:
-        text = Path(path).read_text()
-        end_of_last_whole_line = text.rfind("\n") + 1
-        lines = []
-        for line in text[:end_of_last_whole_line].splitlines():
-            entry = json.loads(line)
-            if not isinstance(entry, dict):
-                raise ValueError(f"{line:.40} is no JSON object")
-            lines.append(entry)
+        texts = Path(path).read_text().splitlines(keepends=True)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} as the .log.json of a run: {error}") from error
+    lines = []
+    for number, text in enumerate(texts, 1):
+        try:
+            entry = json.loads(text)
+        except ValueError as error:
+            if not text.endswith("\n"):
+                break
+            raise UserError(
+                f"cannot read {path} as the .log.json of a run: line {number}: {error}"
+            ) from error
+        if not isinstance(entry, dict):
+            raise UserError(
+                f"cannot read {path} as the .log.json of a run: line {number} is no JSON object "
+                f"but {text.strip():.40}"
+            )
+        lines.append(entry)
     return with_modes(lines)
 
 
@@ -75,6 +85,8 @@ def with_modes(lines: list[dict]) -> list[dict]:
 def is_train_line_of_mmengine(line: dict) -> bool:
     """Return whether a line is one of training; those of an evaluation have `step` only."""
     if "mode" in line or not isinstance(line.get("step"), int):
+        return False
+    if not isinstance(line.get("epoch"), int | None):
         return False
     # Those of early versions have no `iter`, those of a run without epochs no `epoch`.
     return any(name in line for name in ("iter", "epoch", "lr", "train/lr"))
@@ -137,7 +149,8 @@ def rate_of(line: dict, images: int) -> Rate:
     if not isinstance(iteration, int):
         raise UserError(f"a train line has the iter {iteration}, not a whole number")
     time = line.get("time")
-    if not isinstance(time, int | float) or not time > 0:
+    is_number = isinstance(time, int | float) and not isinstance(time, bool)
+    if not is_number or not 0 < time < math.inf or not math.isfinite(images / time):
         raise UserError(
             f"the train line of epoch {line.get('epoch')}, iter {iteration} has the time {time}; "
             "give a log whose lines have the seconds of an iteration"
@@ -153,9 +166,12 @@ def mean_fps(rates: list[Rate]) -> float:
     return fmean(warm)
 
 
-def count(text: str) -> int:
+def at_least_one(text: str) -> int:
     """Return the number that a text is, for argparse; raise its error for less than 1."""
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        raise ArgumentTypeError(f"{text}: give a whole number from 1 on") from None
     if number < 1:
         raise ArgumentTypeError(f"{number}: give at least 1")
     return number
@@ -164,8 +180,12 @@ def count(text: str) -> int:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="calc_fps.py", description="FPS of a run from its log.")
     parser.add_argument("log", metavar="xxx.log.json")
-    parser.add_argument("gpu_nums", metavar="GPU_NUMS", type=count, help="devices of the run")
-    parser.add_argument("batch_size", metavar="BATCH_SIZE", type=count, help="images a device")
+    parser.add_argument(
+        "gpu_nums", metavar="GPU_NUMS", type=at_least_one, help="devices of the run"
+    )
+    parser.add_argument(
+        "batch_size", metavar="BATCH_SIZE", type=at_least_one, help="images a device"
+    )
     args = parser.parse_args(argv)
     try:
         means = fps_per_epoch(read_json_log(args.log), args.gpu_nums, args.batch_size)

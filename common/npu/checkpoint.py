@@ -20,6 +20,7 @@ from common.npu.identify import require_model
 from common.npu.weights import WRAPPERS, recipe_entry, tensors_of
 
 DIRECTORY = 0x10  # in the external attributes of a zip archive's entry
+BEST = "best.pt"  # of a run, by its AP
 PREFIX = "iter_"  # of a checkpoint's file name, before the number of steps
 # What the state of a run is made of, see `RunState`.
 ENTRIES_OF_A_RUN = {
@@ -155,8 +156,15 @@ def checkpoints_newest_first(folder: Path, last_step: int = sys.maxsize) -> list
 
 
 def load_newest(folder: Path) -> dict | None:
-    """Load the newest whole checkpoint of a folder; print a line for each that is skipped."""
-    for path in checkpoints_newest_first(folder):
+    """Load the newest whole checkpoint of a folder; print a line for each that is skipped.
+
+    Where there is no other, that is `best.pt`.
+    """
+    candidates = checkpoints_newest_first(folder)
+    best = folder / BEST
+    if best.is_file():
+        candidates.append(best)
+    for path in candidates:
         try:
             return load(path)
         except UserError as error:

@@ -26,7 +26,7 @@ launch() {
     for word in "$@"; do
         value=${word#*=}
         case $word in
-            --data_path=* | --data-path=* | --data=*) data=$value ;;
+            --data_path=* | --data-path=* | --data=* | --data_url=* | --data-url=*) data=$value ;;
             --device_id=* | --device-id=*) id=$value ;;
             --nproc_per_node=* | --nproc-per-node=*) ranks=$value ;;
             --nnodes=*) nodes=$value ;;

@@ -199,6 +199,10 @@ class Run:
                 newest = _newest_of_renamed_runs(args.output_dir)
                 if newest is not None:
                     log.warning(f"a former run was renamed; --resume={newest} goes on with it")
+            for flag in ("pretrained", "checkpoint", "resnet_checkpoint"):
+                path = vars(args).get(flag)
+                if resumed is not None and path:
+                    log.info(f"--{flag} {path} is not read: the resumed run has its weights")
         return Run(
             ranks=ranks,
             device=device,
@@ -352,6 +356,7 @@ class RunState:
             **(identity or {}),
             "global batch": recipe.batch_size * run.ranks.world_size,
             "training images": len(train_set),
+            "checksum of the training set": train_set.checksum(),
             "seed": run.seed,
         }
         self.description = {
@@ -432,7 +437,7 @@ class RunState:
 
     def save_best(self) -> None:
         """Write the state to `best.pt`."""
-        self.save("best.pt")
+        self.save(checkpoint.BEST)
 
     def _content(self, buffers: list[dict], windows: list[dict]) -> dict:
         weights = weights_on_cpu(self.model, distributed.mean_buffers(buffers))

@@ -10,6 +10,7 @@ have no table of contents, and the id and the boxes stand in the same message as
 fixed order. To skip the images, the message would have to be parsed here instead of by protobuf.
 """
 
+import zlib
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -112,6 +113,11 @@ class RecordIndex:
             sizes=self.sizes[keep],
             num_boxes=self.num_boxes[keep],
         )
+
+    def checksum(self) -> int:
+        """Return a number that tells two sets of images and numbers of boxes apart."""
+        number = zlib.crc32(self.image_ids.tobytes())
+        return zlib.crc32(self.num_boxes.tobytes(), number)
 
     def max_boxes(self) -> int:
         """Return the largest number of boxes of one record, rounded up as that of a CocoIndex."""

@@ -165,7 +165,7 @@ def test_a_train_line_without_a_time_is_one_line_and_status_1(tmp_path, form, ti
     [
         (["0", "8"], "argument GPU_NUMS: 0: give at least 1"),
         (["8", "0"], "argument BATCH_SIZE: 0: give at least 1"),
-        (["eight", "8"], "argument GPU_NUMS: invalid count value: 'eight'"),
+        (["eight", "8"], "argument GPU_NUMS: eight: give a whole number from 1 on"),
         (["8"], "the following arguments are required: BATCH_SIZE"),
     ],
 )
@@ -185,3 +185,23 @@ def test_it_runs_as_a_module_without_torch(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == "{'epoch': 1, 'fps': 512.0}\n{'fps': 512.0}\n"
     assert "torch" not in done.stderr
+
+
+def test_a_whole_last_line_counts_without_its_newline(tmp_path):
+    line = {"mode": "train", "epoch": 1, "iter": 60, "time": 0.5}
+    (tmp_path / "x.log.json").write_text(json.dumps(line))
+    assert read_json_log(tmp_path / "x.log.json") == [line]
+    (tmp_path / "x.log.json").write_text(json.dumps(line) + "\n" + json.dumps(line)[:-5])
+    assert read_json_log(tmp_path / "x.log.json") == [line]
+
+
+@pytest.mark.parametrize("time", [float("inf"), 1e-320, True])
+def test_a_time_that_is_no_time_is_refused(time):
+    with pytest.raises(UserError, match="has the time"):
+        fps_per_epoch([{"mode": "train", "epoch": 1, "iter": 60, "time": time}], 8, 32)
+
+
+def test_the_number_of_a_broken_line_is_said(tmp_path):
+    (tmp_path / "x.log.json").write_text('{"mode": "train"}\n\n{"mode": "val"}\n')
+    with pytest.raises(UserError, match=r"line 2: Expecting value"):
+        read_json_log(tmp_path / "x.log.json")

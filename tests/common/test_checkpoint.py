@@ -199,6 +199,13 @@ def test_the_newest_whole_one_is_found_and_the_others_are_named(tmp_path, capsys
     assert skipped[1].startswith(f"skipping checkpoint {flipped} is cut short or damaged")
 
 
+def test_the_best_one_is_found_where_there_is_no_other(tmp_path):
+    checkpoint.save(tmp_path / "best.pt", {"run": {}, "iteration": 3})
+    assert checkpoint.load_newest(tmp_path)["path"] == str(tmp_path / "best.pt")
+    checkpoint.save(tmp_path / "iter_1.pt", {"run": {}, "iteration": 1})
+    assert checkpoint.load_newest(tmp_path)["path"] == str(tmp_path / "iter_1.pt")
+
+
 def test_later_checkpoints_are_set_aside_and_not_deleted(tmp_path):
     for iteration in (5, 40, 300):
         checkpoint.save(tmp_path / f"iter_{iteration}.pt", state(float(iteration)))

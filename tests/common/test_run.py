@@ -60,6 +60,9 @@ class Records(list):
     class_names = ("cat", "hat")
     category_ids = (3, 7)
 
+    def checksum(self):
+        return sum(self)
+
 
 RECIPE = Recipe()
 RECORDS = Records(range(8))  # four steps an epoch
@@ -72,7 +75,7 @@ def start(folder, *words, recipe=RECIPE):
     return Run.start(parser.parse_args(words), recipe)
 
 
-def parts_of(run, recipe=RECIPE, width=3):
+def parts_of(run, recipe=RECIPE, width=3, records=RECORDS):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, width), nn.BatchNorm1d(width))
     optimizer = build_sgd(
@@ -84,7 +87,7 @@ def parts_of(run, recipe=RECIPE, width=3):
     )
     progress = Progress(run, recipe, LOSSES, 4, recipe.epochs * 4, REMEDY)
     identity = {"width": width}
-    state = RunState(run, model, optimizer, progress, recipe, RECORDS, RECORDS, identity)
+    state = RunState(run, model, optimizer, progress, recipe, records, records, identity)
     return state, progress
 
 
@@ -295,6 +298,21 @@ def test_another_run_is_not_resumed(tmp_path, words, width, message):
     state, _ = parts_of(resumed, width=width)
     with pytest.raises(UserError, match=rf"iter_1\.pt: {message}; go on as it was, or start anew"):
         state.restore()
+
+
+def test_a_run_is_not_resumed_on_another_set_of_as_many_images(tmp_path):
+    run = start(tmp_path, "--max_iters=1", "--kind=perf")
+    train(run, *parts_of(run))
+    state, _ = parts_of(start(tmp_path, "--resume=auto"), records=Records(range(1, 9)))
+    with pytest.raises(UserError, match=r"its checksum of the training set was 28, now 36; go on"):
+        state.restore()
+
+
+def test_weights_that_a_resumed_run_does_not_read_are_said(tmp_path, capsys):
+    run = start(tmp_path, "--max_iters=1", "--kind=perf")
+    train(run, *parts_of(run))
+    start(tmp_path, "--resume=auto", "--checkpoint=other.pt")
+    assert "--checkpoint other.pt is not read: the resumed run has" in "".join(capsys.readouterr())
 
 
 def test_a_loss_that_is_not_finite_is_never_saved(tmp_path):
