@@ -57,14 +57,16 @@ class Detector:
         self.report = report
 
     @staticmethod
-    def load(path: str | Path, device: str = "auto") -> "Detector":
+    def load(path: str | Path, device: str = "auto", recipe: Recipe | None = None) -> "Detector":
         """Load a checkpoint, ours or MMDetection's, onto a device ("auto", "npu", "cuda", "cpu").
 
-        Raise UserError for a file that lacks weights of the detector and for a device that does not
-        work.
+        `recipe`, by default `RECIPES["gn"]`, gives what the file does not say, such as the
+        network of another project's file. Raise UserError for a file that lacks weights of the
+        detector and for a device that does not work.
         """
         chosen_device, _ = setup_device(device)
-        return Detector.from_checkpoint(checkpoint.load(path), RECIPES["gn"], chosen_device)
+        recipe = recipe or RECIPES["gn"]
+        return Detector.from_checkpoint(checkpoint.load(path), recipe, chosen_device)
 
     @staticmethod
     def from_checkpoint(

@@ -298,12 +298,11 @@ def published_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return weights_on_cpu(model)
 
 
-def published_file(state: Mapping, layout: str) -> dict:
+def published_file(state: Mapping, layout: str, recipe: Recipe) -> dict:
     """Return a checkpoint's detector as a file of MMDetection, in one of the LAYOUTS.
 
-    Raise UserError where it is not a whole detector.
+    `recipe` is that of the checkpoint. Raise UserError where it is not a whole detector.
     """
-    recipe = recipe_of_checkpoint(RECIPES["gn"], state)
     model = build_model(recipe, num_classes_of(state))
     load_weights(model, state).require_complete(name_of(state))
     weights = published_state_dict(model)
@@ -311,7 +310,7 @@ def published_file(state: Mapping, layout: str) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    export_published(argv, "fcos.weights", LAYOUTS, published_file)
+    export_published(argv, "fcos.weights", LAYOUTS, RECIPES, recipe_of_checkpoint, published_file)
 
 
 if __name__ == "__main__":

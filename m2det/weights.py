@@ -169,19 +169,18 @@ def published_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return weights_on_cpu(model)
 
 
-def published_file(state: Mapping, layout: str) -> dict:
+def published_file(state: Mapping, layout: str, recipe: Recipe) -> dict:
     """Return a checkpoint's detector as a file of the original.
 
-    Raise UserError where it is not a whole detector.
+    `recipe` is that of the checkpoint. Raise UserError where it is not a whole detector.
     """
-    recipe = recipe_of_checkpoint(RECIPES["512_vgg"], state)
     model = build_model(recipe, num_classes_of(state))
     load_weights(model, state).require_complete(name_of(state))
     return published_state_dict(model)
 
 
 def main(argv: list[str] | None = None) -> None:
-    export_published(argv, "m2det.weights", LAYOUTS, published_file)
+    export_published(argv, "m2det.weights", LAYOUTS, RECIPES, recipe_of_checkpoint, published_file)
 
 
 if __name__ == "__main__":

@@ -222,12 +222,11 @@ def _key_since_2_14(key: str) -> str:
     return f"neck.extra_layers.{layer}.{convolution}.conv.{key[match.end() :]}"
 
 
-def published_file(state: Mapping, layout: str) -> dict:
+def published_file(state: Mapping, layout: str, recipe: Recipe) -> dict:
     """Return a checkpoint's detector as a file of MMDetection, in one of the LAYOUTS.
 
-    Raise UserError where it is not a whole detector.
+    `recipe` is that of the checkpoint. Raise UserError where it is not a whole detector.
     """
-    recipe = recipe_of_checkpoint(RECIPES["1p"], state)
     model = build_model(recipe, num_classes_of(state))
     load_weights(model, state).require_complete(name_of(state))
     weights = published_state_dict(model, since_2_14=layout == "mmdet3")
@@ -235,7 +234,9 @@ def published_file(state: Mapping, layout: str) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    export_published(argv, "ssd_mmdet.weights", LAYOUTS, published_file)
+    export_published(
+        argv, "ssd_mmdet.weights", LAYOUTS, RECIPES, recipe_of_checkpoint, published_file
+    )
 
 
 if __name__ == "__main__":

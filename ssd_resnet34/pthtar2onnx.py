@@ -35,6 +35,7 @@ from ssd_resnet34.data import prepare_image
 from ssd_resnet34.detector import Detector
 from ssd_resnet34.old_flags import OLD_FLAGS
 from ssd_resnet34.postprocess import decode_outputs
+from ssd_resnet34.weights import recipe_of_checkpoint
 
 # Numbers of the recipe that a deployer needs.
 DEPLOYED_FIELDS = (
@@ -66,7 +67,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     require_packages()
     state = flags.checkpoint_to_use(args, Recipe.model)
-    detector = Detector.from_checkpoint(state, RECIPES["1p"], torch.device("cpu"))
+    recipe = recipe_of_checkpoint(flags.chosen_recipe(args, RECIPES), state)
+    flags.require_agreement(args, recipe, state)
+    detector = Detector.from_checkpoint(state, recipe, torch.device("cpu"))
     recipe = detector.recipe
     print(f"{state['path']}: {detector.report}")
     if args.decoded:
@@ -89,7 +92,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> Namespace:
-    parser = flags.make_parser(__doc__.split("\n")[0], "files", old_flags=OLD_FLAGS)
+    parser = flags.make_parser(
+        __doc__.split("\n")[0], "files", recipes=RECIPES, old_flags=OLD_FLAGS
+    )
     flags.add(parser, "--output-file", Path("ssd300_resnet34.onnx"), "file to write")
     flags.add(parser, "--decoded", False, "boxes and scores instead of raw outputs")
     flags.add(parser, "--opset", 17, "version of ONNX's operator set")

@@ -130,19 +130,20 @@ def published_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return weights_on_cpu(model)
 
 
-def published_file(state: Mapping, layout: str) -> dict:
+def published_file(state: Mapping, layout: str, recipe: Recipe) -> dict:
     """Return a checkpoint's detector as a file of the port.
 
-    Raise UserError where it is not a whole detector.
+    `recipe` is that of the checkpoint. Raise UserError where it is not a whole detector.
     """
-    recipe = recipe_of_checkpoint(RECIPES["1p"], state)
     model = build_model(recipe, num_classes_of(state))
     load_weights(model, state).require_complete(name_of(state))
     return {"model": published_state_dict(model)}
 
 
 def main(argv: list[str] | None = None) -> None:
-    export_published(argv, "ssd_resnet34.weights", LAYOUTS, published_file)
+    export_published(
+        argv, "ssd_resnet34.weights", LAYOUTS, RECIPES, recipe_of_checkpoint, published_file
+    )
 
 
 if __name__ == "__main__":

@@ -250,6 +250,86 @@ def test_finetuning_takes_the_head_of_a_published_fcos(name, network_of, tmp_pat
             assert getattr(recipe, field) == getattr(published, field), (requested, field)
 
 
+# ---- files that do not say their network
+
+
+# The flags that give the network of weights alone; ssd_mmdet's show it themselves.
+NETWORK_FLAGS = {
+    "ssd_resnet34": ["--recipe=quickstart"],
+    "m2det": ["--recipe=quickstart"],
+    "fcos": ["--recipe=quickstart", "--channels=32", "--tower_convs=1"],
+    TFRECORD: ["--recipe=small"],
+}
+
+
+def recipe_of_flags(model):
+    if model == "m2det":  # its other changes have no flags
+        return module(model, "config").RECIPES["quickstart"]
+    return small_recipe(model)
+
+
+@pytest.fixture(scope="module")
+def bare_detectors(tmp_path_factory):
+    """`bare_detectors[model]`: weights alone, of the network that the flags above give."""
+    folder = tmp_path_factory.mktemp("bare_detectors")
+    paths = {}
+    for model in NETWORK_FLAGS:
+        network = module(model, "model").build_model(recipe_of_flags(model), 3)
+        paths[model] = folder / f"{model.replace('/', '_')}.pth"
+        checkpoint.save(paths[model], {"model": network.state_dict()})
+    return paths
+
+
+@pytest.mark.parametrize("model", ["ssd_resnet34", "m2det", "fcos"])
+def test_weights_are_exported_with_the_flags_of_their_network(model, bare_detectors, tmp_path):
+    out = tmp_path / "out.pth"
+    main = module(model, "weights").main
+    main(["export", str(bare_detectors[model]), str(out), *NETWORK_FLAGS[model]])
+    weights = tensors_of_checkpoint(checkpoint.load(bare_detectors[model]))
+    exported = tensors_of_checkpoint(checkpoint.load(out))
+    assert exported.keys() == weights.keys()
+    assert all(torch.equal(value, exported[key]) for key, value in weights.items())
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_an_export_refuses_a_flag_that_the_checkpoint_contradicts(model, detectors, tmp_path):
+    flag, words = CONTRADICTION[model]
+    main = module(model, "weights").main
+    with pytest.raises(UserError) as error:
+        main(["export", str(detectors[model]), str(tmp_path / "out.pth"), flag])
+    assert str(error.value) == words.replace("FILE", str(detectors[model]))
+    assert not (tmp_path / "out.pth").exists()
+
+
+@pytest.mark.parametrize("model", ["ssd_resnet34", TFRECORD])
+def test_onnx_is_exported_with_the_flags_of_the_network(
+    model, bare_detectors, tmp_path, monkeypatch
+):
+    export = module(model, "pthtar2onnx")
+    networks = []
+    monkeypatch.setattr(export, "require_packages", lambda: None)
+
+    def export_graph(network, *arguments):
+        networks.append(network)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "export_graph", export_graph)
+    with pytest.raises(KeyboardInterrupt):
+        export.main([f"--checkpoint={bare_detectors[model]}", *NETWORK_FLAGS[model]])
+    assert len(networks) == 1
+
+
+@pytest.mark.parametrize("model", NETWORK_FLAGS)
+def test_a_users_program_may_give_the_recipe_of_the_network(model, bare_detectors):
+    load_detector = module(model, "detector").Detector.load
+    recipe = recipe_of_flags(model)
+    detector = load_detector(bare_detectors[model], "cpu", recipe)
+    assert detector.report.missing == detector.report.unknown == ()
+    assert detector.recipe.backbone == recipe.backbone
+    with pytest.raises(UserError, match=r"its weights are not this network's"):
+        load_detector(bare_detectors[model], "cpu")
+
+
 # ---- only class heads may differ
 
 

@@ -14,24 +14,30 @@ def export_published(
     argv: Sequence[str] | None,
     module: str,
     layouts: Sequence[str],
-    published_file: Callable[[Mapping, str], dict],
+    recipes: Mapping[str, object],
+    recipe_of_checkpoint: Callable[[object, Mapping], object],
+    published_file: Callable[[Mapping, str, object], dict],
 ) -> None:
     """Read the command line of `python3 -m MODULE export FILE OUT`, and write OUT.
 
     `published_file` gives the content of a checkpoint in one of the `layouts`, of which the first
-    is the default. Raise UserError where FILE is not a whole detector.
+    is the default. What FILE does not say of its network, the flags of the recipe do. Raise
+    UserError where they contradict FILE, and where that is not a whole detector.
     """
-    parser = flags.Parser(prog=f"python3 -m {module}", allow_abbrev=False)
-    parser.description = "Write a checkpoint in the form of the original's."
+    parser = flags.make_parser("Write a checkpoint in the form of the original's.", recipes=recipes)
+    parser.prog = f"python3 -m {module}"
     parser.add_argument("command", choices=["export"])
     parser.add_argument("file", metavar="FILE", help="checkpoint of train.py, or another detector")
     parser.add_argument("out", metavar="OUT", type=Path, help="file to write")
     flags.add(parser, "--layout", layouts[0], "whose form to write", choices=tuple(layouts))
     args = parser.parse_args(argv)
+    state = checkpoint.load(args.file)
     is_there = args.out.exists()
     if is_there and args.out.samefile(args.file):
         raise UserError(f"{args.out}: is the checkpoint that is read", "give OUT another name")
-    content = published_file(checkpoint.load(args.file), args.layout)
+    recipe = recipe_of_checkpoint(flags.chosen_recipe(args, recipes), state)
+    flags.require_agreement(args, recipe, state)
+    content = published_file(state, args.layout, recipe)
     checkpoint.save(args.out, content)
     replaced = ", in place of a former file" if is_there else ""
     print(f"{args.out}: {args.file} in the form of {args.layout}{replaced}")

@@ -34,6 +34,7 @@ from ssd_resnet34.tfrecord.config import RECIPES, Recipe
 from ssd_resnet34.tfrecord.data import prepare_image
 from ssd_resnet34.tfrecord.detector import Detector
 from ssd_resnet34.tfrecord.postprocess import CLAMPED_VALUE, clamp_boxes, decode_outputs
+from ssd_resnet34.tfrecord.weights import recipe_of_checkpoint
 
 # Numbers of the recipe that a deployer needs.
 DEPLOYED_FIELDS = (
@@ -69,7 +70,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     require_packages()
     state = flags.checkpoint_to_use(args, Recipe.model)
-    detector = Detector.from_checkpoint(state, RECIPES["port"], torch.device("cpu"))
+    recipe = recipe_of_checkpoint(flags.chosen_recipe(args, RECIPES), state)
+    flags.require_agreement(args, recipe, state)
+    detector = Detector.from_checkpoint(state, recipe, torch.device("cpu"))
     recipe = detector.recipe
     print(f"{state['path']}: {detector.report}")
     if args.decoded:
@@ -92,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> Namespace:
-    parser = flags.make_parser(__doc__.split("\n")[0], "files")
+    parser = flags.make_parser(__doc__.split("\n")[0], "files", recipes=RECIPES)
     parser.set_defaults(output_dir=Path("result_npu"))
     flags.add(parser, "--output-file", Path("ssd300_resnet34_tfrecord.onnx"), "file to write")
     flags.add(parser, "--decoded", False, "boxes and scores instead of raw outputs")
