@@ -130,7 +130,12 @@ def find_prefix(path: str | Path) -> str | None:
     UserError where the checkpoint is missing, naming the missing file.
     """
     path = Path(path)
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:  # such as a name that is too long
+        problem = f"{path}: cannot be opened ({error.strerror})"
+        raise UserError(problem, "check --resnet_checkpoint") from None
+    if is_folder:
         path = _newest_prefix(path)
     if path.suffix in (".index", ".meta"):
         path = path.with_suffix("")

@@ -77,6 +77,11 @@ def test_a_path_that_is_nothing_is_refused_with_its_flag(tmp_path):
         find_prefix(missing)
 
 
+def test_a_path_that_cannot_be_opened_is_refused_with_its_flag(tmp_path):
+    with pytest.raises(UserError, match=r"\(File name too long\); check --resnet_checkpoint$"):
+        find_prefix(tmp_path / ("n" * 300))
+
+
 def test_a_folder_without_a_checkpoint(tmp_path):
     with pytest.raises(UserError, match="no file `checkpoint`"):
         find_prefix(tmp_path)
