@@ -25,6 +25,7 @@ from common.coco.demo_images import DemoOutput, find_images, read_images
 from common.coco.sample import write_sample
 from common.npu import entry
 from common.npu.device import setup_device
+from common.npu.weights import notes_on_class_names
 from fcos.config import RECIPES, Recipe
 from fcos.data import input_size
 from fcos.detector import Detector
@@ -47,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     if note is not None:
         print(note)
     print(f"{state['path']}: {detector.report}")
+    for line in notes_on_class_names(state, detector.class_names):
+        print(line)
     print(f"input: {input_size(detector.recipe)}")
     demo_output = DemoOutput(args.show_dir, detector.class_names, args.min_score)
     with tempfile.TemporaryDirectory() as scratch:

@@ -30,6 +30,7 @@ from common.errors import UserError
 from common.export import compare, describe, export_graph, inputs_to_check, require_packages
 from common.files import write_atomically
 from common.npu import entry
+from common.npu.weights import notes_on_class_names
 from fcos.anchors import clear_caches
 from fcos.config import RECIPES, Recipe
 from fcos.data import CANVAS_MULTIPLE, normalise, resize
@@ -96,6 +97,8 @@ def main(argv: list[str] | None = None) -> None:
     if note is not None:
         print(note)
     print(f"{state['path']}: {detector.report}")
+    for line in notes_on_class_names(state, detector.class_names):
+        print(line)
     if args.decoded:
         network = Decoded(detector.model, recipe).eval()
         output_names = ["boxes", "scores"]

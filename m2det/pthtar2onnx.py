@@ -29,6 +29,7 @@ from common import flags
 from common.export import compare, describe, export_graph, inputs_to_check, require_packages
 from common.files import write_atomically
 from common.npu import entry
+from common.npu.weights import notes_on_class_names
 from m2det.anchors import make_anchors
 from m2det.config import RECIPES, Recipe
 from m2det.data import prepare_image
@@ -80,6 +81,8 @@ def main(argv: list[str] | None = None) -> None:
     detector = Detector.from_checkpoint(state, recipe, torch.device("cpu"))
     recipe = detector.recipe
     print(f"{state['path']}: {detector.report}")
+    for line in notes_on_class_names(state, detector.class_names):
+        print(line)
     if args.decoded:
         network = Decoded(detector.model, recipe).eval()
         output_names = ["boxes", "scores"]

@@ -88,9 +88,10 @@ def load_weights(
     heads = [key for key in tensors if LAYOUT.class_head.fullmatch(key)]
     changes = ""
     trained = known_classes(state, num_classes_of(state)) if heads else None
-    if trained is not None and classes is not None:
-        tensors = with_classes_of(tensors, model, heads, class_rows, trained, classes)
-        changes = class_changes(trained, classes)
+    if heads and classes is not None:
+        if trained is not None:
+            tensors = with_classes_of(tensors, model, heads, class_rows, trained, classes)
+        changes = class_changes(state, trained, classes)
     return load_whole(model, tensors, state, LAYOUT, changes)
 
 

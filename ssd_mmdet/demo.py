@@ -26,6 +26,7 @@ from common.coco.demo_images import DemoOutput, find_images, read_images
 from common.coco.sample import write_sample
 from common.npu import entry
 from common.npu.device import setup_device
+from common.npu.weights import notes_on_class_names
 from ssd_mmdet.config import RECIPES, Recipe
 from ssd_mmdet.detector import Detector
 
@@ -40,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     recipe = replace(RECIPES["1p"], eval_batch_size=args.batch_size)
     detector = Detector.from_checkpoint(state, recipe, device)
     print(f"{state['path']}: {detector.report}")
+    for line in notes_on_class_names(state, detector.class_names):
+        print(line)
     demo_output = DemoOutput(args.show_dir, detector.class_names, args.min_score)
     with tempfile.TemporaryDirectory() as scratch:
         inputs = args.inputs

@@ -44,7 +44,7 @@ from common.npu.distributed import Ranks
 from common.npu.loading import workers_per_rank
 from common.npu.precision import Precision
 from common.npu.run import start_process
-from common.npu.weights import known_classes, require_num_classes
+from common.npu.weights import classes_to_evaluate, notes_on_class_names, require_num_classes
 from ssd_mmdet.config import RECIPES, Recipe
 from ssd_mmdet.data import TURNS_IF_BOTH_FIT, build_loader, normalise
 from ssd_mmdet.detector import Detector
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     recipe = flags.require_agreement(args, recipe, state)
     detector = Detector.from_checkpoint(state, recipe, device)
     files = find_coco(args.data, "val", args.val_annotations, args.val_images)
-    class_names = known_classes(state, num_classes_of(state))
+    class_names = classes_to_evaluate(state, num_classes_of(state), files.annotation_file)
     records = read_index(files.annotation_file, files.image_dir, class_names)
     log(f"data: {files}")
     for line in records.lines():
@@ -76,6 +76,8 @@ def main(argv: list[str] | None = None) -> None:
     flags.check_num_classes(args, num_classes)
     require_num_classes(state["path"], len(detector.class_names), num_classes)
     log(f"{state['path']}: {detector.report}")
+    for line in notes_on_class_names(state, records.class_names):
+        log(line)
 
     # What is needed after detecting must be there before it.
     options = flags.evaluation_options(args)

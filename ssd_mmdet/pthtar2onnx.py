@@ -36,6 +36,7 @@ from common.export import (
 )
 from common.files import write_atomically
 from common.npu import entry
+from common.npu.weights import notes_on_class_names
 from ssd_mmdet.anchors import make_anchors
 from ssd_mmdet.config import RECIPES, Recipe
 from ssd_mmdet.data import prepare_image
@@ -97,6 +98,8 @@ def main(argv: list[str] | None = None) -> None:
     detector = Detector.from_checkpoint(state, RECIPES["1p"], torch.device("cpu"))
     recipe = detector.recipe
     print(f"{state['path']}: {detector.report}")
+    for line in notes_on_class_names(state, detector.class_names):
+        print(line)
     require_input(recipe, args.shape, args.mean, args.std)
 
     network = Decoded(detector.model, recipe).eval()

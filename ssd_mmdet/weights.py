@@ -96,9 +96,11 @@ def load_weights(
     tensors, changes = with_background_last(tensors, state)
     heads = [key for key in tensors if LAYOUT.class_head.fullmatch(key)]
     trained = known_classes(state, num_classes_of(state)) if heads else None
-    if trained is not None and classes is not None:
-        tensors = with_classes_of(tensors, model, heads, class_rows, trained, classes)
-        changes = "; ".join(text for text in (changes, class_changes(trained, classes)) if text)
+    if heads and classes is not None:
+        if trained is not None:
+            tensors = with_classes_of(tensors, model, heads, class_rows, trained, classes)
+        of_classes = class_changes(state, trained, classes)
+        changes = "; ".join(text for text in (changes, of_classes) if text)
     return load_whole(model, tensors, state, LAYOUT, changes)
 
 

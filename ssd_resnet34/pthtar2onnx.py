@@ -29,6 +29,7 @@ from common import flags
 from common.export import compare, describe, export_graph, inputs_to_check, require_packages
 from common.files import write_atomically
 from common.npu import entry
+from common.npu.weights import notes_on_class_names
 from ssd_resnet34.anchors import make_anchors
 from ssd_resnet34.config import RECIPES, Recipe
 from ssd_resnet34.data import prepare_image
@@ -68,10 +69,12 @@ def main(argv: list[str] | None = None) -> None:
     require_packages()
     state = flags.checkpoint_to_use(args, Recipe.model)
     recipe = recipe_of_checkpoint(flags.chosen_recipe(args, RECIPES), state)
-    flags.require_agreement(args, recipe, state)
+    recipe = flags.require_agreement(args, recipe, state)
     detector = Detector.from_checkpoint(state, recipe, torch.device("cpu"))
     recipe = detector.recipe
     print(f"{state['path']}: {detector.report}")
+    for line in notes_on_class_names(state, detector.class_names):
+        print(line)
     if args.decoded:
         network = Decoded(detector.model, recipe).eval()
         output_names = ["boxes", "scores"]

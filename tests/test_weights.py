@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common.coco.index import COCO_CLASSES
 from common.errors import UserError
 from common.npu import checkpoint
 from common.npu.identify import model_of
@@ -258,13 +259,15 @@ NETWORK_FLAGS = {
     "ssd_resnet34": ["--recipe=quickstart"],
     "m2det": ["--recipe=quickstart"],
     "fcos": ["--recipe=quickstart", "--channels=32", "--tower_convs=1"],
-    TFRECORD: ["--recipe=small"],
+    TFRECORD: ["--recipe=small", "--category_ids=1,17,18"],
 }
 
 
 def recipe_of_flags(model):
     if model == "m2det":  # its other changes have no flags
         return module(model, "config").RECIPES["quickstart"]
+    if model == TFRECORD:
+        return replace(small_recipe(model), category_ids=(1, 17, 18))
     return small_recipe(model)
 
 
@@ -707,6 +710,60 @@ def test_a_file_names_as_many_classes_as_its_heads_have(model, detectors, tmp_pa
     with pytest.raises(UserError, match=f"^{re.escape(line)}"):
         module(model, "weights").load_weights(network, checkpoint.load(file), ("person", "cat"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_class_names_that_are_assumed_are_said(model, tmp_path, monkeypatch, capsys):
+    """COCO's where the val set does not have 80 classes of its own; by demo and export too."""
+    network = module(model, "model").build_model(small_recipe(model), 80)
+    file = tmp_path / "iter_1.pt"
+    state = run_state(model, network.state_dict())
+    del state["classes"]
+    checkpoint.save(file, state)
+    read = []
+
+    def note(network, recipe, records, *args):
+        read.append(records.class_names)
+
+    monkeypatch.setattr(module(model, "evaluate"), "detect_all", note)
+    reading = programs(model, file, tmp_path)
+    own = {ident: f"name {ident}" for ident in range(1, 81)}
+    for folder, categories in (("own", own), ("coco", {1: "person", 10: "traffic light"})):
+        (tmp_path / folder).mkdir()
+        reading["evaluate"](f"--data={write_data(tmp_path / folder, categories)}")
+    assert read == [tuple(own.values()), COCO_CLASSES]
+    reading["demo"](f"--show_dir={tmp_path}/drawn", str(tmp_path / "own/val2017"))
+    lines = capsys.readouterr().out.splitlines()
+    line = f"{file}: its class names are not in the file; assumed: "
+    assert line + "name 1, name 2, name 3 and 77 more" in lines
+    assert lines.count(line + "COCO's (person, bicycle, car and 77 more)") == 2
+    if model in ("fcos", "ssd_mmdet"):  # whose originals' files have class names
+        reading["weights"]()
+        assert line + "COCO's (person, bicycle, car and 77 more)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ALL)
+def test_training_says_which_class_names_it_assumes(model, detectors):
+    state = {"model": tensors_of(detectors, model), "recipe": asdict(small_recipe(model))}
+    network = module(model, "model").build_model(small_recipe(model), 3)
+    load_weights = module(model, "weights").load_weights
+    report = load_weights(network, state, ("a", "b", "c"))
+    line = "its class names are not in the file, the data's are assumed in their order"
+    assert str(report).endswith(f" tensors loaded; {line}")
+    report = load_weights(network, {**state, "classes": ["a", "b", "c"]}, ("a", "b", "c"))
+    assert str(report).endswith(" tensors loaded")
+
+
+def test_a_tfrecord_detector_without_names_needs_as_many_category_ids(detectors):
+    state = {"model": tensors_of(detectors, TFRECORD), "path": "iter_1.pt"}
+    load = module(TFRECORD, "detector").Detector.from_checkpoint
+    recipe = small_recipe(TFRECORD)
+    with pytest.raises(
+        UserError, match=r"^iter_1\.pt: does not name its 3 classes, and --category"
+    ):
+        load(state, recipe, torch.device("cpu"))
+    detector = load(state, replace(recipe, category_ids=(1, 5, 7)), torch.device("cpu"))
+    assert detector.class_names == ("1", "5", "7")
 
 
 @pytest.mark.parametrize("ids", [[1, 17], "person", [1, 17, "dog"]])

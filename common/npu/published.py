@@ -8,6 +8,7 @@ from torch import Tensor
 from common import flags
 from common.errors import UserError
 from common.npu import checkpoint
+from common.npu.weights import named_classes, notes_on_class_names
 
 
 def export_published(
@@ -36,9 +37,13 @@ def export_published(
     if is_there and args.out.samefile(args.file):
         raise UserError(f"{args.out}: is the checkpoint that is read", "give OUT another name")
     recipe = recipe_of_checkpoint(flags.chosen_recipe(args, recipes), state)
-    flags.require_agreement(args, recipe, state)
+    recipe = flags.require_agreement(args, recipe, state)
     content = published_file(state, args.layout, recipe)
     checkpoint.save(args.out, content)
+    written_names = named_classes(content)
+    if written_names is not None:
+        for line in notes_on_class_names(state, written_names):
+            print(line)
     replaced = ", in place of a former file" if is_there else ""
     print(f"{args.out}: {args.file} in the form of {args.layout}{replaced}")
 

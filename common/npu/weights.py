@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from common.coco.class_names import spelled_as
-from common.coco.index import COCO_CLASSES
+from common.coco.index import COCO_CLASSES, read_annotations
 from common.errors import UserError
 from common.npu.identify import describe
 
@@ -286,19 +286,28 @@ def _rows_besides(count: int, rows: Tensor) -> Tensor:
     return is_left.nonzero().flatten()
 
 
-def class_changes(classes: Sequence[str], new_classes: Sequence[str]) -> str:
-    """Return a line that says which classes of a detector another one keeps, empty for the same."""
+def class_changes(state: Mapping, classes: Sequence[str] | None, new_classes: Sequence[str]) -> str:
+    """Return a line that says which classes of a detector another one keeps, empty for the same.
+
+    It also says where the names are not in the checkpoint `state`: `classes` are then those that
+    are assumed, or None.
+    """
+    parts = []
+    if classes is None:
+        classes = new_classes
+        parts.append("its class names are not in the file, the data's are assumed in their order")
+    elif named_classes(state) is None:
+        parts.append("its class names are not in the file, COCO's are assumed")
     classes = spelled_as(classes, new_classes)
-    if classes == tuple(new_classes):
-        return ""
-    kept = [name for name in new_classes if name in classes]
-    initialised = [name for name in new_classes if name not in classes]
-    dropped = [name for name in classes if name not in new_classes]
-    parts = [
-        _count_and_names("classes of the same name keep their weights", kept),
-        _count_and_names("initialised anew", initialised),
-        _count_and_names("dropped", dropped),
-    ]
+    if classes != tuple(new_classes):
+        kept = [name for name in new_classes if name in classes]
+        initialised = [name for name in new_classes if name not in classes]
+        dropped = [name for name in classes if name not in new_classes]
+        parts += [
+            _count_and_names("classes of the same name keep their weights", kept),
+            _count_and_names("initialised anew", initialised),
+            _count_and_names("dropped", dropped),
+        ]
     return "; ".join(part for part in parts if part)
 
 
@@ -435,15 +444,32 @@ def class_names_or_numbers(state: Mapping, num_classes: int) -> tuple[str, ...]:
     return tuple(f"class_{label}" for label in range(num_classes))
 
 
-def note_on_class_names(state: Mapping, class_names: Sequence[str]) -> str:
-    """Return a line that says which class names are assumed, empty where the file has its own."""
+def classes_to_evaluate(
+    state: Mapping, num_classes: int, annotation_file: str
+) -> tuple[str, ...] | None:
+    """Return the class names with which to read a val set, None for those of its file.
+
+    They are the detector's. Where it holds none and has 80 classes, COCO's are taken, unless the
+    val set has 80 others.
+    """
+    names = known_classes(state, num_classes)
+    if names is None or named_classes(state) is not None:
+        return names
+    in_file = read_annotations(annotation_file).class_names
+    is_coco = set(spelled_as(in_file, names)) == set(names)
+    if len(in_file) == num_classes and not is_coco:
+        return None
+    return names
+
+
+def notes_on_class_names(state: Mapping, class_names: Sequence[str]) -> list[str]:
+    """Return a line that says which class names are assumed, none where the file has its own."""
     if named_classes(state) is not None:
-        return ""
-    if tuple(class_names) == COCO_CLASSES:
-        assumed = "COCO's"
-    else:
-        assumed = shortened(class_names)
-    return f"{name_of(state)}: its class names are not in the file; assumed: {assumed}"
+        return []
+    assumed = shortened(class_names)
+    if spelled_as(class_names, COCO_CLASSES) == COCO_CLASSES:
+        assumed = f"COCO's ({assumed})"
+    return [f"{name_of(state)}: its class names are not in the file; assumed: {assumed}"]
 
 
 def rows_of(

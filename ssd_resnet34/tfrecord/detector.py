@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from common.coco.images import to_array
+from common.errors import UserError
 from common.npu import checkpoint
 from common.npu.device import memory_format, setup_device
 from common.npu.weights import LoadReport, name_of, named_classes
@@ -76,6 +77,13 @@ class Detector:
         model.to(device, memory_format=memory_format(device)).eval()
         names = named_classes(state)
         if names is None:
+            num_ids = len(recipe.category_ids)
+            if num_ids != num_classes_of(state):
+                raise UserError(
+                    f"{name_of(state)}: does not name its {num_classes_of(state)} classes, and "
+                    f"--category_ids are {num_ids}",
+                    "give --category_ids, as many as it has classes",
+                )
             names = names_of_categories(recipe.category_ids, categories=())
         return Detector(model, recipe, tuple(names), device, report)
 

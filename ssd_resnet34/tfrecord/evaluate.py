@@ -41,6 +41,7 @@ from common.npu.distributed import Ranks
 from common.npu.loading import workers_per_rank
 from common.npu.precision import Precision
 from common.npu.run import start_process
+from common.npu.weights import notes_on_class_names
 from ssd_resnet34.data import normalise
 from ssd_resnet34.tfrecord.config import RECIPES, Recipe
 from ssd_resnet34.tfrecord.data import build_loader
@@ -104,6 +105,8 @@ def main(argv: list[str] | None = None) -> None:
         log.info(reason)
         log.info(f"precision: {precision}")
         log.info(f"{state['path']}: {detector.report}")
+        for line in notes_on_class_names(state, detector.class_names):
+            log.info(line)
         log.warn_of(args.val_json_file, notes)
         steps = state.get("iteration")
         if not isinstance(steps, int):

@@ -109,9 +109,10 @@ def load_weights(
     if heads and names is not None:
         require_as_many(state, "classes", len(names), num_classes_of(state))
     trained = trained_classes(state)
-    if trained is not None and classes is not None:
-        tensors = with_classes_of(tensors, model, heads, class_rows, trained, classes)
-        changes = class_changes(trained, classes)
+    if heads and classes is not None:
+        if trained is not None:
+            tensors = with_classes_of(tensors, model, heads, class_rows, trained, classes)
+        changes = class_changes(state, trained, classes)
     return load_whole(model, tensors, state, LAYOUT, changes)
 
 
