@@ -1,5 +1,6 @@
 """Files that a reader finds either as they were or whole."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -7,6 +8,31 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import UserError
+
+OPEN_FILES = 65536  # that a process may have, where its hard limit allows it
+MORE_FILES = f"raise the limit with `ulimit -n {OPEN_FILES}`, or lower --num_workers"
+ANOTHER_DISK = "free space or choose another folder"
+# What a user can do about an OSError of writing; in all other cases another folder is the advice.
+REMEDIES = {
+    errno.ENOSPC: ANOTHER_DISK,
+    errno.EDQUOT: ANOTHER_DISK,
+    errno.EROFS: "that disk can only be read: choose a folder on another",
+    errno.EACCES: "choose a folder in which you may write, or change its permissions",
+    errno.EPERM: "choose a folder in which you may write, or change its permissions",
+    errno.EEXIST: "a file is where a folder should be: rename it or choose another folder",
+    errno.ENOTDIR: "a file is where a folder should be: rename it or choose another folder",
+    errno.EMFILE: MORE_FILES,
+    errno.ENFILE: MORE_FILES,
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
+def encoded(text: str) -> bytes:
+    """Return a text as UTF-8.
+
+    A byte of a path that is no UTF-8 is a lone surrogate in a text: it is escaped.
+    """
+    return text.encode(errors="backslashreplace")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -43,11 +69,10 @@ def require_writable(folder: Path) -> None:
         raise cannot_be_written(folder, error) from None
 
 
-def cannot_be_written(path: Path, error: OSError) -> UserError:
-    """Return the error that names a file or folder and why it cannot be written."""
-    return UserError(
-        f"{path} cannot be written: {error.strerror}", "free space or choose another folder"
-    )
+def cannot_be_written(path: Path | str, error: OSError) -> UserError:
+    """Return the error that names a file or folder, why it cannot be written, and the remedy."""
+    remedy = REMEDIES.get(error.errno, "choose another folder")
+    return UserError(f"{path} cannot be written: {error.strerror or error}", remedy)
 
 
 class HeldBackErrors:

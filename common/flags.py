@@ -101,6 +101,21 @@ FLAGS = (
     Flag("run", "--tag", "", "put before the experiment's name in the logs"),
 )
 
+# The flags that name a file or folder to be read, those of the TFRecord recipe among them.
+INPUTS = (
+    "data",
+    "train_annotations",
+    "train_images",
+    "val_annotations",
+    "val_images",
+    "pretrained",
+    "checkpoint",
+    "training_file_pattern",
+    "validation_file_pattern",
+    "val_json_file",
+    "resnet_checkpoint",
+)
+
 # The flags of MMDetection's programs, and those that several of the Ascend ports had.
 OLD_FLAGS = (
     *renamed("--learning-rate", "--lr"),
@@ -284,6 +299,16 @@ def require_agreement(args: argparse.Namespace, recipe, checkpoint: dict):
                 "omit it, or give the --recipe of this network with it",
             )
     return recipe
+
+
+def inputs(args: argparse.Namespace) -> tuple[str, ...]:
+    """Return the files and folders that a run is told to read, as they are given."""
+    paths = []
+    for name in INPUTS:
+        path = getattr(args, name, "")
+        if path:
+            paths.append(path)
+    return tuple(paths)
 
 
 def evaluation_options(args: argparse.Namespace) -> EvaluationOptions:

@@ -20,7 +20,7 @@ from common.coco.index import (
 from common.coco.layout import Files
 from common.coco.trained import trained_boxes_line
 from common.errors import UserError
-from common.files import write_atomically
+from common.files import encoded, write_atomically
 
 BAD_IMAGE_FILE = Rule(
     "image that cannot be read, or of another size than annotated", Severity.ERROR
@@ -85,7 +85,7 @@ def check_data(
                 status = 1
     if is_shortened:
         text = "\n".join(whole_report) + "\n"
-        write_atomically(report_file, text.encode(errors="backslashreplace"))
+        write_atomically(report_file, encoded(text))
         print(f"all of them: {report_file}")
     return status
 

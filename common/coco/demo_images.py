@@ -15,6 +15,7 @@ from tqdm import tqdm
 from common.coco.draw import draw_boxes
 from common.coco.images import read_image
 from common.errors import UserError
+from common.files import cannot_be_written, encoded, write_atomically
 
 RESULTS_FILE = "results.json"
 
@@ -143,7 +144,7 @@ class DemoOutput:
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.save(path, quality=95)
         except OSError as error:
-            raise UserError(f"{path} cannot be written: {error}") from None
+            raise cannot_be_written(path, error) from None
 
     def write(self) -> None:
         """Write `results.json`: boxes (xyxy pixels), scores and class names of every picture.
@@ -154,4 +155,4 @@ class DemoOutput:
             return
         text = json.dumps(self.results, indent=1, ensure_ascii=False)
         path = self.show_dir / RESULTS_FILE
-        path.write_text(text + "\n", encoding="utf-8")
+        write_atomically(path, encoded(text + "\n"))

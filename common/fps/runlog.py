@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from common.arithmetic import ceil_div
 from common.errors import UserError
-from common.files import cannot_be_written
+from common.files import cannot_be_written, encoded
 from common.fps.meter import Window
 from common.npu.distributed import Ranks
 from common.npu.terminal import drop
@@ -64,6 +64,14 @@ class RunLog:
         except ImportError:
             self.warning("no events: the package tensorboard is not installed")
         else:
+            try:
+                str(folder).encode()
+            except UnicodeEncodeError:
+                self.warning(
+                    f"no events: tensorboard needs a path in UTF-8, not {folder}; rename it, or "
+                    "set LC_ALL=C.UTF-8"
+                )
+                return
             purge_step = first_step if first_step > 1 else None
             self._events = SummaryWriter(str(folder), purge_step=purge_step)
 
@@ -201,7 +209,7 @@ class RunLog:
 def _append(path: Path, line: str) -> None:
     try:
         with path.open("ab", buffering=0) as file:  # ranks share the text: a line is one write
-            file.write(f"{line}\n".encode())
+            file.write(encoded(f"{line}\n"))
     except OSError as error:
         raise cannot_be_written(path, error) from None
 

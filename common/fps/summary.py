@@ -8,7 +8,7 @@ import platform
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.files import write_atomically
+from common.files import encoded, write_atomically
 
 MILLISECONDS = 1000  # in a second
 
@@ -49,9 +49,9 @@ def write_summary(
     if losses:
         values["ActualLoss"] = f"{losses[-1]:.4f}"
         loss_list = "".join(f"{loss:.4f}\n" for loss in losses)
-        write_atomically(folder / f"train_{case_name}_loss.txt", loss_list.encode())
+        write_atomically(folder / f"train_{case_name}_loss.txt", encoded(loss_list))
     values["E2ETrainingTime"] = f"{seconds:.0f}"
     summary = "".join(f"{key} = {value}\n" for key, value in values.items())
-    write_atomically(folder / f"{case_name}.log", summary.encode())
+    write_atomically(folder / f"{case_name}.log", encoded(summary))
     closing_lines.append(f"E2E Training Duration sec : {seconds:.0f}")
     return closing_lines

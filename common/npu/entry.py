@@ -5,6 +5,7 @@ import gc
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from common.errors import UserError, one_line
+from common.files import MORE_FILES, OPEN_FILES
 from common.npu.device import require_supported_torch
 from common.npu.distributed import Ranks
 from common.npu.output import release_output_folders
@@ -28,7 +30,6 @@ HOST_MEMORY_IS_FULL = (
     "the memory of the host is full; lower --num_workers or --batch_size (in evaluation "
     "--eval_batch_size)"
 )
-MORE_FILES = "raise the limit with `ulimit -n 65536`, or lower --num_workers"
 # What is behind some of the OSErrors.
 MEANINGS = {
     errno.EMFILE: MORE_FILES,
@@ -81,6 +82,7 @@ def run(main: Callable[[], int | None]) -> None:
     Mistakes of ours keep their traceback.
     """
     make_output_last()
+    allow_open_files()
     try:
         require_supported_torch()
         status = main()
@@ -104,7 +106,7 @@ def as_user_error(error: Exception) -> UserError | None:
     """Return an error as one that a user can put right, None for a mistake of ours.
 
     Of the machine's errors that is a full memory, disk or table of files, a lost rank, and a loader
-    worker that was killed.
+    worker that was killed or whose batch did not arrive.
     """
     if isinstance(error, UserError):
         return error
@@ -115,6 +117,12 @@ def as_user_error(error: Exception) -> UserError | None:
         return UserError(_with_reason(HOST_MEMORY_IS_FULL, _last_line(message)))
     if isinstance(error, torch.OutOfMemoryError):
         return UserError(_with_reason(DEVICE_MEMORY_IS_FULL, message.partition("\n")[0]))
+    if isinstance(error, EOFError):
+        # A tensor of a worker could not be received.
+        return UserError(
+            "a loader worker has closed its connection, often because too many files are open; "
+            f"{MORE_FILES}; a run goes on with --resume=auto"
+        )
     if not isinstance(error, OSError | RuntimeError):
         return None
     candidates = list(FOREIGN_ERRORS)
@@ -127,6 +135,20 @@ def as_user_error(error: Exception) -> UserError | None:
     if isinstance(error, OSError):  # such as one that a loader worker has met
         return UserError(_last_line(message))
     return None
+
+
+def allow_open_files() -> None:
+    """Raise this process's limit of open files, up to the hard one: each tensor in flight is one.
+
+    The hard limit may be a thousand million, which programs that close all numbers would go
+    through: so many are not asked for.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _reason(error: OSError) -> str:

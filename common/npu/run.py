@@ -2,6 +2,7 @@
 
 import dataclasses
 from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from common import flags
 from common.coco.evaluation import EvaluationOptions, require_evaluator
+from common.coco.layout import Files
 from common.errors import UserError
 from common.fps.runlog import RunLog
 from common.npu import checkpoint, distributed
@@ -152,6 +154,7 @@ class Run:
     settings: RunSettings
     evaluation_options: EvaluationOptions
     resumed: dict | None  # the checkpoint that the run goes on from
+    inputs: tuple[str, ...] = ()  # files and folders that the flags name
 
     @staticmethod
     def start(
@@ -225,6 +228,7 @@ class Run:
             ),
             evaluation_options=evaluation_options,
             resumed=ranks.from_main(resumed),
+            inputs=flags.inputs(args),
         )
 
     @property
@@ -264,20 +268,33 @@ class Run:
         if changes:
             self.log.info(f"{checkpoint['path']}: its network is trained: {', '.join(changes)}")
 
-    def open_output(self, recipe) -> RunLog:
+    def open_output(self, recipe, data_files: Iterable[Files] = ()) -> RunLog:
         """Claim the output folder and begin the log in it; return the log, for a `with`.
 
         A former run in the folder is renamed: everything that this one needs has been read. A run
-        that goes on there renames the checkpoints after the one that it was resumed from.
+        that goes on there renames the checkpoints after the one that it was resumed from. Raise
+        UserError, on all ranks, where the folder cannot be used, or would take `data_files` or what
+        the flags name with it.
         """
+        inputs = list(self.inputs)
+        for files in data_files:
+            inputs += [files.annotation_file, files.image_dir]
         self.ranks.barrier()
         messages = []
+        obstacle = None
         if self.ranks.main:
-            messages += claim_output_folder(self.output_dir, self.goes_on_in_its_folder)
-            if self.goes_on_in_its_folder:
-                last_step = self.resumed["iteration"]
-                for path in checkpoint.set_aside_later(self.output_dir, last_step):
-                    messages.append(f"{path} is later than the resumed state: set aside")
+            try:
+                messages += claim_output_folder(self.output_dir, self.goes_on_in_its_folder, inputs)
+            except UserError as error:
+                obstacle = str(error)
+        # The others would only say that this rank has ended.
+        obstacle = self.ranks.from_main(obstacle)
+        if obstacle is not None:
+            raise UserError(obstacle)
+        if self.ranks.main and self.goes_on_in_its_folder:
+            last_step = self.resumed["iteration"]
+            for path in checkpoint.set_aside_later(self.output_dir, last_step):
+                messages.append(f"{path} is later than the resumed state: set aside")
         self.ranks.barrier()
         first_step = 1
         if self.goes_on_in_its_folder:
@@ -398,9 +415,9 @@ class RunState:
             if difference.name not in MAY_CHANGE:
                 differences.append(difference)
         if differences:
-            texts = [f"its {name} was {before}, now {now}" for name, before, now in differences]
+            texts = [f"{name} ({before} before, {now} now)" for name, before, now in differences]
             raise UserError(
-                f"--resume {state['path']}: {'; '.join(texts)}",
+                f"--resume {state['path']}: this run differs in {', '.join(texts)}",
                 f"go on as it was, or {self.remedy}",
             )
 

@@ -39,13 +39,22 @@ def drop_if_broken(stream: io.IOBase) -> None:
 def make_output_last() -> None:
     """Let this process outlive its terminal and the program behind its pipe.
 
-    Characters that the terminal does not have are escaped. Streams that a caller has put in the
-    place of the process's own are left alone.
+    Characters that the terminal does not have are escaped. A stream that was closed before the
+    program began goes nowhere. Streams that a caller has put in the place of the process's own are
+    left alone.
     """
-    if sys.stdout is not None and sys.stdout is sys.__stdout__:
+    if sys.stdout is None:
+        sys.stdout = _nowhere()
+    if sys.stderr is None:
+        sys.stderr = _nowhere()
+    if sys.stdout is sys.__stdout__:
         sys.stdout = _lasting(sys.stdout)
-    if sys.stderr is not None and sys.stderr is sys.__stderr__:
+    if sys.stderr is sys.__stderr__:
         sys.stderr = _lasting(sys.stderr)
+
+
+def _nowhere() -> io.TextIOWrapper:
+    return open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
 
 
 def _lasting(stream: io.TextIOWrapper) -> io.TextIOWrapper:

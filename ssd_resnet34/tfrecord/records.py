@@ -16,6 +16,7 @@ from typing import BinaryIO, NamedTuple
 import google_crc32c
 
 from common.errors import UserError
+from common.files import cannot_be_written
 
 HEADER = struct.Struct("<QI")  # length, its checksum
 FOOTER = struct.Struct("<I")  # checksum of the payload
@@ -154,7 +155,4 @@ class RecordWriter:
         try:
             yield
         except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); "
-                "free space or choose another folder"
-            ) from None
+            raise cannot_be_written(self.path, error) from None

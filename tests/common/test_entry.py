@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from common.errors import UserError
 from common.npu.distributed import Ranks
@@ -105,6 +107,12 @@ HOST = "the memory of the host is full; lower --num_workers or --batch_size"
             ),
             "too many open files; raise the limit with `ulimit -n 65536`",
             "(24))",
+        ),
+        (
+            EOFError("Caught EOFError in pin memory thread for device 0."),
+            "a loader worker has closed its connection, often because too many files are open; "
+            "raise the limit with `ulimit -n 65536`, or lower --num_workers; a run goes on",
+            "",
         ),
         (BrokenPipeError(32, "Broken pipe"), "Broken pipe: a process that reads this one's", ""),
         (OSError(5, "Input/output error"), "Input/output error: a terminal was closed, or", ""),
@@ -253,3 +261,40 @@ def test_a_program_started_by_nohup_outlives_its_terminal():
     stop = StopRequest()
     os.kill(os.getpid(), signal.SIGHUP)
     assert not stop.agreed(Ranks())
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "expected"),
+    [
+        (1024, 4096, 4096),
+        (1024, 10**9, 65536),
+        (1024, resource.RLIM_INFINITY, 65536),
+        (100_000, 10**9, None),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, None),
+        (256, 256, None),
+    ],
+)
+def test_the_limit_of_open_files_is_raised(monkeypatch, soft, hard, expected):
+    raised = []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, limits: raised.append(limits))
+    status_of(lambda: 0)
+    assert raised == ([] if expected is None else [(expected, hard)])
+
+
+@pytest.mark.parametrize("closed", [("stdout",), ("stderr",), ("stdout", "stderr")])
+def test_a_stream_that_was_closed_at_the_start_goes_nowhere(monkeypatch, closed):
+    for name in closed:
+        monkeypatch.setattr(sys, name, None)
+    opened = []
+
+    def main():
+        print("a line")
+        print("a warning \udcca", file=sys.stderr)
+        for _ in tqdm(range(2), disable=False):
+            opened.append([getattr(sys, name).name for name in closed])
+
+    assert status_of(main) is None
+    assert opened == [[os.devnull] * len(closed)] * 2
+    for name in closed:
+        getattr(sys, name).close()

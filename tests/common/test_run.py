@@ -1,6 +1,7 @@
 """A run's start, its state and the course of its steps, without a model of the product."""
 
 import os
+import re
 import signal
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -17,6 +18,7 @@ import ssd_mmdet.config
 import ssd_resnet34.config
 import ssd_resnet34.tfrecord.config
 from common import flags
+from common.coco.layout import Files
 from common.errors import UserError
 from common.fps.progress import Progress
 from common.npu import checkpoint
@@ -120,14 +122,14 @@ def evaluation(ap):
 
 def test_nothing_is_written_before_the_output_is_opened(tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "old").write_text("of a former run")
+    (tmp_path / "run" / "train_0.log").write_text("of a former run")
     run = start(tmp_path / "run")
     state, progress = parts_of(run)
     state.restore()
-    assert [path.name for path in tmp_path.rglob("*")] == ["run", "old"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "train_0.log"]
     train(run, state, progress)
     (moved,) = tmp_path.glob("run_*")
-    assert (moved / "old").read_text() == "of a former run"
+    assert (moved / "train_0.log").read_text() == "of a former run"
     assert f"the former run in {tmp_path}/run is now {moved}" in run.log.text_path.read_text()
 
 
@@ -174,14 +176,14 @@ def test_a_run_resumed_from_another_folder_begins_one_of_its_own(tmp_path):
     first = start(tmp_path / "first", "--kind=perf", "--max_iters=1")
     train(first, *parts_of(first))
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "old").write_text("of a former run")
+    (tmp_path / "run" / "train_0.log").write_text("of a former run")
     file = tmp_path / "first" / "iter_1.pt"
     second = start(tmp_path / "run", "--kind=perf", "--max_iters=2", f"--resume={file}")
     state, progress = parts_of(second)
     state.restore()
     train(second, state, progress)
     (moved,) = tmp_path.glob("run_*")
-    assert (moved / "old").read_text() == "of a former run"
+    assert (moved / "train_0.log").read_text() == "of a former run"
     assert file.exists()
     assert checkpoint.load(tmp_path / "run" / "iter_2.pt")["iteration"] == 2
 
@@ -272,8 +274,11 @@ def test_all_that_may_not_change_is_named_at_once(tmp_path):
     changed = replace(RECIPE, lr=0.5, augment=False, batch_size=4)
     resumed = start(tmp_path, "--resume=auto", recipe=changed)
     state, _ = parts_of(resumed, changed)
-    message = "its global batch was 2, now 4; its augment was True, now False; go on as it was"
-    with pytest.raises(UserError, match=message):
+    message = (
+        "this run differs in global batch (2 before, 4 now), augment (True before, False now); go "
+        "on as it was"
+    )
+    with pytest.raises(UserError, match=re.escape(message)):
         state.restore()
 
 
@@ -287,8 +292,8 @@ def test_the_fields_that_may_change_are_fields_of_recipes():
 @pytest.mark.parametrize(
     ("words", "width", "message"),
     [
-        (["--seed=5"], 3, "its seed was 0, now 5"),
-        ([], 4, "its width was 3, now 4"),
+        (["--seed=5"], 3, r"differs in seed \(0 before, 5 now\)"),
+        ([], 4, r"differs in width \(3 before, 4 now\)"),
     ],
 )
 def test_another_run_is_not_resumed(tmp_path, words, width, message):
@@ -296,7 +301,9 @@ def test_another_run_is_not_resumed(tmp_path, words, width, message):
     train(run, *parts_of(run))
     resumed = start(tmp_path, "--resume=auto", *words)
     state, _ = parts_of(resumed, width=width)
-    with pytest.raises(UserError, match=rf"iter_1\.pt: {message}; go on as it was, or start anew"):
+    with pytest.raises(
+        UserError, match=rf"iter_1\.pt: this run {message}; go on as it was, or start anew"
+    ):
         state.restore()
 
 
@@ -362,10 +369,17 @@ def test_a_worse_evaluation_is_not_the_best(tmp_path):
     assert (progress.best_ap, progress.last_ap) == (0.2, 0.1)
 
 
-def test_bad_data_ends_the_run_with_a_checkpoint(tmp_path):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (UserError("a.jpg: cannot read the image"), r"^a\.jpg: cannot read the image$"),
+        (EOFError(), "^a loader worker has closed its connection, .*; a run goes on with --resume"),
+    ],
+)
+def test_bad_data_ends_the_run_with_a_checkpoint(tmp_path, error, message):
     def batches():
         yield torch.ones(2, 2)
-        raise UserError("a.jpg: cannot read the image")
+        raise error
 
     class Loader:
         def __getitem__(self, key):
@@ -373,7 +387,7 @@ def test_bad_data_ends_the_run_with_a_checkpoint(tmp_path):
 
     run = start(tmp_path, "--kind=perf")
     state, progress = parts_of(run)
-    with pytest.raises(UserError, match=r"^a\.jpg: cannot read the image$"):
+    with pytest.raises(UserError, match=message):
         train(run, state, progress, Loader())
     assert [path.name for path in checkpoint.checkpoints_newest_first(tmp_path)] == ["iter_1.pt"]
 
@@ -443,3 +457,26 @@ def test_a_process_has_its_device_and_says_why():
     ranks, device, reason = start_process("cpu", 0, 10.0, deterministic=False, exact=True)
     assert (ranks.world_size, device) == (1, CPU)
     assert reason.startswith("device: cpu")
+
+
+@pytest.mark.parametrize("flag", ["--data", "--pretrained", "--checkpoint", "--val_images"])
+def test_a_folder_with_an_input_of_the_run_stays(tmp_path, flag):
+    (tmp_path / "best.pt").touch()
+    run = start(tmp_path, f"{flag}={tmp_path}/file")
+    with pytest.raises(UserError, match=r"this run reads .*/file, which is in it"):
+        run.open_output(RECIPE)
+    run = start(tmp_path)
+    files = Files("annotations.json", f"{tmp_path}/images", "plain")
+    with pytest.raises(UserError, match=r"this run reads .*/images, which is in it"):
+        run.open_output(RECIPE, [files])
+    assert [path.name for path in tmp_path.iterdir()] == ["best.pt"]
+
+
+def test_every_rank_says_why_the_output_folder_cannot_be_used(tmp_path):
+    """Else the others say that a rank was lost and that the run, which has not begun, goes on."""
+    run = start(tmp_path)
+    run.ranks = SimpleNamespace(
+        main=False, barrier=lambda: None, from_main=lambda value: "the folder is full; free space"
+    )
+    with pytest.raises(UserError, match=r"^the folder is full; free space$"):
+        run.open_output(RECIPE)

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import sys
 from collections import defaultdict
@@ -69,6 +70,19 @@ def json_lines(path):
         raise ValueError(f"{constant} is not JSON")
 
     return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def test_a_path_that_is_no_utf8_is_logged_escaped(tmp_path):
+    folder = tmp_path / os.fsdecode("数据".encode("gbk"))
+    with open_log(folder) as log:
+        log.header(**{**ABOUT, "exp_name": folder.name})
+        log.info(f"数据 in {folder.name}")
+        train(log, 1)
+        log.val(1, 0.1, METRICS)
+    text = (folder / "train_0.log").read_text()
+    assert "数据 in \\udcca\\udcfd\\udcbe\\udcdd\n" in text
+    assert json_lines(log.json_path)[0]["exp_name"] == folder.name
+    assert text.count("WARNING - no events: tensorboard needs a path in UTF-8, not ") == 1
 
 
 def test_text_lines_keep_the_known_layout(tmp_path, capsys):

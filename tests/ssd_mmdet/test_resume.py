@@ -78,8 +78,11 @@ def test_sigterm_to_2_ranks_with_2_workers_leaves_a_checkpoint_of_that_step(
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("--batch_size=3", r"^--resume .*iter_8\.pt: its global batch was 2, now 3; .+$"),
-        ("--seed=5", r"^--resume .*iter_8\.pt: its seed was 0, now 5; .+$"),
+        (
+            "--batch_size=3",
+            r"^--resume .*iter_8\.pt: this run differs in global batch \(2 before, 3 now\); .+$",
+        ),
+        ("--seed=5", r"^--resume .*iter_8\.pt: this run differs in seed \(0 before, 5 now\); .+$"),
         ("--width=0.125", r"^--width 0\.125: .*iter_8\.pt was trained with 0\.0625; omit it$"),
     ],
 )

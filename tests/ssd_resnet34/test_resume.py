@@ -171,10 +171,16 @@ def test_damaged_checkpoints_are_skipped_with_a_line(data, uninterrupted, tmp_pa
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("--batch_size=3", r"^--resume .*iter_9\.pt: its global batch was 2, now 3; .+$"),
-        ("--seed=5", r"^--resume .*iter_9\.pt: its seed was 0, now 5; .+$"),
+        (
+            "--batch_size=3",
+            r"^--resume .*iter_9\.pt: this run differs in global batch \(2 before, 3 now\); .+$",
+        ),
+        ("--seed=5", r"^--resume .*iter_9\.pt: this run differs in seed \(0 before, 5 now\); .+$"),
         ("--backbone=resnet18", r"^--backbone resnet18: .*iter_9\.pt was trained with resnet10;"),
-        (None, r"^--resume .*iter_9\.pt: its training images was 10, now 8; .+$"),
+        (
+            None,
+            r"^--resume .*iter_9\.pt: .* in training images \(10 before, 8 now\); .+$",
+        ),
     ],
 )
 def test_resuming_something_else_is_refused(data, uninterrupted, tmp_path, flag, words):

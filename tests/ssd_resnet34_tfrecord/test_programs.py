@@ -154,7 +154,9 @@ def test_one_device_stopped_killed_and_resumed(shards, tmp_path):
     # What does not fit is refused.
     pattern = f"--training_file_pattern={shards}/records/train2017*"
     again = (*SHORT, *flags, *learning, pattern, f"--model_dir={output}", "--seed=1")
-    with pytest.raises(UserError, match=r"seed was 0, now 1; go on as it was, or .*--model_dir"):
+    with pytest.raises(
+        UserError, match=r"seed \(0 before, 1 now\); go on as it was, or .*--model_dir"
+    ):
         ssd_main.main(again)
 
 
