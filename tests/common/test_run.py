@@ -317,6 +317,26 @@ def test_a_run_is_not_resumed_on_another_set_of_as_many_images(tmp_path):
         state.restore()
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda value: value[:, :1], r"1 of another shape: 0\.weight \["),
+        (lambda value: value.long(), r"0\.weight is of the dtype int64, not of floating-point"),
+        (lambda value: value * float("nan"), r"0\.weight has values that are not finite numbers"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_weights(change, words, tmp_path):
+    run = start(tmp_path, "--max_iters=1", "--kind=perf")
+    train(run, *parts_of(run))
+    file = tmp_path / "iter_1.pt"
+    saved = checkpoint.load(file)
+    saved["model"]["0.weight"] = change(saved["model"]["0.weight"])
+    checkpoint.save(file, saved)
+    state, _ = parts_of(start(tmp_path, "--resume=auto"))
+    with pytest.raises(UserError, match=rf"^{re.escape(str(file))}: .*{words}"):
+        state.restore()
+
+
 def test_weights_that_a_resumed_run_does_not_read_are_said(tmp_path, capsys):
     run = start(tmp_path, "--max_iters=1", "--kind=perf")
     train(run, *parts_of(run))
