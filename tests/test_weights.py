@@ -333,6 +333,25 @@ def test_a_users_program_may_give_the_recipe_of_the_network(model, bare_detector
         load_detector(bare_detectors[model], "cpu")
 
 
+def test_what_a_published_fcos_cannot_say_is_given_with_its_recipe(network_of, tmp_path):
+    """Whether distances are in strides shows in no tensor of the head."""
+    published = module("fcos", "config").RECIPES["nogn"]
+    small = replace(published, backbone="resnet14", channels=32, tower_convs=1)
+    network = module("fcos", "model").build_model(small, 80)
+    file = tmp_path / "epoch_12.pth"
+    checkpoint.save(file, {"state_dict": network.state_dict(), "meta": {}})
+    train = programs("fcos", file, tmp_path)["train"]
+    words = ("--backbone=resnet14", "--channels=32", "--tower_convs=1", "--norm_on_bbox")
+    with pytest.raises(UserError) as error:
+        train(*words)
+    assert str(error.value) == (
+        f"--norm_on_bbox True: {file} does not say its recipe; its tensors look like those with "
+        "False; omit it, or give the --recipe of this network with it"
+    )
+    recipe = network_of("fcos", train, "--recipe=nogn", *words)
+    assert (recipe.head_norm, recipe.norm_on_bbox) == ("none", True)
+
+
 # ---- only class heads may differ
 
 
