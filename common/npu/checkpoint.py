@@ -6,7 +6,7 @@ import pickle
 import stat
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -155,10 +155,10 @@ def checkpoints_newest_first(folder: Path, last_step: int = sys.maxsize) -> list
     return [path for _, path in sorted(numbered, reverse=True)]
 
 
-def load_newest(folder: Path) -> dict | None:
-    """Load the newest whole checkpoint of a folder; print a line for each that is skipped.
+def load_newest(folder: Path, warn: Callable[[str], None] | None = None) -> dict | None:
+    """Load the newest whole checkpoint of a folder; `warn` of each that is skipped.
 
-    Where there is no other, that is `best.pt`.
+    Where there is no other, that is `best.pt`. The warnings are printed to stderr by default.
     """
     candidates = checkpoints_newest_first(folder)
     best = folder / BEST
@@ -168,22 +168,30 @@ def load_newest(folder: Path) -> dict | None:
         try:
             return load(path)
         except UserError as error:
-            print(f"skipping {error}", file=sys.stderr)
+            message = f"skipping {error}"
+            if warn is None:
+                print(message, file=sys.stderr)
+            else:
+                warn(message)
     return None
 
 
 def load_resume_state(
-    resume: str, folder: Path, model: str, weights_flag: str = "--checkpoint_path"
+    resume: str,
+    folder: Path,
+    model: str,
+    weights_flag: str = "--checkpoint_path",
+    warn: Callable[[str], None] | None = None,
 ) -> dict | None:
     """Load the state that `--resume none|auto|FILE` names; None for a fresh start.
 
     Raise UserError where it is of another model than `model`, or not a whole state of a run; its
-    weights can then be given by `weights_flag`.
+    weights can then be given by `weights_flag`. `warn` as in `load_newest`.
     """
     if resume == "none":
         return None
     if resume == "auto":
-        state = load_newest(folder)
+        state = load_newest(folder, warn)
     else:
         state = load(resume)
     if state is None:

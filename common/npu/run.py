@@ -193,7 +193,7 @@ class Run:
         resumed = None
         if ranks.main:
             resumed = checkpoint.load_resume_state(
-                args.resume, args.output_dir, recipe.model, weights_flag
+                args.resume, args.output_dir, recipe.model, weights_flag, warn=log.warning
             )
             if resumed is None and args.resume == "auto":
                 log.info(

@@ -235,6 +235,9 @@ def test_resume_takes_the_newest_whole_one_and_says_what_it_skips(saved, tmp_pat
     assert found["iteration"] == 3
     assert "skipping checkpoint" in capsys.readouterr().err
     assert checkpoint.load_resume_state(str(saved), tmp_path / "b", "tiny")["iteration"] == 3
+    told = []
+    checkpoint.load_resume_state("auto", saved.parent, "tiny", warn=told.append)
+    assert told[0].startswith("skipping checkpoint")
 
 
 @pytest.mark.parametrize("run", [None, "wandb"])
