@@ -162,7 +162,7 @@ def test_damaged_checkpoints_are_skipped_with_a_line(data, uninterrupted, tmp_pa
     (output / "iter_12.pt").write_bytes(flipped)
     (output / "iter_9.pt").unlink()
     done = scripts.run("train.py", *flags(data, output, 0), "--resume=auto")
-    skipped = [line for line in done.stderr.splitlines() if line.startswith("skipping checkpoint")]
+    skipped = [line for line in done.stdout.splitlines() if "skipping checkpoint" in line]
     assert ["iter_12.pt" in skipped[0], "iter_11.pt" in skipped[1]] == [True, True]
     assert "iter_8.pt at iteration 8" in done.stdout
     scripts.assert_same_state(uninterrupted(1) / "iter_9.pt", output / "iter_9.pt")
