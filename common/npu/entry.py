@@ -83,6 +83,7 @@ def run(main: Callable[[], int | None]) -> None:
     """
     make_output_last()
     allow_open_files()
+    is_user_error = False
     try:
         require_supported_torch()
         status = main()
@@ -95,10 +96,16 @@ def run(main: Callable[[], int | None]) -> None:
         if explained is None:
             raise
         status = f"{_error_label()}: {one_line(explained)}"
+        is_user_error = isinstance(error, UserError)
+        del explained  # its traceback would keep the process group
     finally:
         drop_if_broken(sys.stdout)
         _kill_workers()
         release_output_folders()
+    # Else gloo's threads abort one process in four that ends right after a collective. Of an
+    # accelerator's group this could wait for ever: another rank may not do what is in flight.
+    if is_user_error and dist.is_initialized() and dist.get_backend() == dist.Backend.GLOO:
+        _leave_process_group()
     sys.exit(status)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from common.errors import UserError
@@ -298,3 +299,14 @@ def test_a_stream_that_was_closed_at_the_start_goes_nowhere(monkeypatch, closed)
     assert opened == [[os.devnull] * len(closed)] * 2
     for name in closed:
         getattr(sys, name).close()
+
+
+def test_a_user_error_leaves_the_process_group(tmp_path):
+    """Else gloo's threads abort one process in four whose last act was a collective."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert status_of(lambda: fail("bad")) == "error: bad"
+        assert not dist.is_initialized()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
