@@ -179,7 +179,7 @@ def test_damaged_checkpoints_are_skipped_with_a_line(data, uninterrupted, tmp_pa
         ("--backbone=resnet18", r"^--backbone resnet18: .*iter_9\.pt was trained with resnet10;"),
         (
             None,
-            r"^--resume .*iter_9\.pt: .* in training images \(10 before, 8 now\); .+$",
+            r"^--resume .*iter_9\.pt: .* in training images \(10 before, 8 now\), .+; .+$",
         ),
     ],
 )
