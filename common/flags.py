@@ -15,7 +15,16 @@ from common.npu.device import DEVICES
 from common.npu.distributed import Ranks
 from common.npu.identify import model_of
 from common.npu.weights import recipe_entry, tensors_of
-from common.parser import OldFlag, Parser, answered, is_checkpoint_name, needless, renamed
+from common.parser import (
+    CONFIG_SUFFIX,
+    OldFlag,
+    Parser,
+    answered,
+    explain_unknown,
+    is_checkpoint_name,
+    needless,
+    renamed,
+)
 
 
 class Flag(NamedTuple):
@@ -240,14 +249,14 @@ def add(
 def parse_demo(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
     """Parse the flags of a demo, after adding those that all demos have.
 
-    `inputs` of the result are the images and folders. A file of weights before them becomes
-    `checkpoint`.
+    `inputs` of the result are the images and folders. A file of weights among them becomes
+    `checkpoint`: old commands name it first or last, beside a config file, which is answered.
     """
     parser.add_argument(
         "inputs",
         nargs="*",
         metavar="FILE.pth|IMAGE|FOLDER",
-        help="weights first, if named here; default: sample images",
+        help="weights may be among them; default: sample images",
     )
     parser.add_argument("--img", nargs="+", default=[], metavar="IMAGE|FOLDER", help="the same")
     add(parser, "--show-dir", Path("demo_output"), "folder of the pictures")
@@ -257,8 +266,16 @@ def parse_demo(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
     if args.show:
         print(f"--show has no effect: the pictures will be in {args.show_dir}")
     args.inputs += args.img
-    if args.inputs and is_checkpoint_name(args.inputs[0]):
-        args.checkpoint, *args.inputs = args.inputs
+    weights = [name for name in args.inputs if is_checkpoint_name(name)]
+    configs = [name for name in args.inputs if name.endswith(CONFIG_SUFFIX)]
+    if configs:
+        parser.error(explain_unknown(configs))
+    if len(weights) > 1 or (weights and args.checkpoint):
+        named = [args.checkpoint, *weights] if args.checkpoint else weights
+        parser.error(f"{', '.join(named)}: give one file of weights")
+    if weights:
+        args.checkpoint = weights[0]
+        args.inputs.remove(weights[0])
     return args
 
 

@@ -111,7 +111,7 @@ class Parser(argparse.ArgumentParser):
         words = self._split_lists(words)
         args, unknown_words = self.parse_known_args(words, namespace)
         if unknown_words:
-            self.error(_explain_unknown(unknown_words))
+            self.error(explain_unknown(unknown_words))
         self._check_ranges(args)
         return args
 
@@ -196,7 +196,7 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"--{name} {value}: must be at least {least} and below {limit}")
 
 
-def _explain_unknown(words: list[str]) -> str:
+def explain_unknown(words: list[str]) -> str:
     """Return what to do about words that the parser has no use for, in one line."""
     for word in words:
         if word.startswith("-"):

@@ -295,9 +295,24 @@ def test_weights_before_the_images_of_a_demo(weights):
 
 
 @pytest.mark.parametrize("image", ["a.jpg", "a.PNG", "folder", "a.tiff", "data.folder"])
-def test_the_first_image_of_a_demo_is_no_weights(image):
+def test_weights_after_the_images_of_a_demo(image):
     args = flags.parse_demo(flags.make_parser("Draw.", "files"), [image, "b.pth"])
-    assert (args.checkpoint, args.inputs) == ("", [image, "b.pth"])
+    assert (args.checkpoint, args.inputs) == ("b.pth", [image])
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["a.jpg", "ssd300.py", "b.pth"], "ssd300.py: no config file is read"),
+        (["a.pth", "a.jpg", "b.pth"], "a.pth, b.pth: give one file of weights"),
+        (["a.jpg", "b.pth", "--checkpoint=c.pth"], "c.pth, b.pth: give one file of weights"),
+    ],
+)
+def test_what_a_demo_cannot_use_is_answered(words, answer, capsys):
+    with pytest.raises(SystemExit) as ended:
+        flags.parse_demo(flags.make_parser("Draw.", "files"), words)
+    assert ended.value.code == 2
+    assert answer in capsys.readouterr().err
 
 
 def test_launch_time(monkeypatch):
