@@ -110,19 +110,17 @@ FLAGS = (
     Flag("run", "--tag", "", "put before the experiment's name in the logs"),
 )
 
-# The flags that name a file or folder to be read, those of the TFRecord recipe among them.
+# The flags that name data, which are read as long as a run lasts; those of the TFRecord recipe are
+# among them. Weights are read once, before a former run is renamed: they may lie in its folder.
 INPUTS = (
     "data",
     "train_annotations",
     "train_images",
     "val_annotations",
     "val_images",
-    "pretrained",
-    "checkpoint",
     "training_file_pattern",
     "validation_file_pattern",
     "val_json_file",
-    "resnet_checkpoint",
 )
 
 # The flags of MMDetection's programs, and those that several of the Ascend ports had.
@@ -319,7 +317,7 @@ def require_agreement(args: argparse.Namespace, recipe, checkpoint: dict):
 
 
 def inputs(args: argparse.Namespace) -> tuple[str, ...]:
-    """Return the files and folders that a run is told to read, as they are given."""
+    """Return the files and folders of data that a run is told to read, as they are given."""
     paths = []
     for name in INPUTS:
         path = getattr(args, name, "")

@@ -481,7 +481,18 @@ def test_a_process_has_its_device_and_says_why():
     assert reason.startswith("device: cpu")
 
 
-@pytest.mark.parametrize("flag", ["--data", "--pretrained", "--checkpoint", "--val_images"])
+def test_weights_of_the_former_run_may_be_what_a_new_one_starts_from(tmp_path):
+    output = tmp_path / "out"
+    run = start(output, "--max_iters=1", "--kind=perf")
+    train(run, *parts_of(run))
+    run = start(output, f"--checkpoint={output}/iter_1.pt")
+    with run.open_output(RECIPE):
+        pass
+    (former,) = tmp_path.glob("out_*")
+    assert (former / "iter_1.pt").is_file()
+
+
+@pytest.mark.parametrize("flag", ["--data", "--val_images", "--val_annotations"])
 def test_a_folder_with_an_input_of_the_run_stays(tmp_path, flag):
     (tmp_path / "best.pt").touch()
     run = start(tmp_path, f"{flag}={tmp_path}/file")
