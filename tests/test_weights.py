@@ -393,7 +393,7 @@ def test_what_no_network_reads_is_no_difference(model, detectors):
 
 
 @pytest.mark.parametrize(
-    ("model", "bad"), zip(ALL, ("nan", "inf", "-inf", "nan", "inf"), strict=True)
+    ("model", "bad"), list(zip(ALL, ("nan", "inf", "-inf", "nan", "inf"), strict=True))
 )
 def test_weights_that_are_not_finite_are_refused_by_every_program(model, bad, detectors, tmp_path):
     state = checkpoint.load(detectors[model])
