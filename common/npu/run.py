@@ -109,8 +109,8 @@ def start_process(
 
     `device_id` is the card of a single process. Of several each takes the one of its local rank,
     unless `card` names another. `deterministic` asks for the same bits in every run, `exact` for
-    float32 with all its bits, which the former includes. Raise
-    UserError where the device cannot be used.
+    float32 with all its bits, which the former includes. Raise UserError where the device cannot be
+    used.
     """
     ranks = Ranks.from_environment()
     if card is None:
@@ -165,8 +165,8 @@ class Run:
     ) -> "Run":
         """Take a device, join the other ranks, and read the state that the run goes on from.
 
-        `recipe` gives the precision and the name; `card` as in `start_process`;
-        `weights_flag` takes weights to start anew from. Nothing of a former run is moved yet:
+        `recipe` gives the precision and the name; `card` as in `start_process`; `weights_flag` is
+        the flag by which a new run takes weights. Nothing of a former run is moved yet:
         `open_output` does that, once all that the run needs has been read.
         """
         ranks, device, reason = start_process(
@@ -202,10 +202,11 @@ class Run:
                 newest = _newest_of_renamed_runs(args.output_dir)
                 if newest is not None:
                     log.warning(f"a former run was renamed; --resume={newest} goes on with it")
-            for flag in ("pretrained", "checkpoint", "resnet_checkpoint"):
-                path = vars(args).get(flag)
-                if resumed is not None and path:
-                    log.info(f"--{flag} {path} is not read: the resumed run has its weights")
+            if resumed is not None:
+                for flag in ("pretrained", "checkpoint", "resnet_checkpoint"):
+                    path = vars(args).get(flag)
+                    if path:
+                        log.info(f"--{flag} {path} is not read: the resumed run has its own")
         return Run(
             ranks=ranks,
             device=device,

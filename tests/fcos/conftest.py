@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from common.npu.selfcheck import Golden
 from fcos.config import RECIPES
 from fcos.model import build_model
-from tests.golden.fill import fill_value
+from fcos.selfcheck import value_of
 from tests.golden_files import golden_reader
 
 TESTS = Path(__file__).parents[1]
@@ -27,23 +28,14 @@ def golden():
     return golden_reader("fcos")
 
 
-FACTORS = (
-    ("backbone.bn1.weight", "", 0.01),
-    ("backbone.layer", ".bn3.weight", 0.2),
-    ("neck.lateral_convs.", ".conv.weight", 0.1),
-)
-
-
 @pytest.fixture(scope="session")
 def filled_state(golden):
     """`filled_state("gn")`: the state dict of the golden values, by the golden README's rule."""
 
+    files = Golden("fcos")
+
     def value(key, shape):
-        array = fill_value(key, tuple(shape))
-        for start, end, factor in FACTORS:
-            if key.startswith(start) and key.endswith(end):
-                array = array * np.float32(factor)
-        return torch.from_numpy(np.asarray(array))
+        return torch.from_numpy(np.asarray(value_of(key, tuple(shape), files)))
 
     def state(name):
         keys = golden("keys" if name == "gn" else f"keys_{name}")

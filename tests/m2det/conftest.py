@@ -1,28 +1,21 @@
 """What the tests of m2det share: the golden files, filled networks, real data."""
 
 import functools
-import re
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
+from common.npu.selfcheck import Golden
 from m2det.config import RECIPES
 from m2det.model import build_model
-from tests.golden.fill import fill_value
+from m2det.selfcheck import ALIASES, value_of
 from tests.golden_files import golden_reader
 
 TESTS = Path(__file__).parents[1]
 GOLDEN = TESTS / "golden" / "m2det"
 TINY = TESTS / "data" / "tiny_coco"
-# Under one name for all: the module is the same for every level, or scale.
-ALIASES = re.compile(r"^(leach|sfam_module\.fc[12])\.\d+")
-SMOOTH, BN3 = (
-    re.compile(r"^unet.*\.smooth\..*\.bn\.weight$"),
-    re.compile(r"^base\.layer.*bn3\.weight$"),
-)
 
 
 @pytest.fixture(scope="session")
@@ -39,12 +32,7 @@ def golden():
 @functools.cache
 def filled(key, shape):
     """The value that every golden number was computed with, by the golden README's rules."""
-    array = fill_value(key, shape)
-    if SMOOTH.match(key):
-        array = array * np.float32(0.1)
-    if BN3.match(key):
-        array = array * np.float32(0.25)
-    return torch.from_numpy(array)
+    return torch.from_numpy(value_of(key, shape, Golden("m2det")))
 
 
 def fill(model):

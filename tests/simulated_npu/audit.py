@@ -11,6 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from common.npu.device import has_kernel
+
 # The size of their result depends on the data: the host must wait to know it.
 DATA_DEPENDENT = {
     "_unique", "_unique2", "argwhere", "bincount", "histc", "masked_select", "nonzero",
@@ -22,16 +24,6 @@ SCATTERED = {torch.float32, torch.float16, torch.int32, torch.int8, torch.uint8}
 REDUCED = {torch.float32, torch.float16, torch.int32, torch.uint8}  # by amax
 BLOCK = 32  # bytes: a 910A may refuse to scatter into rows that are no multiple of it
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
-
-
-def has_kernel(name: str) -> bool:
-    """Whether an operator has an NPU kernel: its own, its `out` form's, or one made of others."""
-    base, _, overload = name.partition(".")
-    names = (name, f"{base}.{overload}_out" if overload else f"{base}.out")
-    registered = torch._C._dispatch_has_kernel_for_dispatch_key
-    return any(
-        registered(name, key) for key in ("CompositeExplicitAutograd", "CompositeImplicitAutograd")
-    ) or any(registered(n, "PrivateUse1") for n in names if torch._C._dispatch_has_kernel(n))
 
 
 def ai_cpu_reason(kind: str, args: tuple, kwargs: dict) -> str | None:
@@ -128,7 +120,7 @@ class Audit(TorchDispatchMode):
         reason = ai_cpu_reason(kind, args, kwargs)
         if reason is not None:
             self.ai_cpu[reason] += 1
-        if not has_kernel(op.name()):
+        if not has_kernel(op.name(), torch.device("npu")):
             self.fallbacks[name] += 1
 
     def _note_cast(self, args, kwargs) -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from common.coco.images import read_image
+from common.npu.selfcheck import Golden
 from ssd_mmdet.config import RECIPES
 from ssd_mmdet.model import build_model
-from tests.golden.fill import fill_value
+from ssd_mmdet.selfcheck import value_of
 from tests.golden_files import golden_reader
 from tests.ssd_mmdet import reference
 
@@ -32,14 +33,7 @@ def golden():
 
 def filled_value(key, shape):
     """The value that every golden figure was computed with, by the golden README's rule."""
-    value = fill_value(key, tuple(shape))
-    first_level = key.startswith(("bbox_head.cls_convs.0.", "bbox_head.reg_convs.0."))
-    later_head = key.startswith("bbox_head.") and key.endswith("weight") and not first_level
-    if key == "backbone.features.0.weight" or later_head:
-        value = value * np.float32(0.1)
-    if key == "backbone.l2_norm.weight":
-        value = value * np.float32(20)
-    return torch.from_numpy(value)
+    return torch.from_numpy(value_of(key, tuple(shape), Golden("ssd_mmdet")))
 
 
 @pytest.fixture(scope="session")

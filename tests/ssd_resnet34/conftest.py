@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from common.npu.selfcheck import Golden
 from ssd_resnet34.config import RECIPES
 from ssd_resnet34.data import normalise
 from ssd_resnet34.model import build_model
-from tests.golden.fill import fill_value
+from ssd_resnet34.selfcheck import value_of
 from tests.golden_files import golden_reader
 
 TESTS = Path(__file__).parents[1]
@@ -34,13 +35,10 @@ def golden():
 def filled_state(golden):
     """The state dict that every golden value was computed with, by the golden README's rule."""
 
-    def value(key, shape):
-        array = fill_value(key, tuple(shape))
-        if key.endswith("bn2.weight") or (key.startswith("mbox.") and key.endswith(".weight")):
-            array = array * np.float32(0.1)
-        return torch.from_numpy(array)
-
-    return {key: value(key, shape) for key, shape in golden("keys")}
+    files = Golden("ssd_resnet34")
+    return {
+        key: torch.from_numpy(value_of(key, tuple(shape), files)) for key, shape in golden("keys")
+    }
 
 
 @pytest.fixture(scope="session")
