@@ -3,7 +3,7 @@
 
     python3 train.py --data DIR --pretrained resnet50_caffe-788b5fa3.pth         one device
     python3 ../common/npu/launch.py --nproc_per_node=8 train.py --data DIR ...
-    ... --nnodes=2 --node_rank=0 --master_addr=10.0.0.1                          several nodes
+    ... --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --local_addr=10.0.0.1    several nodes
 
 Recipe (MMDetection 2.x): SGD, 0.01 for 16 images a step, 12 epochs; `--recipe nogn` is the port's.
 """

@@ -3,7 +3,7 @@
 
     python3 train.py --data DIR                                        one device
     python3 ../common/npu/launch.py --nproc_per_node=8 train.py --data DIR
-    ... --nnodes=2 --node_rank=0 --master_addr=10.0.0.1                several nodes
+    ... --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --local_addr=10.0.0.1    several nodes
 
 Recipe (the Ascend port's): SGD, warm-up and steps, batch 16 a device, 160 epochs, 512 x 512.
 """

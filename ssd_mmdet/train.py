@@ -3,7 +3,7 @@
 
     python3 train.py --data DIR                                        one device
     python3 ../common/npu/launch.py --nproc_per_node=8 train.py --recipe 8p --data DIR
-    ... --nnodes=2 --node_rank=0 --master_addr=10.0.0.1                several nodes
+    ... --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --local_addr=10.0.0.1    several nodes
 
 Recipe (MMDetection 2.x, Ascend port): SGD, warm-up, step decay, batch 8 a device, 24 epochs of 5
 passes over the training set.

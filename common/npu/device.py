@@ -106,9 +106,15 @@ def _setup_accelerator(kind: str, index: int) -> torch.device:
         )
     module.set_device(index)
     if kind == "npu":
-        # Prebuilt kernels and plain layouts: one compilation less a shape, nothing to cast back.
-        torch.npu.set_compile_mode(jit_compile=False)
+        # Plain layouts: nothing to cast back.
         torch.npu.config.allow_internal_format = False
+        if torch.npu.is_bf16_supported():
+            # Prebuilt kernels: one compilation less a shape. An Ascend 910A, the only one without
+            # bf16, keeps torch_npu's mode: CANN 8.5 has no such convolutions for it any more.
+            torch.npu.set_compile_mode(jit_compile=False)
+        # torch_npu may bind this thread to one core (CPU_AFFINITY_CONF=2), and those that it starts
+        # for the host's operators, which would wait for each other there, with it.
+        torch.set_num_threads(1)
     torch.backends.cudnn.benchmark = True  # every shape of a training step is fixed
     return torch.device(kind, index)
 

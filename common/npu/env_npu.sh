@@ -29,6 +29,11 @@ for _part in lib64 lib64/common lib64/driver; do
     esac
 done
 unset _base _part
+# torch_npu gives each rank its share of the cores, and each thread that launches kernels a core of
+# its own; where cores were chosen already (taskset, a container) these stay.
+if [ "$(env -u OMP_NUM_THREADS nproc 2>/dev/null)" = "$(nproc --all 2>/dev/null)" ]; then
+    _set CPU_AFFINITY_CONF 2
+fi
 _set TASK_QUEUE_ENABLE 2            # kernels are launched, workspaces handled by a second thread
 _set HCCL_CONNECT_TIMEOUT 1800      # seconds for ranks that start unevenly
 _set HCCL_WHITELIST_DISABLE 1

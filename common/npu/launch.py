@@ -3,6 +3,8 @@
 
     python3 common/npu/launch.py --nproc_per_node=8 fcos/train.py --data=coco
 
+    ... --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --local_addr=10.0.0.1 fcos/train.py ...
+
 The program's flags are read before a process is started, so that `--help` and a mistyped flag are
 answered once; `--check_data` needs no more than this process. A run that is stopped ends with 130
 for Ctrl-C or 143 for SIGTERM, a run that fails with the status of the process that failed: the
@@ -21,6 +23,7 @@ sys.excepthook = interpreter.hide_interrupt
 # isort: split
 
 import importlib
+import ipaddress
 import logging
 import os
 import signal
@@ -35,6 +38,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from common import flags
 from common.errors import UserError
 from common.npu import entry
+from common.npu.addresses import PORTS_OF_HCCL, is_local, local_addresses
 
 PROGRAMS = ("train.py", "evaluate.py")  # of each model, for several devices
 SECONDS_TO_STOP = 300  # for the step that runs, an evaluation at most, and the checkpoint
@@ -46,6 +50,7 @@ def main(argv: list[str] | None = None) -> int | None:
     program_args = parse_flags(program, args.training_script, args.training_script_args)
     if vars(program_args).get("check_data"):
         return program.main(args.training_script_args)
+    require_reachable(args)
     prepare(args)
     try:
         torchrun.run(args)
@@ -84,6 +89,79 @@ def parse_flags(program: ModuleType, name: str, program_flags: list[str]) -> Nam
     program_args = program.parse(program_flags)
     flags.chosen_recipe(program_args, program.RECIPES)
     return program_args
+
+
+def require_reachable(args: Namespace) -> None:
+    """Raise UserError where the nodes could not meet, or HCCL needs the port that they meet at.
+
+    Nodes meet at --master_addr, or at an --rdzv_endpoint if one is given. HCCL and gloo are told
+    this node's address: by themselves they take what the host name resolves to, often 127.0.1.1,
+    which no other node reaches.
+    """
+    if args.master_port in PORTS_OF_HCCL:
+        raise UserError(
+            f"--master_port={args.master_port}: HCCL takes {PORTS_OF_HCCL[0]} to "
+            f"{PORTS_OF_HCCL[-1]} for itself",
+            "give another one",
+        )
+    most_nodes = args.nnodes.rpartition(":")[-1]  # "2", or "1:2" for one or two
+    if not most_nodes.isdecimal():
+        raise UserError(f"--nnodes={args.nnodes}: not a number", "give that of the hosts")
+    several = int(most_nodes) > 1
+    if several and not args.local_addr:
+        raise UserError(
+            f"--nnodes={args.nnodes}: the other nodes must reach this one",
+            f"give its address with --local_addr=IP; it has {listing(local_addresses())}",
+        )
+    if not args.local_addr:
+        return
+    interface = interface_of(args.local_addr)
+    master = args.rdzv_endpoint or args.master_addr
+    if several and is_loopback(master) and not is_loopback(args.local_addr):
+        raise UserError(
+            f"--nnodes={args.nnodes}: {master} is every node itself",
+            "give the address of node 0 with --master_addr=IP, the same on every node",
+        )
+    os.environ["HCCL_IF_IP"] = args.local_addr
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def interface_of(address: str) -> str:
+    """Return the interface of this host that has an address; raise UserError where none has."""
+    interfaces = local_addresses()
+    remedy = f"give one of {listing(interfaces)}"
+    try:
+        ipaddress.ip_address(address)
+    except ValueError:
+        raise UserError(f"--local_addr={address}: not an IP address", remedy) from None
+    if not is_local(address):
+        raise UserError(f"--local_addr={address}: no interface of this host has it", remedy)
+    if address in interfaces:
+        return interfaces[address]
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return os.environ["GLOO_SOCKET_IFNAME"]
+    raise UserError(
+        f"--local_addr={address}: not the first address of its interface",
+        f"set GLOO_SOCKET_IFNAME to the interface's name, or {remedy}",
+    )
+
+
+def listing(interfaces: dict[str, str]) -> str:
+    """Return the addresses of this host that another may reach; the others where there are none."""
+    outside = []
+    for address in interfaces:
+        number = ipaddress.ip_address(address)
+        if not number.is_loopback and not number.is_link_local:
+            outside.append(address)
+    return ", ".join(f"{address} ({interfaces[address]})" for address in outside or interfaces)
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether an address, or the name of a host, is each host's own."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
 
 
 def prepare(args: Namespace) -> None:

@@ -19,9 +19,11 @@ TEXT
 }
 
 launch() {
-    local ranks=$1 script=$2 model data='' id='' nodes=1 node=0 master=127.0.0.1 port='' output=''
+    local ranks=$1 script=$2 model folder data='' id='' nodes=1 node=0 port='' output=''
+    local master=127.0.0.1 address=''
     shift 2
     model=$(cd "$(dirname "${BASH_SOURCE[1]}")/.." && pwd)
+    folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
     local flags=() word value paths=''
     for word in "$@"; do
         value=${word#*=}
@@ -33,7 +35,7 @@ launch() {
             --node_rank=* | --node-rank=*) node=$value ;;
             --master_addr=* | --master-addr=*) master=$value ;;
             --master_port=* | --master-port=*) port=$value ;;
-            --local_addr=* | --local-addr=*) _address "$value" ;;
+            --local_addr=* | --local-addr=*) address=$value ;;
             --output_dir=* | --output-dir=*) output=$value ;;
             --train_annotations=* | --train-annotations=* | --train_images=* | --train-images=* | \
                 --val_annotations=* | --val-annotations=* | --val_images=* | --val-images=*)
@@ -76,7 +78,7 @@ launch() {
 
     export ONESTAGE_LAUNCH_TIME=${ONESTAGE_LAUNCH_TIME:-$(date +%s)}
     if [ "${etp_running_flag:-}" != true ]; then
-        source "$(dirname "${BASH_SOURCE[0]}")/env_npu.sh"
+        source "$folder/env_npu.sh"
     fi
     choose_python "$model/.."
     local command=("$PYTHON")
@@ -85,12 +87,13 @@ launch() {
         if [ -z "$port" ] && [ "$nodes" != 1 ]; then
             port=23333
         elif [ -z "$port" ]; then
-            local free_port='import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
-            port=$("$PYTHON" -c "$free_port")
+            port=$("$PYTHON" "$folder/addresses.py")
         fi
-        command+=("$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/launch.py"
-            "--nproc_per_node=$ranks" "--nnodes=$nodes" "--node_rank=$node"
-            "--master_addr=$master" "--master_port=$port")
+        command+=("$folder/launch.py" "--nproc_per_node=$ranks" "--nnodes=$nodes"
+            "--node_rank=$node" "--master_addr=$master" "--master_port=$port")
+        if [ -n "$address" ]; then
+            command+=("--local_addr=$address")
+        fi
     fi
     command+=("$model/$script")
     if [ -n "$data" ]; then
@@ -130,15 +133,4 @@ _require_whole_number() {
 _refuse() {
     echo "error: $*" >&2
     exit 2
-}
-
-# HCCL takes this node's address, gloo the name of its interface: else it takes what the host name
-# resolves to, often 127.0.1.1, which no other node reaches.
-_address() {
-    export HCCL_IF_IP=$1
-    local name
-    name=$(ip -o addr 2>/dev/null | awk -v own="$1" '{ split($4, at, "/") } at[1] == own { print $2 }' || true)
-    if [ -n "$name" ]; then
-        export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$name}
-    fi
 }

@@ -29,6 +29,17 @@ MEMORY_LIMITS = (
 )
 
 
+def usable_cores() -> frozenset[int]:
+    """Return the cores that this process may use; a container or a binding may allow fewer."""
+    if hasattr(os, "sched_getaffinity"):
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count()))
+
+
+# Read before a device is used: torch_npu may bind the main thread to one (CPU_AFFINITY_CONF=2).
+CORES_AT_START = usable_cores()
+
+
 def workers_per_rank(requested: int, ranks: Ranks) -> int:
     """Return the number of loader processes of a rank; all ranks must call this.
 
@@ -36,7 +47,7 @@ def workers_per_rank(requested: int, ranks: Ranks) -> int:
     the same cores share them equally, less one for each rank's main process; a rank that was bound
     to cores of its own has them all.
     """
-    own = (platform.node(), usable_cores())
+    own = (platform.node(), CORES_AT_START)
     num_sharing = 0
     for host, cores in ranks.all_gather_objects(own):
         if host == own[0] and not cores.isdisjoint(own[1]):
@@ -45,13 +56,6 @@ def workers_per_rank(requested: int, ranks: Ranks) -> int:
         return requested
     share = len(own[1]) // num_sharing
     return max(0, min(MAX_WORKERS, share - 1))
-
-
-def usable_cores() -> frozenset[int]:
-    """Return the cores that this process may use; a container or a binding may allow fewer."""
-    if hasattr(os, "sched_getaffinity"):
-        return frozenset(os.sched_getaffinity(0))
-    return frozenset(range(os.cpu_count()))
 
 
 def require_memory_for_batch(

@@ -1,7 +1,8 @@
 # Sourced: `find_python REQUIREMENTS...` sets PYTHON to an interpreter that has them.
 #
 # A PYTHON given by the user (an Ascend image with its own torch and torch_npu) is taken as it is,
-# nothing is installed. Else .venv at the top of the repository is made once, with uv inside it.
+# nothing is installed. Else .venv at the top of the repository is made once, with uv inside it. On an
+# Ascend host the user makes it, as README.md says: the torch of requirements.txt is a CUDA build.
 
 find_python() {
     local root want stamp
@@ -14,6 +15,13 @@ find_python() {
         return 0
     fi
     PYTHON=$root/.venv/bin/python
+    if _has_npu; then
+        _has_torch_npu "$root/.venv" && return 0
+        echo "error: this host has an Ascend NPU, and $root/.venv has no torch_npu; make it with" \
+            "the five commands in README.md, Install, or name an interpreter that has torch," \
+            "torch_npu and the packages of requirements.txt: PYTHON=python3" >&2
+        return 1
+    fi
     want=$(cd "$root" && cat "$@" | cksum)
     stamp=$root/.venv/.installed-$(echo "$@" | tr -c 'a-z\n' '-')
     if [ -x "$PYTHON" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$want" ]; then
@@ -45,6 +53,11 @@ find_python() {
     }
     echo "$want" > "$stamp"
 }
+
+# The driver's device files; a container may have those of some cards only.
+_has_npu() { compgen -G '/dev/davinci[0-9]*' >/dev/null; }
+
+_has_torch_npu() { compgen -G "$1/lib/python3*/site-packages/torch_npu" >/dev/null; }
 
 _python310() {
     local name

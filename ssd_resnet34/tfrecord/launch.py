@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -31,6 +30,7 @@ from common import flags
 from common.errors import UserError
 from common.files import write_atomically
 from common.npu import entry
+from common.npu.addresses import free_port, is_local
 from ssd_resnet34.tfrecord.config import RECIPES
 from ssd_resnet34.tfrecord.options import parse
 from ssd_resnet34.tfrecord.rank_table import RankTable, read_rank_table
@@ -120,21 +120,6 @@ def find_this_host(table: RankTable, environment: Mapping[str, str]) -> str:
     if len(local_servers) != 1:
         raise UserError(f"which of {names} is this host? SERVER_ID=... says it")
     return local_servers[0]
-
-
-def is_local(server: str) -> bool:
-    try:
-        with socket.socket() as probe:
-            probe.bind((server, 0))
-    except OSError:
-        return False
-    return True
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 def receive_signals() -> list[int]:

@@ -98,6 +98,35 @@ def test_a_cuda_build_never_imports_torch_npu(torch_npu, monkeypatch, tmp_path):
     assert not (tmp_path / "imported").exists()
 
 
+WITH_CARD = """
+import torch
+from types import SimpleNamespace
+modes = []
+torch.npu = SimpleNamespace(
+    is_available=lambda: True,
+    device_count=lambda: 1,
+    set_device=lambda index: None,
+    get_device_name=lambda index: "Ascend",
+    is_bf16_supported=lambda: BF16,
+    set_compile_mode=lambda jit_compile: modes.append(jit_compile),
+    config=SimpleNamespace(allow_internal_format=True),
+)
+"""
+
+
+@pytest.mark.parametrize(("bf16", "modes"), [("True", [False]), ("False", [])])
+def test_a_910a_keeps_its_compile_mode(torch_npu, monkeypatch, bf16, modes):
+    monkeypatch.setattr(torch, "npu", None, raising=False)
+    monkeypatch.setattr(torch, "device", lambda kind, index: SimpleNamespace(type=kind))
+    num_threads = torch.get_num_threads()
+    torch_npu(WITH_CARD.replace("BF16", bf16))
+    try:
+        setup_device("npu")
+    finally:
+        torch.set_num_threads(num_threads)
+    assert sys.modules["torch_npu"].modes == modes
+
+
 @pytest.mark.usefixtures("_no_torch_npu")
 def test_what_is_not_there():
     assert refusal("npu") == "--device npu: torch_npu is not installed"

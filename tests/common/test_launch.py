@@ -1,6 +1,7 @@
 """The start of a program on several devices, up to the first process and from the last one on."""
 
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -149,6 +150,60 @@ def test_a_port_in_use_is_one_line(monkeypatch):
     line = r"--master_addr=127.0.0.1 --master_port=23456 \(port 23456 in use\); take a free port"
     with pytest.raises(UserError, match=line):
         launch.main([*RANKS, TRAIN])
+
+
+NODES = ["--nproc_per_node=8", "--nnodes=2", "--node_rank=1", "--master_port=23456"]
+MASTER = "--master_addr=10.77.0.1"
+
+
+@pytest.fixture
+def own_address(monkeypatch):
+    """This host's addresses are 10.77.0.2 and, a second one of the same interface, 10.77.0.3."""
+    monkeypatch.setattr(launch, "local_addresses", lambda: {"127.0.0.1": "lo", "10.77.0.2": "eth7"})
+    local = ("127.0.0.1", "10.77.0.2", "10.77.0.3")
+    monkeypatch.setattr(launch, "is_local", lambda address: address in local)
+    for name in ("HCCL_IF_IP", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")  # so that what the test sets is taken back
+        monkeypatch.delenv(name)
+
+
+def test_a_node_tells_hccl_and_gloo_its_address(started, own_address):
+    launch.main([*NODES, MASTER, "--local_addr=10.77.0.2", TRAIN])
+    assert len(started) == 1
+    assert os.environ["HCCL_IF_IP"] == "10.77.0.2"
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
+
+
+def test_the_users_interface_stays(started, own_address, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "bond0")
+    launch.main([*NODES, MASTER, "--local_addr=10.77.0.3", TRAIN])
+    assert os.environ["HCCL_IF_IP"] == "10.77.0.3"
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "bond0"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([MASTER], "--nnodes=2: the other nodes must reach this one; give its address with"),
+        ([MASTER, "--local_addr=10.77.0.9"], "--local_addr=10.77.0.9: no interface of this host"),
+        ([MASTER, "--local_addr=node1"], "--local_addr=node1: not an IP address; give one of"),
+        ([MASTER, "--local_addr=10.77.0.3"], "--local_addr=10.77.0.3: not the first address of"),
+        (["--local_addr=10.77.0.2"], "--nnodes=2: 127.0.0.1 is every node itself; give the"),
+        ([MASTER, "--nnodes=two"], "--nnodes=two: not a number"),
+        ([MASTER, "--master_port=60007"], "--master_port=60007: HCCL takes 60000 to 60015"),
+    ],
+)
+def test_nodes_that_could_not_meet_are_refused(started, own_address, words, line):
+    with pytest.raises(UserError) as refused:
+        launch.main([*NODES, *words, TRAIN])
+    assert str(refused.value).startswith(line)
+    assert started == []
+    assert "HCCL_IF_IP" not in os.environ
+
+
+def test_the_remedy_names_the_addresses_that_others_reach(started, own_address):
+    with pytest.raises(UserError, match=r"--local_addr=IP; it has 10\.77\.0\.2 \(eth7\)$"):
+        launch.main([*NODES, MASTER, TRAIN])
 
 
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL])

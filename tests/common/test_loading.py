@@ -20,7 +20,7 @@ def ranks_on(*cores):
 
 
 def test_workers_are_as_many_as_asked_for_or_a_share_of_the_cores(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(24), raising=False)
+    monkeypatch.setattr(loading, "CORES_AT_START", frozenset(range(24)))
     assert [loading.workers_per_rank(count, Ranks()) for count in (0, 5, 40)] == [0, 5, 40]
     shares = []
     for num_ranks in (1, 2, 8, 24, 30):
@@ -31,7 +31,7 @@ def test_workers_are_as_many_as_asked_for_or_a_share_of_the_cores(monkeypatch):
 
 def test_a_rank_that_is_bound_to_its_own_cores_has_them_all(monkeypatch):
     bound = [range(first, first + 10) for first in (0, 10, 20, 30)]
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: bound[1], raising=False)
+    monkeypatch.setattr(loading, "CORES_AT_START", frozenset(bound[1]))
     assert loading.workers_per_rank(-1, ranks_on(*bound)) == 9
     in_pairs = [bound[0], bound[1], bound[1], bound[0]]
     assert loading.workers_per_rank(-1, ranks_on(*in_pairs)) == 4

@@ -1,6 +1,7 @@
 """The launch scripts, end to end on real images: every file they promise, every flag."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -241,6 +242,17 @@ def test_the_environment_script_is_silent_and_keeps_what_is_set():
     assert "HCCL_CONNECT_TIMEOUT=77" in done.stdout
     assert "TASK_QUEUE_ENABLE=2" in done.stdout
     assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in done.stdout
+
+
+@pytest.mark.parametrize("chosen", ["", "taskset --cpu-list 0 "])
+def test_ranks_are_bound_where_cores_are_not_chosen_already(chosen):
+    if os.cpu_count() == 1 or len(os.sched_getaffinity(0)) < os.cpu_count():
+        pytest.skip("needs two cores that are free to choose")
+    script = f"source {scripts.MODEL}/test/env_npu.sh; echo ${{CPU_AFFINITY_CONF-unset}}"
+    command = [*chosen.split(), "bash", "-c", script]
+    environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout == ("unset\n" if chosen else "2\n")
 
 
 def test_the_environment_script_bears_with_canns_own(tmp_path):
