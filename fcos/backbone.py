@@ -10,7 +10,11 @@ from torch import Tensor, nn
 from common.errors import UserError
 
 # Bottlenecks in each of the four stages. There are no published weights of resnet14.
-STAGES = {"resnet50": (3, 4, 6, 3), "resnet14": (1, 1, 1, 1)}
+STAGES = {
+    "resnet50": (3, 4, 6, 3),
+    "resnet101": (3, 4, 23, 3),
+    "resnet14": (1, 1, 1, 1),
+}
 
 
 def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> Tensor:

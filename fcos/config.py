@@ -1,4 +1,4 @@
-"""The recipe: every number of FCOS R50-caffe-FPN, and the presets by name.
+"""The recipe: every number of FCOS with a caffe ResNet and FPN, and the presets by name.
 
 The numbers come from the FCOS configs of MMDetection 2.11, which the Ascend port shares, unless a
 comment names another source. A flag of the same name (with dashes or underscores) overrides a field
@@ -14,7 +14,7 @@ from common.errors import UserError
 
 IMAGES_OF_LR = 16  # the global batch size for which `lr` is given: eight devices of two images
 
-# BGR means in 0..255 of the two published caffe ResNet-50 files; each file needs its own.
+# BGR means in 0..255 of the two kinds of published caffe ResNets; each file needs its own.
 DETECTRON_MEAN = (102.9801, 115.9465, 122.7717)
 DETECTRON2_MEAN = (103.53, 116.28, 123.675)
 
@@ -46,7 +46,7 @@ class Recipe:
     name: str = option("FCOS", "network name in logs and file names")
 
     # Network
-    backbone: str = option("resnet50", "resnet50, or resnet14 for quick tries")
+    backbone: str = option("resnet50", "resnet50, resnet101, or resnet14 for quick tries")
     channels: int = option(256, "channels of FPN and head; with group norm a multiple of 32")
     tower_convs: int = option(4, "convolutions in each of the head's two towers")
     head_norm: str = option("gn", "norm in the head's towers: gn (32 groups) or none")
@@ -183,6 +183,7 @@ class Recipe:
 
 GN = Recipe()
 GN_2X = replace(GN, epochs=24, lr_decay_epochs=(16, 22))
+GN_MSTRAIN_2X = replace(GN_2X, img_scale=("640,1333", "800,1333"))
 CENTER = replace(GN, center_radius=1.5)
 
 RECIPES: dict[str, Recipe] = {
@@ -190,7 +191,11 @@ RECIPES: dict[str, Recipe] = {
     # The recipe of the port: the head has convolutions with bias and no norm.
     "nogn": replace(GN, head_norm="none"),
     "gn_2x": GN_2X,
-    "gn_mstrain_2x": replace(GN_2X, img_scale=("640,1333", "800,1333")),
+    "gn_mstrain_2x": GN_MSTRAIN_2X,
+    # The same with a deeper backbone, which is all that MMDetection's configs change.
+    "r101_gn": replace(GN, backbone="resnet101"),
+    "r101_gn_2x": replace(GN_2X, backbone="resnet101"),
+    "r101_gn_mstrain_2x": replace(GN_MSTRAIN_2X, backbone="resnet101"),
     "center": CENTER,
     "tricks": replace(
         CENTER,

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Detect and draw: FCOS R50-caffe-FPN on images, or on folders of images such as a video's frames.
+"""Detect and draw: FCOS on images, or on folders of images such as a video's frames.
 
     python3 demo.py FILE.pth IMAGE FOLDER ...    a checkpoint, ours or MMDetection's, and images
     python3 demo.py                              newest checkpoint, built-in sample

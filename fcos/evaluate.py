@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Evaluate FCOS R50-caffe-FPN on a COCO-format val set.
+"""Evaluate FCOS on a COCO-format val set.
 
     python3 evaluate.py --data DIR --checkpoint FILE                  one device
     python3 ../common/npu/launch.py --nproc_per_node=8 evaluate.py ...

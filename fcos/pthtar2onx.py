@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Export FCOS R50-caffe-FPN to ONNX, checked with onnxruntime against torch on real images.
+"""Export FCOS to ONNX, checked with onnxruntime against torch on real images.
 
     python3 pthtar2onx.py FILE.pth                 logits, distances, centerness (N, P, C | 4 | 1)
     python3 pthtar2onx.py FILE.pth --decoded       boxes (N, P, 4), scores (N, P, C)

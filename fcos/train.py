@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train FCOS R50-caffe-FPN on COCO or on any COCO-format data set.
+"""Train FCOS on COCO or on any COCO-format data set.
 
     python3 train.py --data DIR --pretrained resnet50_caffe-788b5fa3.pth         one device
     python3 ../common/npu/launch.py --nproc_per_node=8 train.py --data DIR ...

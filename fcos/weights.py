@@ -1,4 +1,4 @@
-"""Weights: our checkpoints, MMDetection's, and caffe ResNet-50 backbones.
+"""Weights: our checkpoints, MMDetection's, and caffe ResNet backbones.
 
     python3 -m fcos.weights export best.pt fcos.pth [--layout mmdet3]
 
@@ -40,6 +40,7 @@ from common.npu.weights import (
     weights_on_cpu,
     with_classes_of,
 )
+from fcos.backbone import STAGES
 from fcos.config import DETECTRON2_MEAN, DETECTRON_MEAN, RECIPES, Recipe
 from fcos.model import build_model
 
@@ -48,14 +49,16 @@ EARLY_NAMES = {
     "fcos_reg": "conv_reg",
     "fcos_centerness": "conv_centerness",
 }
+# The first convolution of each block of a detector's backbone; the group is the stage.
+FIRST_OF_BLOCK = re.compile(r"backbone\.layer([1-4])\.\d+\.conv1\.weight")
 BACKBONE_MODULES = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc")
 LAYOUT = Layout(
     class_head=re.compile(r"bbox_head\.conv_cls\.(weight|bias)"),
     backbone="backbone.",
     # Biases of convolutions, which some backbone files have.
     unused=re.compile(r"backbone\.(.*\.)?(conv\d|downsample\.0)\.bias"),
-    remedy="give a detector of fcos, one of MMDetection's with a caffe ResNet-50, or "
-    "resnet50_caffe-788b5fa3.pth",
+    remedy="give a detector of fcos, one of MMDetection's with a caffe ResNet-50 or ResNet-101, or "
+    "the caffe file of --backbone, such as resnet50_caffe-788b5fa3.pth",
 )
 # MMDetection's 2.x and 3.x, which have the same keys.
 LAYOUTS = ("mmdet2", "mmdet3")
@@ -71,7 +74,7 @@ NETWORK = (
     "centerness_on_reg",
     "mean",
 )
-# Those of them in which the published presets differ.
+# Those of them that belong to the head of a published detector.
 PUBLISHED = ("head_norm", "conv_bias", "norm_on_bbox", "centerness_on_reg", "mean")
 # Those that decide what an evaluation measures, beside the network.
 EVALUATION = ("img_scale", "eval_shapes", "nms_iou")
@@ -122,8 +125,8 @@ def require_caffe_style(state: Mapping, tensors: Mapping[str, Tensor]) -> None:
             has_statistics = True
     if has_statistics or "backbone.fc.weight" in tensors:
         raise UserError(
-            f"{name_of(state)}: not a caffe ResNet-50 (its batch norm has statistics, as "
-            "torchvision's: other strides and colours)",
+            f"{name_of(state)}: not a caffe ResNet-50 or ResNet-101 (its batch norm has "
+            "statistics, as torchvision's: other strides and colours)",
             LAYOUT.remedy,
         )
 
@@ -176,7 +179,8 @@ def recipe_of_checkpoint(
     """Return the recipe with the network of a checkpoint.
 
     Ours say which it is. Of a published detector the head shows which preset it belongs to; that is
-    taken unless the head of `recipe` has the same tensors. A backbone changes nothing.
+    taken unless the head of `recipe` has the same tensors. The number of its blocks shows the
+    backbone. A file of a backbone alone changes nothing.
 
     The preset's `nms_iou`, which is not part of the network, is taken as well, unless the user has
     chosen one: it is among the `user_fields`, or `recipe` has a value that no preset has. Raise
@@ -185,14 +189,18 @@ def recipe_of_checkpoint(
     require_model(state, network_keys(state), Recipe.model, name_of(state))
     if recipe_entry(state):
         return replace(recipe, **recipe_fields(state, recipe, NETWORK))
+    changes = {}
     name = preset_taken(recipe, state)
-    if name is None:
-        return recipe
-    preset = RECIPES[name]
-    changes = {field: getattr(preset, field) for field in PUBLISHED}
-    preset_values = [published.nms_iou for published in RECIPES.values()]
-    if recipe.nms_iou in preset_values and "nms_iou" not in user_fields:
-        changes["nms_iou"] = preset.nms_iou
+    if name is not None:
+        preset = RECIPES[name]
+        for field in PUBLISHED:
+            changes[field] = getattr(preset, field)
+        preset_values = [published.nms_iou for published in RECIPES.values()]
+        if recipe.nms_iou in preset_values and "nms_iou" not in user_fields:
+            changes["nms_iou"] = preset.nms_iou
+    backbone = backbone_taken(recipe, state)
+    if backbone is not None:
+        changes["backbone"] = backbone
     return replace(recipe, **changes)
 
 
@@ -215,12 +223,32 @@ def preset_taken(recipe: Recipe, state: Mapping) -> str | None:
     return name
 
 
-def note_on_preset(recipe: Recipe, state: Mapping) -> str | None:
-    """Return a line that says which preset is taken instead of `recipe`, None where none is."""
-    name = preset_taken(recipe, state)
-    if name is None:
+def backbone_taken(recipe: Recipe, state: Mapping) -> str | None:
+    """Return the backbone of a published detector, where `recipe` has another one."""
+    if recipe_entry(state) or not is_detector(state):
         return None
-    return f"{name_of(state)}: has the head of --recipe={name}, which is taken"
+    backbone = backbone_of(state)
+    if backbone == recipe.backbone:
+        return None
+    return backbone
+
+
+def note_on_preset(recipe: Recipe, state: Mapping) -> str | None:
+    """Return a line that says what of the network is not that of `recipe`, None where nothing is.
+
+    Only for published detectors; ours say their network.
+    """
+    parts = []
+    name = preset_taken(recipe, state)
+    if name is not None:
+        parts.append(f"the head of --recipe={name}")
+    backbone = backbone_taken(recipe, state)
+    if backbone is not None:
+        parts.append(f"the backbone {backbone}")
+    if not parts:
+        return None
+    verb = "is" if len(parts) == 1 else "are"
+    return f"{name_of(state)}: has {' and '.join(parts)}, which {verb} taken"
 
 
 def has_same_head(recipe: Recipe, other: Recipe) -> bool:
@@ -240,6 +268,19 @@ def preset_of(state: Mapping) -> str | None:
     has_norm = "bbox_head.cls_convs.0.gn.weight" in keys
     has_bias = "bbox_head.cls_convs.0.conv.bias" in keys
     return PRESETS.get((has_norm, has_bias))
+
+
+def backbone_of(state: Mapping) -> str | None:
+    """Return the name of the backbone whose number of blocks a detector has, if any."""
+    depths = [0, 0, 0, 0]
+    for key in network_keys(state):
+        match = FIRST_OF_BLOCK.fullmatch(key)
+        if match is not None:
+            depths[int(match[1]) - 1] += 1
+    for name, stages in STAGES.items():
+        if stages == tuple(depths):
+            return name
+    return None
 
 
 def with_mean_of(recipe: Recipe, state: Mapping) -> Recipe:

@@ -51,6 +51,7 @@ RESNETS = {
     (True, (3, 4, 23, 3)): "ResNet-101",
     (True, (3, 8, 36, 3)): "ResNet-152",
 }
+DEFORMABLE = re.compile(r"\.conv_offset\.")  # as mmcv names what they learn
 BLOCK = re.compile(
     r"(?:backbone\.|base\.|backbone\.body\.)?layer([1-4])\.(\d+)\.conv([13])\.weight"
 )
@@ -59,13 +60,16 @@ BLOCK = re.compile(
 def describe(names: Iterable[str]) -> str:
     """Return what a file is, by the names of its tensors; empty where that cannot be seen."""
     names = list(names)
-    resnet = _resnet(names)
     kind = _kind(names)
-    if kind is None:
-        return f"a {resnet}" if resnet else ""
+    parts = []
+    if kind is not None:
+        parts.append(kind.description)
+    resnet = _resnet(names)
     if resnet:
-        return f"{kind.description} with a {resnet}"
-    return kind.description
+        parts.append(f"a {resnet}")
+    if any(DEFORMABLE.search(name) for name in names):
+        parts.append("deformable convolutions")
+    return " with ".join(parts)
 
 
 def _kind(names: list[str]) -> Kind | None:

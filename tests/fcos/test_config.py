@@ -15,6 +15,8 @@ def test_recipes_differ_as_the_published_ones_do():
     assert differences("nogn", "gn") == {"head_norm": "none"}
     assert differences("gn_2x", "gn") == {"epochs": 24, "lr_decay_epochs": (16, 22)}
     assert differences("gn_mstrain_2x", "gn_2x") == {"img_scale": ("640,1333", "800,1333")}
+    for name in ("gn", "gn_2x", "gn_mstrain_2x"):
+        assert differences(f"r101_{name}", name) == {"backbone": "resnet101"}
     assert differences("center", "gn") == {"center_radius": 1.5}
     assert differences("tricks", "center") == {
         "conv_bias": True,

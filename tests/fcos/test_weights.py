@@ -8,10 +8,12 @@ from common.errors import UserError
 from fcos.config import RECIPES
 from fcos.model import build_model
 from fcos.weights import (
+    backbone_of,
     class_names_of,
     load_weights,
     main,
     mean_of,
+    note_on_preset,
     num_classes_of,
     published_state_dict,
     recipe_of_checkpoint,
@@ -229,6 +231,84 @@ def test_the_users_nms_iou_stays(filled_state):
     assert recipe_of_checkpoint(RECIPES["gn"], state, user_fields=["nms_iou"]).nms_iou == 0.5
     gn = runner_file(filled_state("gn"))
     assert recipe_of_checkpoint(RECIPES["tricks"], gn).nms_iou == 0.5
+
+
+def with_resnet101(tensors):
+    """The state dict of the same detector with a ResNet-101.
+
+    Its third stage has 23 blocks instead of 6, which are like the sixth one.
+    """
+    deeper = {}
+    for key, value in tensors.items():
+        deeper[key] = value
+        if "layer3.5." in key:
+            for block in range(6, 23):
+                deeper[key.replace("layer3.5.", f"layer3.{block}.")] = value
+    return deeper
+
+
+@pytest.mark.parametrize("name", ["gn", "nogn", "tricks"])
+def test_a_detector_with_a_resnet101(filled_state, name):
+    """Names and shapes as MMDetection has them load whole; the file decides depth and head."""
+    tensors = with_resnet101(filled_state(name))
+    state = {**runner_file(tensors), "path": "r101.pth"}
+    requested = RECIPES["r101_gn" if name == "nogn" else "gn"]
+    recipe = recipe_of_checkpoint(requested, state)
+    assert recipe.backbone == "resnet101"
+    assert recipe.head_norm == RECIPES[name].head_norm
+    assert recipe.nms_iou == RECIPES[name].nms_iou
+    network = build_model(recipe, 80)
+    report = load_weights(network, state)
+    assert report.require_complete("r101.pth") is report
+    assert published_state_dict(network).keys() == tensors.keys()
+    assert_holds(network, tensors, tensors)
+
+
+def test_what_is_taken_from_a_published_file_is_said(filled_state):
+    r50 = {**runner_file(filled_state("nogn")), "path": "r50.pth"}
+    r101 = {**runner_file(with_resnet101(filled_state("nogn"))), "path": "r101.pth"}
+    assert note_on_preset(RECIPES["nogn"], r50) is None
+    assert note_on_preset(RECIPES["gn"], r50) == (
+        "r50.pth: has the head of --recipe=nogn, which is taken"
+    )
+    assert note_on_preset(RECIPES["nogn"], r101) == (
+        "r101.pth: has the backbone resnet101, which is taken"
+    )
+    assert note_on_preset(RECIPES["gn"], r101) == (
+        "r101.pth: has the head of --recipe=nogn and the backbone resnet101, which are taken"
+    )
+    assert recipe_of_checkpoint(RECIPES["r101_gn"], r50).backbone == "resnet50"
+
+
+@pytest.mark.parametrize(("kind", "extra"), [("detectron", 104), ("detectron2", 1)])
+def test_a_caffe_resnet101(filled_state, kind, extra):
+    """It is loaded by a recipe with that backbone and changes no recipe."""
+    state = {**with_resnet101(backbone_file(filled_state, kind)), "path": "resnet101.pth"}
+    for recipe in (RECIPES["gn"], RECIPES["r101_gn"]):
+        assert recipe_of_checkpoint(recipe, state) == recipe
+    assert mean_of(state) == RECIPES["gn" if kind == "detectron" else "tricks"].mean
+    with pytest.raises(UserError, match=r"^resnet101\.pth: it is a ResNet-101; its weights"):
+        load_weights(build_model(RECIPES["gn"], 80), state)
+    network = build_model(RECIPES["r101_gn"], 80)
+    report = load_weights(network, state)
+    assert report.unknown == report.reinitialised == ()
+    in_network = {key for key in network.state_dict() if key.startswith("backbone.")}
+    in_network -= {key for key in in_network if key.endswith("num_batches_tracked")}
+    assert set(report.loaded) == in_network
+    assert len(state) - 1 - len(in_network) == extra
+
+
+def test_a_deformable_backbone_is_named(model, filled_state):
+    state = {**filled_state("gn"), "path": "dcn.pth"}
+    state["backbone.layer2.0.conv2.conv_offset.weight"] = torch.zeros(27, 128, 3, 3)
+    with pytest.raises(UserError, match=r"^dcn\.pth: it is .* with deformable convolutions; its"):
+        load_weights(model, state)
+
+
+def test_an_unknown_backbone_is_none(filled_state):
+    state = filled_state("gn")
+    assert backbone_of(state) == "resnet50"
+    assert backbone_of({**state, "backbone.layer3.6.conv1.weight": torch.zeros(1)}) is None
 
 
 def test_a_checkpoint_without_a_head_changes_nothing():
