@@ -660,7 +660,7 @@ def test_a_detector_of_a_torchvision_style_resnet_is_not_fcos(detectors):
     for key, value in weights.items():
         if key.startswith("backbone.") and key.endswith("running_mean"):
             weights[key] = value + 0.1
-    with pytest.raises(UserError, match=r"^f\.pth: not a caffe ResNet-50 \(its batch norm has"):
+    with pytest.raises(UserError, match=r"^f\.pth: not a caffe ResNet-50 or ResNet-101 \(its"):
         load("fcos", {"state_dict": weights, "path": "f.pth"})
     # Ours may have trained it.
     load("fcos", {"model": weights, "recipe": asdict(small_recipe("fcos"))})
