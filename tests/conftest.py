@@ -1,8 +1,11 @@
 """What all tests share: one thread, the handlers of signals, real data, the NPU's way on a CPU."""
 
+import os
 import signal
+import subprocess
 import sys
 import types
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -76,3 +79,31 @@ def foreign(monkeypatch):
     for one in (ConfigDict, Config, HistoryBuffer, HistoryBuffer.mean):
         one.__module__ = "mmlike"
     return module
+
+
+def _ip(*words):
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces joined by a cable: their names; 10.77.0.1 and 10.77.0.2."""
+    hosts = [f"onestage{os.getpid()}{end}" for end in "ab"]
+    try:
+        for host in hosts:
+            _ip("netns", "add", host)
+        cable = ["type", "veth", "peer", "name", "cable", "netns", hosts[1]]
+        _ip("-n", hosts[0], "link", "add", "cable", *cable)
+        for host, address in zip(hosts, ("10.77.0.1", "10.77.0.2"), strict=True):
+            _ip("-n", host, "address", "add", f"{address}/24", "dev", "cable")
+            for device in ("lo", "cable"):
+                _ip("-n", host, "link", "set", device, "up")
+        yield hosts
+    except FileNotFoundError:
+        pytest.skip("two hosts need `ip` of iproute2")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"network namespaces are not permitted: {error.stderr.strip()}")
+    finally:
+        for host in hosts:
+            with suppress(FileNotFoundError):
+                subprocess.run(["ip", "netns", "delete", host], capture_output=True)

@@ -155,6 +155,11 @@ def checkpoints_newest_first(folder: Path, last_step: int = sys.maxsize) -> list
     return [path for _, path in sorted(numbered, reverse=True)]
 
 
+def written_since(started: float, folder: Path) -> bool:
+    """Return whether a folder has an `iter_<n>.pt` written after `started`, in epoch seconds."""
+    return any(path.stat().st_mtime >= started for path in checkpoints_newest_first(folder))
+
+
 def load_newest(folder: Path, warn: Callable[[str], None] | None = None) -> dict | None:
     """Load the newest whole checkpoint of a folder; `warn` of each that is skipped.
 

@@ -1,6 +1,8 @@
 """Ranks: start-up from torchrun or torch.distributed.launch, a few collectives, buffers."""
 
 import os
+import time
+import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -9,11 +11,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from common.errors import UserError
+
 # CPU tensors and objects go over gloo on every device, tensors on the device over its own.
 BACKENDS = {"npu": "cpu:gloo,npu:hccl", "cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}
 # HCCL gives up before torch's watchdog ends the process, so that the reason is logged.
 HCCL_SHARE_OF_TIMEOUT = 0.9
 HCCL_LONGEST_TIMEOUT = 17340  # seconds, HCCL_EXEC_TIMEOUT's limit on an Ascend 910A
+NAME_OF_START = "start"  # a key of the ranks' store
+SECONDS_BETWEEN_ANSWERS = 0.1
 
 
 @dataclass(frozen=True)
@@ -76,8 +82,16 @@ class Ranks:
         self.any(False)
 
 
+def restarts() -> int:
+    """Return how often torchrun has started the processes anew, which --max_restarts allows."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 def start(device: torch.device, ranks: Ranks, timeout_seconds: float = 1800) -> None:
-    """Join the process group, if there is more than one rank."""
+    """Join the process group, if there is more than one rank.
+
+    Raise UserError where the ranks do not come together.
+    """
     if ranks.world_size == 1:
         return
     # Imported later, its default arguments keep the group for ever, and gloo's threads may then
@@ -86,12 +100,53 @@ def start(device: torch.device, ranks: Ranks, timeout_seconds: float = 1800) -> 
 
     hccl_seconds = min(HCCL_SHARE_OF_TIMEOUT * timeout_seconds, HCCL_LONGEST_TIMEOUT)
     os.environ.setdefault("HCCL_EXEC_TIMEOUT", f"{hccl_seconds:.0f}")
-    dist.init_process_group(
-        BACKENDS[device.type],
-        timeout=timedelta(seconds=timeout_seconds),
-        # torch 2.6 takes it for CUDA alone; an NPU was chosen by set_device.
-        device_id=device if device.type == "cuda" else None,
-    )
+    timeout = timedelta(seconds=timeout_seconds)
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        name_of_start = meet(store, ranks, timeout)
+        dist.init_process_group(
+            BACKENDS[device.type],
+            store=dist.PrefixStore(name_of_start, store),
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=timeout,
+            # torch 2.6 takes it for CUDA alone; an NPU was chosen by set_device.
+            device_id=device if device.type == "cuda" else None,
+        )
+    except RuntimeError as error:  # torch's own errors of stores and backends among them
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"the ranks do not meet ({reason})",
+            "see whether all of them run; each node must reach the --local_addr of the others",
+        ) from error
+
+
+def meet(store: dist.Store, ranks: Ranks, timeout: timedelta) -> str:
+    """Return a name for this start of the ranks, the same on all, once all of them are there.
+
+    torchrun's store outlives ranks that are started anew, and keeps the addresses of the former
+    ones. So rank 0 names each start, the others answer with a token of their own, and rank 0 says
+    whose tokens it has. A rank that has answered a former start asks again. Raise
+    torch.distributed.DistStoreError where the others do not come in time.
+    """
+    if ranks.main:
+        name = uuid.uuid4().hex
+        store.set(NAME_OF_START, name)
+        answers = [f"{name}/{rank}" for rank in range(1, ranks.world_size)]
+        store.wait(answers, timeout)
+        tokens = [store.get(answer).decode() for answer in answers]
+        store.set(f"{name}/all", " ".join(tokens))
+        return name
+    token = uuid.uuid4().hex
+    give_up = time.monotonic() + timeout.total_seconds()
+    store.wait([NAME_OF_START], timeout)
+    while time.monotonic() < give_up:
+        name = store.get(NAME_OF_START).decode()
+        store.set(f"{name}/{ranks.rank}", token)
+        if store.check([f"{name}/all"]) and token in store.get(f"{name}/all").decode().split():
+            return name
+        time.sleep(SECONDS_BETWEEN_ANSWERS)
+    raise dist.DistStoreError("rank 0 does not answer")
 
 
 def parallel(model: nn.Module, reduce_dtype: torch.dtype | None) -> nn.Module:

@@ -27,6 +27,7 @@ import ipaddress
 import logging
 import os
 import signal
+import time
 from argparse import Namespace
 from types import ModuleType
 
@@ -122,6 +123,11 @@ def require_reachable(args: Namespace) -> None:
             f"--nnodes={args.nnodes}: {master} is every node itself",
             "give the address of node 0 with --master_addr=IP, the same on every node",
         )
+    if args.rdzv_backend == "c10d" and "is_host" not in args.rdzv_conf:
+        # torch looks up this host's name for that, which need not lead to the address.
+        host = args.rdzv_endpoint.rpartition(":")[0]
+        is_host = f"is_host={int(is_local(host))}"
+        args.rdzv_conf = f"{args.rdzv_conf},{is_host}" if args.rdzv_conf else is_host
     os.environ["HCCL_IF_IP"] = args.local_addr
     os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
@@ -169,6 +175,8 @@ def prepare(args: Namespace) -> None:
 
     The flags are those of newer versions, which older ones do not read.
     """
+    # When this start was, for ranks that are started anew.
+    os.environ.setdefault("ONESTAGE_LAUNCH_TIME", str(time.time()))
     # torchrun says so in five lines.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if vars(args).get("shutdown_timeout") is None:

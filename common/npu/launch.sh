@@ -15,12 +15,15 @@ Flags of all launch scripts, as --name=value; any other flag goes through to the
   --batch_size=N         images a device
   --nproc_per_node=N     devices of this node, instead of the script's number
   --nnodes=N --node_rank=K --master_addr=IP --master_port=PORT --local_addr=IP   several nodes
+  --max_restarts=N       start all ranks anew, from the newest checkpoint, when one is lost
+  --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT --rdzv_id=NAME --rdzv_conf=K=V,...   how nodes meet,
+                         instead of --node_rank and --master_addr: a lost node may come back
 TEXT
 }
 
 launch() {
     local ranks=$1 script=$2 model folder data='' id='' nodes=1 node=0 port='' output=''
-    local master=127.0.0.1 address=''
+    local master=127.0.0.1 launcher=()
     shift 2
     model=$(cd "$(dirname "${BASH_SOURCE[1]}")/.." && pwd)
     folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -35,7 +38,10 @@ launch() {
             --node_rank=* | --node-rank=*) node=$value ;;
             --master_addr=* | --master-addr=*) master=$value ;;
             --master_port=* | --master-port=*) port=$value ;;
-            --local_addr=* | --local-addr=*) address=$value ;;
+            --local_addr=* | --local-addr=* | --max_restarts=* | --max-restarts=* | \
+                --rdzv_*=* | --rdzv-*=*)
+                launcher+=("$word")
+                ;;
             --output_dir=* | --output-dir=*) output=$value ;;
             --train_annotations=* | --train-annotations=* | --train_images=* | --train-images=* | \
                 --val_annotations=* | --val-annotations=* | --val_images=* | --val-images=*)
@@ -82,7 +88,7 @@ launch() {
     fi
     choose_python "$model/.."
     local command=("$PYTHON")
-    if [ "$((ranks * nodes))" != 1 ]; then
+    if [ "$((ranks * nodes))" != 1 ] || [ "${#launcher[@]}" != 0 ]; then
         # A free port, so that two runs on one host do not meet; several nodes must agree on one.
         if [ -z "$port" ] && [ "$nodes" != 1 ]; then
             port=23333
@@ -90,10 +96,7 @@ launch() {
             port=$("$PYTHON" "$folder/addresses.py")
         fi
         command+=("$folder/launch.py" "--nproc_per_node=$ranks" "--nnodes=$nodes"
-            "--node_rank=$node" "--master_addr=$master" "--master_port=$port")
-        if [ -n "$address" ]; then
-            command+=("--local_addr=$address")
-        fi
+            "--node_rank=$node" "--master_addr=$master" "--master_port=$port" "${launcher[@]}")
     fi
     command+=("$model/$script")
     if [ -n "$data" ]; then

@@ -192,10 +192,14 @@ class Run:
             log.info(f"optimizer: SGD over lists of tensors, not fused: {obstacle}")
         resumed = None
         if ranks.main:
+            resume = args.resume
+            if distributed.restarts() and checkpoint.written_since(args.started, args.output_dir):
+                resume = "auto"
+                log.warning(f"restarted by the launcher, for the {distributed.restarts()}. time")
             resumed = checkpoint.load_resume_state(
-                args.resume, args.output_dir, recipe.model, weights_flag, warn=log.warning
+                resume, args.output_dir, recipe.model, weights_flag, warn=log.warning
             )
-            if resumed is None and args.resume == "auto":
+            if resumed is None and resume == "auto":
                 log.info(
                     f"--resume auto: no whole checkpoint in {args.output_dir}: a new run begins"
                 )

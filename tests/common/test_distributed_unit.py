@@ -2,13 +2,18 @@ import copy
 import gc
 import multiprocessing
 import socket
+import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from common.errors import UserError
 from common.npu import distributed
+from common.npu.addresses import free_port
 from common.npu.distributed import Ranks
 
 CPU = torch.device("cpu")
@@ -53,6 +58,43 @@ def test_alone_nothing_needs_a_process_group():
     norm.running_mean.fill_(3)
     distributed.average_buffers(norm, alone)
     assert norm.running_mean.tolist() == [3, 3]
+
+
+def meet(store, rank, results):
+    ranks = Ranks(rank=rank, world_size=3)
+    results[rank] = distributed.meet(store, ranks, timedelta(seconds=20))
+
+
+def names_of_start(store):
+    """What three ranks that start at the same time call their start."""
+    results = {}
+    threads = [threading.Thread(target=meet, args=(store, rank, results)) for rank in range(3)]
+    # Rank 0 last: the others meet what is left of a former start.
+    for thread in reversed(threads):
+        thread.start()
+        time.sleep(0.2)
+    for thread in threads:
+        thread.join()
+    return [results[rank] for rank in range(3)]
+
+
+def test_ranks_that_start_anew_do_not_meet_those_of_the_former_start():
+    store = torch.distributed.HashStore()
+    first = names_of_start(store)
+    second = names_of_start(store)
+    assert len(set(first)) == 1
+    assert len(set(second)) == 1
+    assert first != second
+
+
+def test_ranks_that_wait_for_others_in_vain_say_so(environment, monkeypatch):
+    port = str(free_port())
+    alone = environment(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", port)
+    with pytest.raises(UserError, match=r"the ranks do not meet \(.+\); see whether all"):
+        distributed.start(CPU, alone, timeout_seconds=1)
+    assert not torch.distributed.is_initialized()
 
 
 def test_mean_of_buffers():

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import subprocess
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -130,34 +130,6 @@ def test_data_path_is_asked_for():
 
 
 NET = ("--nproc_per_node=1", "--nnodes=2", "--master_addr=10.77.0.1", "--master_port=23333")
-
-
-def ip(*words):
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
-
-
-@pytest.fixture
-def two_hosts():
-    """Two network namespaces joined by a cable: their names; 10.77.0.1 and 10.77.0.2."""
-    hosts = [f"onestage{os.getpid()}{end}" for end in "ab"]
-    try:
-        for host in hosts:
-            ip("netns", "add", host)
-        cable = ["type", "veth", "peer", "name", "cable", "netns", hosts[1]]
-        ip("-n", hosts[0], "link", "add", "cable", *cable)
-        for host, address in zip(hosts, ("10.77.0.1", "10.77.0.2"), strict=True):
-            ip("-n", host, "address", "add", f"{address}/24", "dev", "cable")
-            for device in ("lo", "cable"):
-                ip("-n", host, "link", "set", device, "up")
-        yield hosts
-    except FileNotFoundError:
-        pytest.skip("two hosts need `ip` of iproute2")
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"network namespaces are not permitted: {error.stderr.strip()}")
-    finally:
-        for host in hosts:
-            with suppress(FileNotFoundError):
-                subprocess.run(["ip", "netns", "delete", host], capture_output=True)
 
 
 def test_two_nodes_are_two_processes_of_one(two_hosts, data, tmp_path):
