@@ -8,6 +8,7 @@ padding follow on the device (augment.py).
 
 import functools
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from common.arithmetic import ceil_div, round_up
 from common.coco.images import ImageReader
 from common.coco.index import CocoIndex
 from common.errors import UserError
-from common.npu.device import compiles_each_shape, memory_format
+from common.npu.device import compiles_each_shape, many_shapes, memory_format
 from common.npu.distributed import Ranks
 from common.npu.loading import loader_options
 from fcos.config import Recipe
@@ -186,6 +187,16 @@ def evaluation_recipe(recipe: Recipe, device: torch.device) -> Recipe:
         return recipe
     shapes = "two" if compiles_each_shape(device) else "exact"
     return replace(recipe, eval_shapes=shapes)
+
+
+def kernel_choice(shapes: str) -> AbstractContextManager[None]:
+    """Return how the device chooses its kernels while it computes on canvases of `canvas_size`.
+
+    There are too many exact ones to try the kernels out on each of them.
+    """
+    if shapes == "exact":
+        return many_shapes()
+    return nullcontext()
 
 
 def input_size(recipe: Recipe) -> str:

@@ -21,7 +21,7 @@ from common.npu import checkpoint
 from common.npu.device import memory_format, setup_device
 from common.npu.weights import LoadReport, name_of
 from fcos.config import RECIPES, Recipe
-from fcos.data import evaluation_canvas, evaluation_recipe, normalise
+from fcos.data import evaluation_canvas, evaluation_recipe, kernel_choice, normalise
 from fcos.model import build_model
 from fcos.postprocess import Detections, detect
 from fcos.weights import (
@@ -107,6 +107,7 @@ class Detector:
         canvas, resized_size = evaluation_canvas(image, self.recipe)
         batch = canvas.unsqueeze(0).to(self.device)
         resized_sizes = torch.tensor([resized_size]).to(self.device)
-        outputs = self.model(normalise(batch, resized_sizes, self.recipe))
+        with kernel_choice(self.recipe.eval_shapes):
+            outputs = self.model(normalise(batch, resized_sizes, self.recipe))
         sizes = torch.tensor([image.shape[:2]])
         return detect(outputs, sizes, self.recipe)[0]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from common.coco.nms import class_nms
+from common.npu.overlap import HostCopy
 from fcos.anchors import MapSizes, decode, make_anchors, point_strides
 from fcos.config import Recipe
 from fcos.data import resized_size
@@ -21,6 +22,12 @@ class Detections(NamedTuple):
     labels: Tensor  # (n,) int64 0-based classes
 
 
+class Started(NamedTuple):
+    """What `start_detect` has issued for N images."""
+
+    best: HostCopy  # (N, K, 4 + 1 + classes): boxes, centerness and probabilities
+
+
 @torch.no_grad()
 def detect(outputs: Outputs, sizes: Tensor, recipe: Recipe) -> list[Detections]:
     """Return the detections of N images from raw outputs.
@@ -29,15 +36,9 @@ def detect(outputs: Outputs, sizes: Tensor, recipe: Recipe) -> list[Detections]:
     the image. Those with a class probability above `score_threshold` enter greedy NMS in fp32. The
     score, by which they are ranked, is that probability times the centerness.
     """
-    original_sizes = sizes.tolist()
-    resized_sizes = []
-    for height, width in original_sizes:
-        resized_sizes.append(resized_size(height, width, recipe.eval_scale))
-    factors = torch.tensor(resized_sizes) / torch.tensor(original_sizes)
-    return detect_resized(outputs, torch.tensor(resized_sizes), factors, recipe)
+    return finish_detect(start_detect(outputs, recipe), sizes, recipe)
 
 
-@torch.no_grad()
 def detect_resized(
     outputs: Outputs, resized_sizes: Tensor, factors: Tensor, recipe: Recipe
 ) -> list[Detections]:
@@ -46,6 +47,12 @@ def detect_resized(
     `resized_sizes` (N, 2) are their (height, width) there in pixels, and `factors` (N, 2) float32
     these sizes over the original ones.
     """
+    return finish_resized(start_detect(outputs, recipe), resized_sizes, factors, recipe)
+
+
+@torch.no_grad()
+def start_detect(outputs: Outputs, recipe: Recipe) -> Started:
+    """Issue the device's part of `detect`: steps of fixed shapes, for which nothing waits."""
     boxes, logits, centerness = decode_outputs(outputs, recipe)
     centerness = centerness.sigmoid()
     # The sigmoid rises with the logit: few points need that of every class.
@@ -56,8 +63,25 @@ def detect_resized(
         gather_points(centerness, best),
         gather_points(logits, best).sigmoid(),
     ]
-    # In one tensor, so that the host waits for the device once.
-    packed = torch.cat(of_best, dim=2).cpu().numpy()  # (N, K, 4 + 1 + classes)
+    # In one tensor, for one copy.
+    return Started(HostCopy(torch.cat(of_best, dim=2)))
+
+
+def finish_detect(started: Started, sizes: Tensor, recipe: Recipe) -> list[Detections]:
+    """Do the host's part of `detect`, once the copy from the device is there."""
+    original_sizes = sizes.tolist()
+    resized_sizes = []
+    for height, width in original_sizes:
+        resized_sizes.append(resized_size(height, width, recipe.eval_scale))
+    factors = torch.tensor(resized_sizes) / torch.tensor(original_sizes)
+    return finish_resized(started, torch.tensor(resized_sizes), factors, recipe)
+
+
+def finish_resized(
+    started: Started, resized_sizes: Tensor, factors: Tensor, recipe: Recipe
+) -> list[Detections]:
+    """Do the host's part of `detect_resized`, once the copy from the device is there."""
+    packed = started.best.wait().numpy()
     boxes = packed[:, :, :4]
     centerness = packed[:, :, 4:5]
     probabilities = packed[:, :, 5:]

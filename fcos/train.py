@@ -41,6 +41,7 @@ from fcos.data import (
     build_loader,
     canvas_size,
     iterations_per_epoch,
+    kernel_choice,
     small_images,
     training_records,
     untrained_boxes,
@@ -138,7 +139,7 @@ def main(argv: list[str] | None = None) -> int | None:
     if args.fake_input:
         loader = repeat_first_batch(loader)
 
-    with run.open_output(recipe, (train_files, val_files)):
+    with run.open_output(recipe, (train_files, val_files)), kernel_choice(recipe.shapes):
         base_lr = recipe.base_lr(world_size, recipe.batch_size)
         progress.begin(len(train_set), num_classes, f"base learning rate {base_lr:g}")
         if progress.evaluation_due():  # left undone by the run that this one goes on from

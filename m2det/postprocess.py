@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 
 from common.coco.nms import class_nms
+from common.npu.overlap import HostCopy
 from m2det.anchors import decode, make_anchors, to_xyxy
 from m2det.config import Recipe
 
 # Anchors of an image that are looked at first. Outputs of a trained network have some hundreds that
 # can pass the score threshold.
 FIRST_CANDIDATES = 4096
+# Columns of `likeliest_candidates`.
+NUM_PASSING = -2
+POSITION = -1
 
 
 class Detections(NamedTuple):
@@ -23,6 +27,13 @@ class Detections(NamedTuple):
     boxes: Tensor  # (n, 4) float32 xyxy, pixels of the original image, clipped to it
     scores: Tensor  # (n,) float32
     labels: Tensor  # (n,) int64 0-based classes
+
+
+class Started(NamedTuple):
+    """What `start_detect` has issued for N images."""
+
+    outputs: tuple[Tensor, Tensor]  # of the network
+    likeliest: HostCopy  # see `likeliest_candidates`
 
 
 @torch.no_grad()
@@ -46,7 +57,20 @@ def detect(outputs: tuple[Tensor, Tensor], sizes: Tensor, recipe: Recipe) -> lis
     `max_per_class` survivors are kept, and of those of an image the `max_detections` best, unless
     that is 0. Boxes are clipped to the image last.
     """
-    boxes, scores = candidates(outputs, recipe)
+    return finish_detect(start_detect(outputs, recipe), sizes, recipe)
+
+
+@torch.no_grad()
+def start_detect(outputs: tuple[Tensor, Tensor], recipe: Recipe) -> Started:
+    """Issue the device's part of `detect`: steps of fixed shapes, for which nothing waits."""
+    count = min(FIRST_CANDIDATES, outputs[0].shape[1])
+    return Started(outputs, HostCopy(likeliest_candidates(outputs, count, recipe)))
+
+
+@torch.no_grad()
+def finish_detect(started: Started, sizes: Tensor, recipe: Recipe) -> list[Detections]:
+    """Do the host's part of `detect`, once the copies from the device are there."""
+    boxes, scores = candidates(started, recipe)
     detections = []
     for image, (height, width) in enumerate(sizes.tolist()):
         corner = np.array([width, height, width, height], np.float32)
@@ -103,29 +127,30 @@ def anchors_on(device: torch.device, recipe: Recipe) -> Tensor:
     return make_anchors(recipe).to(device)
 
 
-@torch.no_grad()
-def candidates(outputs: tuple[Tensor, Tensor], recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
+def candidates(started: Started, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
     """Return boxes and scores on the host of all anchors that can have a detection, and some more.
 
     Boxes (N, K, 4) are normalised xyxy; scores (N, K, num_classes) are without the background. The
-    anchors keep their order. Steps of fixed shape choose the likeliest on the device; only where an
-    image may have more than those, a second pass takes them all.
+    anchors keep their order. Only where an image may have more than the likeliest anchors, a second
+    pass takes them all.
     """
-    num_anchors = outputs[0].shape[1]
-    count = min(FIRST_CANDIDATES, num_anchors)
-    boxes, scores, most = _likeliest(outputs, count, recipe)
-    if most > count:
-        boxes, scores, _ = _likeliest(outputs, num_anchors, recipe)
-    return boxes, scores
+    packed = started.likeliest.wait().numpy()
+    most_passing = packed[:, 0, NUM_PASSING].max()
+    if most_passing > packed.shape[1]:
+        num_anchors = started.outputs[0].shape[1]
+        packed = likeliest_candidates(started.outputs, num_anchors, recipe).cpu().numpy()
+    # In the order of the anchors, whichever order the device's topk has.
+    order = packed[:, :, POSITION].argsort(axis=1)
+    packed = np.take_along_axis(packed, order[:, :, np.newaxis], axis=1)
+    return packed[:, :, :4], packed[:, :, 4:NUM_PASSING]
 
 
-def _likeliest(
-    outputs: tuple[Tensor, Tensor], count: int, recipe: Recipe
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return boxes and scores of `count` anchors of each image, as `candidates` does.
+def likeliest_candidates(outputs: tuple[Tensor, Tensor], count: int, recipe: Recipe) -> Tensor:
+    """Return `count` anchors of each image, those that are likeliest to have a detection.
 
-    The third result is the largest number of anchors of an image that can pass. The host waits for
-    the device once.
+    They are chosen on the device, in steps of fixed shape. The rows (N, count, 4 + num_classes + 2)
+    are a box, as `candidates` has it, its scores, the number of anchors of the image that can pass,
+    and the position of this one.
     """
     deltas, logits = outputs
     # A probability is less than exp(its logit - the background's). So where it passes the
@@ -145,11 +170,7 @@ def _likeliest(
     num_passing = can_pass.sum(dim=1, dtype=torch.int32).float()  # (N,)
     num_passing = num_passing.view(-1, 1, 1).expand(-1, count, -1)
     position = chosen.unsqueeze(-1).float()
-    packed = torch.cat([boxes, scores[:, :, 1:], num_passing, position], dim=2).cpu().numpy()
-    # In the order of the anchors, whichever order the device's topk has.
-    order = packed[:, :, -1].argsort(axis=1)
-    packed = np.take_along_axis(packed, order[:, :, np.newaxis], axis=1)
-    return packed[:, :, :4], packed[:, :, 4:-2], int(packed[:, 0, -2].max())
+    return torch.cat([boxes, scores[:, :, 1:], num_passing, position], dim=2)
 
 
 def submission_boxes(boxes_xyxy: np.ndarray, recipe: Recipe) -> np.ndarray:

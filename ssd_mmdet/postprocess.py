@@ -10,6 +10,7 @@ from torch import Tensor
 from common.coco.nms import class_nms
 from common.npu.device import in_host_memory
 from common.npu.operators import largest
+from common.npu.overlap import HostCopy
 from ssd_mmdet.anchors import decode, make_anchors
 from ssd_mmdet.config import Recipe
 
@@ -30,6 +31,14 @@ class Candidates(NamedTuple):
     boxes: np.ndarray  # (n, 4) float32 xyxy, pixels of the network input
     scores: np.ndarray  # (n,) float32
     labels: np.ndarray  # (n,) int64
+
+
+class Started(NamedTuple):
+    """What `start_detect` has issued for N images."""
+
+    boxes: Tensor  # (N, P, 4) float32 xyxy, pixels of the network input
+    scores: Tensor  # (N, P, classes) float32
+    best: HostCopy | None  # `best_candidates` of an accelerator
 
 
 @torch.no_grad()
@@ -55,10 +64,25 @@ def detect(outputs: tuple[Tensor, Tensor], sizes: Tensor, recipe: Recipe) -> lis
     class, in fp32 and in pixels of the original image. The `max_detections` best survivors are
     returned.
     """
+    return finish_detect(start_detect(outputs, recipe), sizes, recipe)
+
+
+@torch.no_grad()
+def start_detect(outputs: tuple[Tensor, Tensor], recipe: Recipe) -> Started:
+    """Issue the device's part of `detect`: steps of fixed shapes, for which nothing waits."""
     anchors = anchors_on(outputs[0].device, recipe)
     boxes, scores = decode_outputs(outputs, anchors, recipe)
+    if in_host_memory(scores.device):
+        return Started(boxes, scores, best=None)
+    return Started(boxes, scores, best=HostCopy(best_candidates(boxes, scores, recipe)))
+
+
+@torch.no_grad()
+def finish_detect(started: Started, sizes: Tensor, recipe: Recipe) -> list[Detections]:
+    """Do the host's part of `detect`, once the copies from the device are there."""
+    boxes, scores, _ = started
     detections = []
-    for index, image_candidates in enumerate(candidates(boxes, scores, recipe)):
+    for index, image_candidates in enumerate(candidates(started, recipe)):
         size = sizes[index].tolist()
         image_detections = _suppress(image_candidates, size, recipe)
         # A candidate is dropped because of a better one only. So the best candidates are enough if
@@ -77,13 +101,16 @@ def anchors_on(device: torch.device, recipe: Recipe) -> Tensor:
     return make_anchors(recipe).to(device)
 
 
-def candidates(boxes: Tensor, scores: Tensor, recipe: Recipe) -> list[Candidates]:
+def candidates(started: Started, recipe: Recipe) -> list[Candidates]:
     """Return the candidates of each image; of an accelerator's, the best ones only."""
-    if not in_host_memory(scores.device):
-        return device_candidates(boxes, scores, recipe)
     image_candidates = []
-    for image_boxes, image_scores in zip(boxes, scores, strict=True):
-        image_candidates.append(host_candidates(image_boxes, image_scores, recipe))
+    if started.best is None:
+        for image_boxes, image_scores in zip(started.boxes, started.scores, strict=True):
+            image_candidates.append(host_candidates(image_boxes, image_scores, recipe))
+        return image_candidates
+    classes = started.scores.shape[2]
+    for rows in started.best.wait().numpy():
+        image_candidates.append(unpack_candidates(rows, classes))
     return image_candidates
 
 
@@ -97,10 +124,11 @@ def host_candidates(boxes: Tensor, scores: Tensor, recipe: Recipe) -> Candidates
     return Candidates(boxes[anchor], scores[anchor, label], label)
 
 
-def device_candidates(boxes: Tensor, scores: Tensor, recipe: Recipe) -> list[Candidates]:
+def best_candidates(boxes: Tensor, scores: Tensor, recipe: Recipe) -> Tensor:
     """Return the best candidates among boxes (N, P, 4) and scores (N, P, classes) of N images.
 
-    They are chosen on the device, in operations of fixed shapes, and come to the host in one copy.
+    They are chosen on the device, in operations of fixed shapes. The rows (N, count, 6) are a box,
+    its score, which is 0 for no candidate, and its position among the scores.
     """
     classes = scores.shape[2]
     passed_scores = torch.where(scores > recipe.score_threshold, scores, 0.0).flatten(1)
@@ -110,15 +138,16 @@ def device_candidates(boxes: Tensor, scores: Tensor, recipe: Recipe) -> list[Can
     best_boxes = boxes.gather(1, anchor.unsqueeze(-1).expand(-1, -1, 4))
     # A position is exact as float32 below 2**24.
     scores_and_positions = torch.stack([best_scores, position.float()], dim=-1)
-    packed = torch.cat([best_boxes, scores_and_positions], dim=2)  # (N, count, 6)
-    image_candidates = []
-    for rows in packed.cpu().numpy():
-        rows = rows[rows[:, 4] > 0]
-        # As on the host: in the order of the anchors, whichever order the device's topk has.
-        rows = rows[rows[:, 5].argsort()]
-        labels = rows[:, 5].astype(np.int64) % classes
-        image_candidates.append(Candidates(boxes=rows[:, :4], scores=rows[:, 4], labels=labels))
-    return image_candidates
+    return torch.cat([best_boxes, scores_and_positions], dim=2)
+
+
+def unpack_candidates(rows: np.ndarray, classes: int) -> Candidates:
+    """Return the candidates among the rows (count, 6) of one image."""
+    rows = rows[rows[:, 4] > 0]
+    # As on the host: in the order of the anchors, whichever order the device's topk has.
+    rows = rows[rows[:, 5].argsort()]
+    labels = rows[:, 5].astype(np.int64) % classes
+    return Candidates(boxes=rows[:, :4], scores=rows[:, 4], labels=labels)
 
 
 def _suppress(image_candidates: Candidates, size: list[int], recipe: Recipe) -> Detections:

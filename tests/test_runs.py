@@ -2,12 +2,13 @@
 
 import json
 import sys
+import threading
 
 import pytest
 
 from common.coco.evaluation import STATS
 from common.errors import UserError
-from common.npu import checkpoint
+from common.npu import checkpoint, overlap
 from tests import scripts
 from tests.test_own_data import MODELS, module, train
 
@@ -58,6 +59,39 @@ def test_a_run_and_an_evaluation_write_the_same_metrics(model, data, trained, tm
     output = capsys.readouterr().out
     assert "goal" not in output
     assert ("Current AP: " in output) == (model != "ssd_mmdet")
+
+
+def detections(folder):
+    return json.loads((folder / "results.bbox.json").read_text())
+
+
+def test_an_accelerators_thread_detects_the_same(model, data, trained, tmp_path, monkeypatch):
+    flags = ("--eval_batch_size=1", "--format_only", "--score_threshold=0.001")
+    evaluate(model, data, trained, tmp_path / "at_once", *flags)
+    expected = detections(tmp_path / "at_once")
+    assert len({detection["image_id"] for detection in expected}) == 2
+
+    threads = []
+    program = module(model, "evaluate")
+    finish_detect = program.finish_detect
+
+    def note_thread(*arguments):
+        threads.append(threading.get_ident())
+        return finish_detect(*arguments)
+
+    monkeypatch.setattr(overlap, "in_host_memory", lambda device: False)
+    monkeypatch.setattr(program, "finish_detect", note_thread)
+    evaluate(model, data, trained, tmp_path / "thread", *flags)
+    assert len(threads) == 2
+    assert threading.get_ident() not in threads
+    assert detections(tmp_path / "thread") == expected
+
+    def fail(*arguments):
+        raise UserError("the host cannot go on")
+
+    monkeypatch.setattr(program, "finish_detect", fail)
+    with pytest.raises(UserError, match=r"^the host cannot go on$"):
+        evaluate(model, data, trained, tmp_path / "error", *flags)
 
 
 def test_what_an_evaluation_needs_is_there_before_it_detects(

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.npu.device import record_event
+from common.npu.overlap import HostCopy
 
 
 class NotFinite(NamedTuple):
@@ -25,7 +25,6 @@ class LossWindow:
 
     def __init__(self, names: tuple[str, ...], device: torch.device):
         self.names = names
-        self.device = device
         self.steps = 0
         self._figures = torch.zeros(2, len(names), device=device)  # sums, steps with finite sums
         self._step_numbers: list[int] = []
@@ -42,8 +41,7 @@ class LossWindow:
 
     def fetch(self) -> "LossWindow":
         """Start the copy to the host of what was added so far."""
-        self._copy = self._figures.to("cpu", non_blocking=True)
-        self._copied = record_event(self.device)
+        self._copy = HostCopy(self._figures)
         return self
 
     def means(self) -> dict[str, float]:
@@ -73,9 +71,7 @@ class LossWindow:
         )
 
     def _fetched(self) -> list[list[float]]:
-        if self._copied is not None:
-            self._copied.synchronize()
-        return self._copy.tolist()
+        return self._copy.wait().tolist()
 
     def state_dict(self) -> dict:
         """Return what a resumed run needs to log the same means (waits for the device)."""

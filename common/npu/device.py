@@ -9,6 +9,8 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -115,7 +117,7 @@ def _setup_accelerator(kind: str, index: int) -> torch.device:
         # torch_npu may bind this thread to one core (CPU_AFFINITY_CONF=2), and those that it starts
         # for the host's operators, which would wait for each other there, with it.
         torch.set_num_threads(1)
-    torch.backends.cudnn.benchmark = True  # every shape of a training step is fixed
+    torch.backends.cudnn.benchmark = True  # shapes are few, see `many_shapes`
     return torch.device(kind, index)
 
 
@@ -229,6 +231,17 @@ def be_exact(device: torch.device) -> None:
         torch.npu.matmul.allow_hf32 = False
 
 
+@contextmanager
+def many_shapes() -> Iterator[None]:
+    """Let cuDNN choose kernels by rule: to time them all for each of many shapes takes too long."""
+    was_timed = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = was_timed
+
+
 def be_deterministic(device: torch.device) -> None:
     """Give the same bits in every run on the same machine, where the device's kernels can."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -243,6 +256,15 @@ def in_host_memory(device: torch.device) -> bool:
     Everywhere else work is issued asynchronously, and a value read back waits for all of it.
     """
     return device.type == "cpu"
+
+
+def use_in_this_thread(device: torch.device) -> None:
+    """Make the device the current one of the calling thread, as it is for the main thread.
+
+    Every thread has a current device of its own, which is the first card.
+    """
+    if device.type != "cpu":
+        getattr(torch, device.type).set_device(device)
 
 
 def synchronize(device: torch.device) -> None:

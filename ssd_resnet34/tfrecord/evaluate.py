@@ -20,7 +20,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import flags
@@ -37,19 +37,22 @@ from common.errors import UserError
 from common.files import require_writable
 from common.fps.runlog import RunLog
 from common.npu import checkpoint, entry
+from common.npu.device import in_host_memory
 from common.npu.distributed import Ranks
 from common.npu.loading import workers_per_rank
+from common.npu.overlap import HostWork
 from common.npu.precision import Precision
 from common.npu.run import start_process
 from common.npu.weights import notes_on_class_names
 from ssd_resnet34.data import normalise
+from ssd_resnet34.postprocess import Started
 from ssd_resnet34.tfrecord.config import RECIPES, Recipe
 from ssd_resnet34.tfrecord.data import build_loader
 from ssd_resnet34.tfrecord.detector import Detector
 from ssd_resnet34.tfrecord.index import RecordIndex, read_index, wrong_size
 from ssd_resnet34.tfrecord.options import parse, require_files, require_ranks
 from ssd_resnet34.tfrecord.port_lines import announce
-from ssd_resnet34.tfrecord.postprocess import detect
+from ssd_resnet34.tfrecord.postprocess import finish_detect, start_detect
 from ssd_resnet34.tfrecord.weights import recipe_of_checkpoint
 
 EVALUATION_FOLDER = "eval"  # in the folder of the run
@@ -190,20 +193,46 @@ def detect_all(
     ranks on the main one, None on the others.
     """
     precision = precision or Precision(device)
-    loader = build_loader(recipe, records, training=False, ranks=ranks, workers=workers)
+    loader = build_loader(
+        recipe,
+        records,
+        training=False,
+        ranks=ranks,
+        workers=workers,
+        pin_memory=not in_host_memory(device),
+    )
     was_training = model.training
     model.eval()
-    result_rows = []
     show_bar = ranks.main and sys.stderr.isatty()
-    for images, sizes, image_ids in tqdm(loader, "evaluating", leave=False, disable=not show_bar):
-        inputs = normalise(images.to(device, non_blocking=True), recipe)
-        with precision.autocast():
-            outputs = model(inputs)
-        detections = detect(outputs, sizes, recipe)
-        for image_id, of_image in zip(image_ids.tolist(), detections, strict=True):
-            result_rows.append(to_result_rows(image_id, *of_image, records.category_ids))
+    batches = tqdm(loader, "evaluating", leave=False, disable=not show_bar)
+    with HostWork(device) as host_work:
+        for images, sizes, image_ids in batches:
+            inputs = normalise(images.to(device, non_blocking=True), recipe)
+            with precision.autocast():
+                outputs = model(inputs)
+            started = start_detect(outputs, recipe)
+            # Beside the next batch: the device need not wait for the host's part of this one.
+            host_work.add(rows_of_batch, started, sizes, image_ids, recipe, records)
+        rows_of_batches = host_work.results()
     model.train(was_training)
+    result_rows = []
+    for rows in rows_of_batches:
+        result_rows += rows
     return gather_result_rows(result_rows, ranks)
+
+
+def rows_of_batch(
+    started: Started, sizes: Tensor, image_ids: Tensor, recipe: Recipe, records: RecordIndex
+) -> list[np.ndarray]:
+    """Return the result rows of each image of a batch whose detection was started.
+
+    `sizes` (N, 2) are their original (height, width) in pixels.
+    """
+    detections = finish_detect(started, sizes, recipe)
+    result_rows = []
+    for image_id, of_image in zip(image_ids.tolist(), detections, strict=True):
+        result_rows.append(to_result_rows(image_id, *of_image, records.category_ids))
+    return result_rows
 
 
 def evaluate_and_save(

@@ -3,13 +3,16 @@
 import functools
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from common.coco.nms import class_nms
-from common.npu.device import in_host_memory
-from ssd_resnet34.postprocess import Detections, device_candidates, host_candidates
+from ssd_resnet34.postprocess import (
+    Detections,
+    Started,
+    candidates,
+    start_candidates,
+    suppress,
+)
 from ssd_resnet34.tfrecord.anchors import decode, make_anchors
 from ssd_resnet34.tfrecord.config import Recipe
 
@@ -24,34 +27,24 @@ def detect(outputs: tuple[Tensor, Tensor], sizes: Tensor, recipe: Recipe) -> lis
     In each class the `max_per_class` best scores above `score_threshold` enter greedy NMS, in
     normalised coordinates and fp32. Of its survivors the `max_detections` best of an image count.
     """
+    return finish_detect(start_detect(outputs, recipe), sizes, recipe)
+
+
+@torch.no_grad()
+def start_detect(outputs: tuple[Tensor, Tensor], recipe: Recipe) -> Started:
+    """Issue the device's part of `detect`: steps of fixed shapes, for which nothing waits."""
     anchors = anchors_on(outputs[0].device, recipe)
     boxes, scores = decode_outputs(outputs, anchors, recipe)
     if recipe.clamp_boxes:
         boxes = clamp_boxes(boxes)
-    if in_host_memory(scores.device):
-        candidates_of_images = host_candidates(boxes, scores, recipe)
-    else:
-        candidates_of_images = device_candidates(boxes, scores, recipe)
+    return start_candidates(boxes, scores, recipe)
 
+
+def finish_detect(started: Started, sizes: Tensor, recipe: Recipe) -> list[Detections]:
+    """Do the host's part of `detect`, once the copies from the device are there."""
     # class_nms drops a box whose IoU is greater than its threshold; here equality is enough.
     nms_iou = math.nextafter(recipe.nms_iou, 0)
-    detections = []
-    for candidates, (height, width) in zip(candidates_of_images, sizes.tolist(), strict=True):
-        keep = class_nms(
-            candidates.boxes,
-            candidates.scores,
-            candidates.labels,
-            nms_iou,
-            recipe.max_detections,
-        )
-        pixels = np.array([width, height, width, height], dtype=np.float32)
-        of_image = Detections(
-            boxes=torch.from_numpy(candidates.boxes[keep] * pixels),
-            scores=torch.from_numpy(candidates.scores[keep]),
-            labels=torch.from_numpy(candidates.labels[keep]),
-        )
-        detections.append(of_image)
-    return detections
+    return suppress(candidates(started, recipe), sizes, nms_iou, recipe.max_detections)
 
 
 @functools.cache

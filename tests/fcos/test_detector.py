@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from common.npu import checkpoint
+from common.npu.distributed import Ranks
 from fcos import evaluate
 from fcos.config import RECIPES
 from fcos.detector import Detector
@@ -97,3 +98,22 @@ def test_a_checkpoint_is_evaluated_as_its_run_did_unless_a_flag_says_another(
 def test_a_users_program_gets_the_scale_of_the_run(trained_file):
     recipe = Detector.load(trained_file, "cpu").recipe
     assert (recipe.eval_scale, recipe.eval_shapes) == ((64, 107), "square")
+
+
+@pytest.mark.parametrize(("shapes", "timed"), [("exact", False), ("two", True)])
+def test_kernels_are_not_timed_for_each_of_many_shapes(
+    detector, tiny_val, monkeypatch, shapes, timed
+):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(detector, "recipe", replace(detector.recipe, eval_shapes=shapes))
+    seen = []
+    handle = detector.model.register_forward_pre_hook(
+        lambda module, args: seen.append(torch.backends.cudnn.benchmark)
+    )
+    detector(np.zeros((40, 60, 3), np.uint8))
+    assert torch.backends.cudnn.benchmark
+    records = tiny_val.subset(np.arange(2))
+    evaluate.detect_all(detector.model, detector.recipe, records, detector.device, Ranks(), 0)
+    assert torch.backends.cudnn.benchmark
+    handle.remove()
+    assert set(seen) == {timed}

@@ -205,7 +205,7 @@ def test_detections(golden, recipe, case):
 
 @pytest.mark.parametrize("case", ["sparse", "dense"])
 def test_detections_the_way_of_an_accelerator(golden, recipe, monkeypatch, case):
-    monkeypatch.setattr(postprocess, "candidates", postprocess.device_candidates)
+    monkeypatch.setattr(postprocess, "in_host_memory", lambda device: False)
     test_detections(golden, recipe, case)
 
 

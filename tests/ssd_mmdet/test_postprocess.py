@@ -12,7 +12,6 @@ from ssd_mmdet.postprocess import decode_outputs, detect
 
 RECIPE = RECIPES["1p"]
 SIZES = torch.tensor([[480, 640], [300, 200], [1, 1]])
-CANDIDATES = postprocess.candidates  # the tests below replace it
 
 
 def outputs(seed, images=1, classes=6, background=3.0):
@@ -31,8 +30,8 @@ def nothing(images=1):
 @pytest.fixture(params=["cpu", "accelerator"], autouse=True)
 def _kind_of_device(request, monkeypatch):
     """An accelerator's choice of candidates is tested on a CPU, which can do it, too."""
-    if request.param == "accelerator":
-        monkeypatch.setattr(postprocess, "candidates", postprocess.device_candidates)
+    is_cpu = request.param == "cpu"
+    monkeypatch.setattr(postprocess, "in_host_memory", lambda device: is_cpu)
 
 
 def assert_same(a, b):
@@ -133,9 +132,9 @@ def in_order(found):
 def test_the_best_candidates_are_enough_or_all_are_taken(monkeypatch, best, background):
     """Where they do not fill the list, an accelerator's detections are those of all candidates."""
     raw = outputs(5, images=2, background=background)
-    monkeypatch.setattr(postprocess, "candidates", CANDIDATES)
+    monkeypatch.setattr(postprocess, "in_host_memory", lambda device: True)
     of_all = detect(raw, SIZES[:2], RECIPE)
-    monkeypatch.setattr(postprocess, "candidates", postprocess.device_candidates)
+    monkeypatch.setattr(postprocess, "in_host_memory", lambda device: False)
     monkeypatch.setattr(postprocess, "MAX_DEVICE_CANDIDATES", best)
     of_best = detect(raw, SIZES[:2], RECIPE)
     for own, expected in zip(of_best, of_all, strict=True):

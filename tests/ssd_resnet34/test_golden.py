@@ -167,12 +167,10 @@ def test_decoded_boxes_and_probabilities(golden, recipe, case):
     check_probe(golden("detect"), f"{case}.probability", probability, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "path", ["host_candidates", "device_candidates"]
-)  # of a CPU, of an accelerator
+@pytest.mark.parametrize("kind", ["cpu", "accelerator"])
 @pytest.mark.parametrize("case", ["random", "clustered"])
-def test_detections(golden, recipe, monkeypatch, case, path):
-    monkeypatch.setattr(postprocess, "host_candidates", getattr(postprocess, path))
+def test_detections(golden, recipe, monkeypatch, case, kind):
+    monkeypatch.setattr(postprocess, "in_host_memory", lambda device: kind == "cpu")
     found = detect(detection_outputs(case), torch.ones(2, 2, dtype=torch.int64), recipe)
     for i, detections in enumerate(found):
         boxes, labels, scores = (

@@ -29,10 +29,11 @@ def nothing(images=1):
     return deltas, logits
 
 
-@pytest.fixture(params=["host_candidates", "device_candidates"])
-def _path(request, monkeypatch):
-    """The way of a CPU, and that of an accelerator."""
-    monkeypatch.setattr(postprocess, "host_candidates", getattr(postprocess, request.param))
+@pytest.fixture(params=["cpu", "accelerator"])
+def _kind_of_device(request, monkeypatch):
+    """An accelerator's choice of candidates is tested on a CPU, which can do it, too."""
+    is_cpu = request.param == "cpu"
+    monkeypatch.setattr(postprocess, "in_host_memory", lambda device: is_cpu)
 
 
 def assert_same(a, b):
@@ -45,7 +46,7 @@ def in_order(found):
     return [part[order] for part in found]
 
 
-@pytest.mark.usefixtures("_path")
+@pytest.mark.usefixtures("_kind_of_device")
 def test_one_box_in_pixels_of_the_original():
     deltas, logits = nothing()
     anchor = 5776 + 7 * 19 + 4  # second map, row 7, column 4
@@ -58,14 +59,14 @@ def test_one_box_in_pixels_of_the_original():
     assert found.scores.item() == pytest.approx(1, abs=1e-4)
 
 
-@pytest.mark.usefixtures("_path")
+@pytest.mark.usefixtures("_kind_of_device")
 def test_no_detection_is_an_answer():
     for found in detect(nothing(2), SIZES[:2], RECIPE):
         assert [tuple(x.shape) for x in found] == [(0, 4), (0,), (0,)]
         assert [x.dtype for x in found] == [torch.float32, torch.float32, torch.int64]
 
 
-@pytest.mark.usefixtures("_path")
+@pytest.mark.usefixtures("_kind_of_device")
 def test_an_image_that_is_not_finite_gives_none_and_harms_no_other():
     deltas, logits = outputs(0, images=2)
     alone = detect((deltas[1:], logits[1:]), SIZES[1:2], RECIPE)[0]
@@ -75,7 +76,7 @@ def test_an_image_that_is_not_finite_gives_none_and_harms_no_other():
     assert_same(other, alone)
 
 
-@pytest.mark.usefixtures("_path")
+@pytest.mark.usefixtures("_kind_of_device")
 def test_detections_keep_the_rules():
     recipe = replace(RECIPE, max_per_class=40, max_detections=60, score_threshold=0.3)
     for found, (height, width) in zip(
@@ -90,7 +91,7 @@ def test_detections_keep_the_rules():
         assert again.tolist() == list(range(60))  # nothing left to suppress
 
 
-@pytest.mark.usefixtures("_path")
+@pytest.mark.usefixtures("_kind_of_device")
 def test_the_score_must_be_above_the_threshold():
     raw = outputs(2)
     _, scores = decode_outputs(raw, make_anchors(RECIPE), RECIPE)
@@ -104,7 +105,7 @@ def test_the_score_must_be_above_the_threshold():
     assert len(below) == len(at) + 1 == (scores >= limit).sum()
 
 
-@pytest.mark.usefixtures("_path")
+@pytest.mark.usefixtures("_kind_of_device")
 def test_only_the_best_of_a_class_enter_nms():
     # The second best of a class is a copy of the best, the third is far away: with two candidates
     # the copy is suppressed and the third never seen.
@@ -146,7 +147,7 @@ def test_both_ways_find_the_same(seed, background, per_class):
     raw = outputs(seed, images=2, background=background)
     expected = detect(raw, SIZES[:2], recipe)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(postprocess, "host_candidates", postprocess.device_candidates)
+        patch.setattr(postprocess, "in_host_memory", lambda device: False)
         found = detect(raw, SIZES[:2], recipe)
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a.scores, b.scores)

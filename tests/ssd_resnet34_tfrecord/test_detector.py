@@ -10,7 +10,7 @@ import torch
 
 from common.coco.evaluation import STATS
 from common.errors import UserError
-from common.npu import checkpoint
+from common.npu import checkpoint, overlap
 from ssd_resnet34.tfrecord import evaluate, train
 from ssd_resnet34.tfrecord.config import RECIPES
 from ssd_resnet34.tfrecord.detector import Detector
@@ -62,12 +62,12 @@ def test_evaluation_takes_the_precision_of_its_flags(
 ):
     dtypes = []
 
-    def note_dtype(outputs, sizes, recipe):
+    def note_dtype(outputs, recipe):
         dtypes.append(outputs[0].dtype)
-        return detect(outputs, sizes, recipe)
+        return start_detect(outputs, recipe)
 
-    detect = evaluate.detect
-    monkeypatch.setattr(evaluate, "detect", note_dtype)
+    start_detect = evaluate.start_detect
+    monkeypatch.setattr(evaluate, "start_detect", note_dtype)
     annotations = json.loads((golden_dir / "instances_train6.json").read_text())
     annotations["annotations"] = annotations["annotations"][:-3]  # which a converter drops
     (tmp_path / "val.json").write_text(json.dumps(annotations))
@@ -81,6 +81,28 @@ def test_evaluation_takes_the_precision_of_its_flags(
     assert (run_folder / "eval/results.bbox.json").exists()
     metrics = json.loads((run_folder / "eval/metrics.json").read_text())
     assert tuple(metrics) == STATS
+
+
+def test_an_accelerators_thread_detects_the_same(run_folder, golden_dir, tmp_path, monkeypatch):
+    results = []
+    for name, on_cpu in (("at_once", True), ("thread", False)):
+        monkeypatch.setattr(overlap, "in_host_memory", lambda device, on_cpu=on_cpu: on_cpu)
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "iter_1.pt").symlink_to(run_folder / "iter_1.pt")
+        evaluate.main(
+            [
+                f"--validation_file_pattern={golden_dir}/train2017*",
+                f"--val_json_file={golden_dir}/instances_train6.json",
+                f"--model_dir={folder}",
+                "--device=cpu",
+                "--num_workers=0",
+                "--eval_batch_size=2",
+            ]
+        )
+        results.append(json.loads((folder / "eval/results.bbox.json").read_text()))
+    assert results[0]
+    assert results[1] == results[0]
 
 
 def test_weights_alone_are_evaluated_without_a_step(
