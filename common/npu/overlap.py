@@ -1,5 +1,6 @@
 """What the host does while the device goes on: it receives copies and works in a thread."""
 
+import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common.npu.device import in_host_memory, record_event, use_in_this_thread
+from common.npu.loading import CORES_AT_START
 
 # Calls that may wait or run. With two, the device has a batch to compute while the host works on
 # the one before; each more would keep the memory of another batch.
@@ -45,7 +47,7 @@ class HostWork:
             self._thread = ThreadPoolExecutor(
                 max_workers=1,
                 thread_name_prefix="host-work",
-                initializer=use_in_this_thread,
+                initializer=_begin_thread,
                 initargs=(device,),
             )
         self._unfinished: deque[Future] = deque()
@@ -78,3 +80,11 @@ class HostWork:
 
     def _take_oldest(self) -> None:
         self._results.append(self._unfinished.popleft().result())
+
+
+def _begin_thread(device: torch.device) -> None:
+    use_in_this_thread(device)
+    # A thread has the cores of the one that starts it, and torch_npu may have bound that to one
+    # (CPU_AFFINITY_CONF=2), on which it launches kernels.
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, CORES_AT_START)

@@ -1,3 +1,4 @@
+import os
 import signal
 import threading
 import time
@@ -43,6 +44,16 @@ def test_a_thread_does_the_calls_in_their_order():
     assert squares == [number * number for number in range(7)]
     assert thread != threading.get_ident()
     assert thread not in [alive.ident for alive in threading.enumerate()]
+
+
+@pytest.mark.usefixtures("_accelerator")
+def test_the_thread_has_all_cores_where_its_caller_is_bound_to_one():
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})  # of this thread
+    try:
+        assert do([(os.sched_getaffinity, 0)]) == [cores]
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 @pytest.mark.usefixtures("_accelerator")
