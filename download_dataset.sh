@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # COCO 2017, or the small built-in sample set, in the layout that --data_path of every model reads.
 set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$root/common/download.sh"
 
 usage() {
     cat <<'TEXT'
@@ -28,13 +30,6 @@ Environment: COCO_URL  a mirror instead of http://images.cocodataset.org
 TEXT
 }
 
-die() {
-    echo "error: $*" >&2
-    exit 1
-}
-
-have() { command -v "$1" >/dev/null 2>&1; }
-
 # Sets folder, archive and md5 of the part $1.
 describe() {
     case $1 in
@@ -49,66 +44,6 @@ describe() {
             md5=${COCO_MD5_ANNOTATIONS:-f4bbac642086de4f52a3fdda2de5fa2c} ;;
         *) die "unknown part '$1' in --only: train, val and annotations exist" ;;
     esac
-}
-
-size_of() { if [ -f "$1" ]; then wc -c <"$1"; else echo 0; fi; }
-
-# Downloads $1 to the file $2; tries again as long as a try brings more bytes.
-fetch() {
-    local before
-    while before=$(size_of "$2") && ! fetch_rest "$1" "$2"; do
-        [ "$(size_of "$2")" -gt "$before" ] || return 1
-    done
-}
-
-# One try, beginning after the bytes that are already there.
-fetch_rest() {
-    if have curl; then
-        local meter=--progress-bar
-        [ -t 2 ] || meter=--silent
-        curl --fail --location --show-error "$meter" --retry 5 --connect-timeout 30 \
-            --speed-limit 1 --speed-time 60 --continue-at - --output "$2" "$1"
-    elif have wget; then
-        wget --no-verbose --tries=5 --timeout=60 --continue --output-document="$2" "$1"
-    else
-        "$python" - "$1" "$2" <<'PYTHON'
-import os, shutil, sys, urllib.request
-
-url, path = sys.argv[1:]
-start = os.path.getsize(path) if os.path.exists(path) else 0
-request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-try:
-    with urllib.request.urlopen(request, timeout=60) as response:
-        resumed = response.status == 206
-        total = int(response.headers["Content-Length"]) + (start if resumed else 0)
-        with open(path, "ab" if resumed else "wb") as file:
-            shutil.copyfileobj(response, file, 1 << 20)
-except OSError as error:
-    sys.exit(f"{url}: {error}")
-if os.path.getsize(path) != total:
-    sys.exit(f"{url}: the connection broke")
-PYTHON
-    fi
-}
-
-has_md5() { [ -f "$1" ] && [ "$(md5sum <"$1" | cut -d ' ' -f 1)" = "$2" ]; }
-
-# Leaves the checked archive of the described part at $1.
-download() {
-    has_md5 "$1" "$md5" && return
-    local partial=$1.part
-    echo "$folder: downloading $url/$archive"
-    if ! fetch "$url/$archive" "$partial"; then
-        # A server asked for what follows the last byte may well answer with an error.
-        has_md5 "$partial" "$md5" || die "download of $url/$archive stopped;" \
-            "give the same command again to go on, or delete $partial to begin anew"
-    elif ! has_md5 "$partial" "$md5"; then
-        mv -f "$partial" "$1.bad"
-        die "wrong md5 sum of $url/$archive, kept as $1.bad (expected $md5);" \
-            "give the same command again to download it anew, or set COCO_URL to another mirror"
-    fi
-    mv -f "$partial" "$1"
-    rm -f "$1.bad"
 }
 
 unpack() {
@@ -132,10 +67,6 @@ done
 [ "$named" -le 1 ] || die "more than one folder named; see bash download_dataset.sh --help"
 [ -n "$target" ] || die "the folder's name is empty; see bash download_dataset.sh --help"
 case $target in /*) ;; *) target=$PWD/$target ;; esac
-
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-python=${PYTHON:-python3}
-[ -x "$root/.venv/bin/python" ] && python=$root/.venv/bin/python
 
 if $sample; then
     [ "$named" -eq 1 ] || die "--sample wants a folder: bash download_dataset.sh --sample DIR"
@@ -169,7 +100,8 @@ for part in "${parts[@]}"; do
         continue
     fi
     zip=$work/${archive##*/} unpacked=$work/$part.unpacked
-    download "$zip"
+    has_sum "md5:$md5" "$zip" || download "$url/$archive" "$zip" "md5:$md5" \
+        "or set COCO_URL to another mirror"
     rm -rf "$unpacked"
     mkdir "$unpacked"
     unpack "$zip" "$unpacked" || die "$zip could not be unpacked; is the disk full?"

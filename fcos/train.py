@@ -101,7 +101,10 @@ def main(argv: list[str] | None = None) -> int | None:
     if frozen:
         model.backbone.freeze()
     elif run.resumed is None:
-        run.log.info("weights: random: nothing is frozen, batch norm trains; give --pretrained")
+        run.log.info(
+            "weights: random: nothing is frozen, batch norm trains; for --pretrained: "
+            "bash download_weights.sh fcos"
+        )
     model.to(run.device, memory_format=memory_format(run.device))
     criterion = DetectionLoss(recipe, num_classes).to(run.device)
     optimizer = build_sgd(

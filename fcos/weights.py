@@ -58,7 +58,7 @@ LAYOUT = Layout(
     # Biases of convolutions, which some backbone files have.
     unused=re.compile(r"backbone\.(.*\.)?(conv\d|downsample\.0)\.bias"),
     remedy="give a detector of fcos, one of MMDetection's with a caffe ResNet-50 or ResNet-101, or "
-    "the caffe file of --backbone, such as resnet50_caffe-788b5fa3.pth",
+    "the caffe file of --backbone (bash download_weights.sh fcos lists them)",
 )
 # MMDetection's 2.x and 3.x, which have the same keys.
 LAYOUTS = ("mmdet2", "mmdet3")

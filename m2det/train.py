@@ -108,9 +108,7 @@ def main(argv: list[str] | None = None) -> int | None:
         report = load_weights(model, checkpoint, train_set.class_names)
         run.log.info(f"{checkpoint['path']}: {report}")
     if not weights and run.resumed is None:
-        run.log.info(
-            "weights: random; --pretrained takes vgg16_reducedfc.pth (or torchvision's ResNet)"
-        )
+        run.log.info("weights: random; for --pretrained: bash download_weights.sh m2det")
     model.to(run.device, memory_format=memory_format(run.device))
     criterion = DetectionLoss(recipe, num_classes).to(run.device)
     optimizer = build_sgd(

@@ -1,9 +1,11 @@
 """What all tests share: one thread, the handlers of signals, real data, the NPU's way on a CPU."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import types
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from common.coco.index import read_index
+from tests.downloads import TOOLS, Server
 
 TINY = Path(__file__).parent / "data" / "tiny_coco"
 
@@ -107,3 +110,30 @@ def two_hosts():
         for host in hosts:
             with suppress(FileNotFoundError):
                 subprocess.run(["ip", "netns", "delete", host], capture_output=True)
+
+
+@pytest.fixture
+def file_server():
+    """A `Server` of files on this machine."""
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join(10)
+
+
+@pytest.fixture(params=["curl", "wget", "python"])
+def path_env(request, tmp_path):
+    """PATH with this one way to download and nothing else that the scripts do not need."""
+    tools = list(TOOLS)
+    if request.param != "python":
+        tools.append(request.param)
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for tool in tools:
+        if shutil.which(tool) is None:
+            pytest.skip(f"no {tool} here")
+        (folder / tool).symlink_to(shutil.which(tool))
+    return {"PATH": str(folder)}

@@ -1,16 +1,13 @@
 """download_dataset.sh against a server on this machine: whole, resumed, wrong, refused, sample."""
 
 import hashlib
-import os
-import shutil
 import subprocess
-import sys
-import threading
 import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+
+from tests.downloads import environment, error_of
 
 SCRIPT = Path(__file__).parents[1] / "download_dataset.sh"
 ARCHIVES = {
@@ -21,58 +18,17 @@ ARCHIVES = {
         "annotations/instances_val2017.json",
     ),
 }
-TOOLS = ["bash", "cat", "cut", "dirname", "env", "md5sum", "mkdir", "mv", "rm", "wc"]
-
-
-class Server(ThreadingHTTPServer):
-    """Serves `files` {path: bytes} with ranges; `requests` records (path, Range header).
-
-    The next answer breaks off after `cut` bytes, if that is set.
-    """
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.requests, self.cut = {}, [], None
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        wanted = self.headers.get("Range")
-        self.server.requests.append((self.path, wanted))
-        body = self.server.files.get(self.path)
-        if body is None:
-            return self.send_error(404)
-        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
-        if start and start >= len(body):
-            return self.send_error(416)
-        self.send_response(206 if wanted else 200)
-        if wanted:
-            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        self.send_header("Content-Length", str(len(body) - start))
-        self.end_headers()
-        self.wfile.write(body[start:][: self.server.cut])
-        self.server.cut = None
-        return None
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture
-def server(tmp_path):
-    server = Server()
+def server(file_server, tmp_path):
     for url_path, member in ARCHIVES.values():
         path = tmp_path / "archive.zip"
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr(member, member * 500)
-        server.files[url_path] = path.read_bytes()
+        file_server.files[url_path] = path.read_bytes()
         path.unlink()
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join(10)
+    return file_server
 
 
 @pytest.fixture
@@ -80,11 +36,7 @@ def download(server, tmp_path):
     """Runs the script in `tmp_path` with the server's address and sums."""
 
     def run(*arguments, **more_env):
-        env = {
-            **{name: value for name, value in os.environ.items() if "proxy" not in name.lower()},
-            "COCO_URL": f"http://127.0.0.1:{server.server_port}",
-            "PYTHON": sys.executable,
-        }
+        env = {**environment(), "COCO_URL": server.url}
         for part, (url_path, _) in ARCHIVES.items():
             body = server.files[url_path]
             env[f"COCO_MD5_{part.upper()}"] = hashlib.md5(body).hexdigest()
@@ -98,27 +50,6 @@ def download(server, tmp_path):
         )
 
     return run
-
-
-@pytest.fixture(params=["curl", "wget", "python"])
-def path_env(request, tmp_path):
-    """PATH with this one way to download and nothing else that the script does not need."""
-    tools = [*TOOLS, request.param] if request.param != "python" else TOOLS
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for tool in tools:
-        if shutil.which(tool) is None:
-            pytest.skip(f"no {tool} here")
-        (folder / tool).symlink_to(shutil.which(tool))
-    return {"PATH": str(folder)}
-
-
-def error_of(result):
-    """The one line of the failed script's own message."""
-    assert result.returncode == 1
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, result.stderr
-    return lines[0]
 
 
 def test_whole_run_and_nothing_to_do_after_it(download, server, tmp_path, path_env):
@@ -178,9 +109,7 @@ def test_wrong_md5_is_set_aside_and_the_next_run_begins_anew(download, server, t
 
 
 def test_missing_archive_says_how_to_go_on(download, server, tmp_path, path_env):
-    result = download(
-        "--only=val", COCO_URL=f"http://127.0.0.1:{server.server_port}/none", **path_env
-    )
+    result = download("--only=val", COCO_URL=f"{server.url}/none", **path_env)
     assert "give the same command again" in error_of(result)
     assert not (tmp_path / "coco/val2017").exists()
 

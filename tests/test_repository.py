@@ -101,7 +101,10 @@ def test_shell_scripts_parse(path):
     subprocess.run(["bash", "-n", path], check=True)
 
 
-@pytest.mark.parametrize("name", ["quickstart.sh", "run_tests.sh", "download_dataset.sh"])
+COMMANDS = ("quickstart.sh", "run_tests.sh", "download_dataset.sh", "download_weights.sh")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_script_names_it_and_does_nothing_else(tmp_path, name):
     done = subprocess.run(
         ["bash", ROOT / name, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True
