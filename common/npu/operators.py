@@ -4,12 +4,24 @@ Facts are those of CANN's public operator sources. An operator that the AI core 
 the chip's AI CPU, and the stream waits for it.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
 from common.arithmetic import round_up
 
 BLOCK_OF_INT32 = 8  # 32 bytes: an Ascend 910A may refuse rows that are no multiple of it
+
+
+@functools.lru_cache(maxsize=None, typed=True)
+def constant(value: float, device: torch.device) -> Tensor:
+    """Return a 0-dim tensor that is made once: int64 of an int, float32 of a float.
+
+    `torch.where` would make one of a number in each call, which is a kernel of its own.
+    """
+    with torch.inference_mode(False):  # what is made in that mode cannot be trained with
+        return torch.tensor(value, device=device)
 
 
 def first_max(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:

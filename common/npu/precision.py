@@ -9,6 +9,8 @@ import re
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 from torch.optim import Optimizer
 
 from common.errors import UserError
@@ -23,6 +25,7 @@ from common.npu.device import (
 LEVELS = ("O0", "O1", "O2")
 LOSS_SCALE = re.compile(r"dynamic|[1-9]\d*(\.\d+)?")
 NO_SCALE = "1"
+GROUP_BYTES = 25 << 20  # of fp32 weights; DistributedDataParallel's buckets are as large
 
 
 class Precision:
@@ -73,11 +76,14 @@ class Precision:
             self.static_scale = float(self.loss_scale)
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-        """Return what apex makes of the network and the optimizer; call it before going parallel.
+        """Return the network and the optimizer to train with; call it before going parallel.
 
-        Without apex they are returned as they are.
+        They are what apex makes of them. Without apex the optimizer is the same, and so is a
+        network in fp32; one in half precision casts its weights in groups.
         """
         if self.apex is None:
+            if self.dtype is not torch.float32:
+                model = HalfWeights(model, self.dtype)
             return model, optimizer
         return self.apex.initialize(
             model, optimizer, opt_level=self.level, loss_scale=self.loss_scale
@@ -150,6 +156,93 @@ class Precision:
             if shortcuts:
                 text += f", {', '.join(shortcuts)} (see --exact)"
         return f"apex {text}" if self.apex else text
+
+
+class HalfWeights(nn.Module):
+    """A network for training under autocast, whose weights are cast in groups instead of singly.
+
+    The results are autocast's, bit by bit. Autocast itself launches a kernel for each weight, and
+    one for each gradient on the way back. On a CUDA device a group takes one. On an NPU, whose
+    kernels for lists do not cast, it takes as many as autocast does.
+
+    The weights are those of `nn.Conv2d` and `nn.Linear` that are trained. Whatever else has weights
+    is left to autocast: it may compute with them in fp32.
+
+    The gradients of a group are there when the last of them is. So that DistributedDataParallel
+    goes on reducing some gradients while others are computed, the weights of a group are neighbours
+    in the network, and a group is about as large as its buckets.
+    """
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.network = network
+        self.dtype = dtype
+        self.groups = _groups(_weights_in_half(network))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        half_weights = {}
+        for group in self.groups:
+            casts = _CastTogether.apply(self.dtype, *group.values())
+            half_weights.update(zip(group, casts, strict=True))
+        # Each weight has one name here, also one of a module that the network has in two places.
+        return functional_call(self.network, half_weights, (images,), tie_weights=False)
+
+
+class _CastTogether(torch.autograd.Function):
+    """Casts fp32 weights to a half type, and their gradients to fp32."""
+
+    @staticmethod
+    def forward(ctx, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*weights)
+        casts = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+        torch._foreach_copy_(casts, weights)
+        return tuple(casts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *half_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradients = []
+        destinations = []
+        sources = []
+        for weight, half_gradient in zip(ctx.saved_tensors, half_gradients, strict=True):
+            gradient = None  # the weight was not used
+            if half_gradient is not None:
+                gradient = torch.empty_like(weight)
+                destinations.append(gradient)
+                sources.append(half_gradient)
+            gradients.append(gradient)
+        torch._foreach_copy_(destinations, sources)
+        return None, *gradients
+
+
+def _weights_in_half(network: nn.Module) -> dict[str, Tensor]:
+    """Return the weights that autocast casts whenever they are used, by name."""
+    weights = {}
+    for prefix, module in network.named_modules():
+        if type(module) not in (nn.Conv2d, nn.Linear):
+            continue
+        for name, parameter in module.named_parameters(prefix):
+            if parameter.requires_grad:
+                weights[name] = parameter
+    return weights
+
+
+def _groups(weights: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Split weights into groups in their order; one is full when it has GROUP_BYTES bytes.
+
+    The last group is filled first: what is left over are the first weights, whose gradients come
+    last, when there is nothing else to compute.
+    """
+    groups = []
+    group_bytes = GROUP_BYTES
+    for name, weight in reversed(weights.items()):
+        if group_bytes >= GROUP_BYTES:
+            groups.insert(0, {})
+            group_bytes = 0
+        groups[0][name] = weight
+        group_bytes += weight.nbytes
+    return groups
 
 
 def default_level(device: torch.device, recipe_level: str) -> str:

@@ -15,6 +15,7 @@ from common.errors import UserError
 from common.npu import distributed
 from common.npu.addresses import free_port
 from common.npu.distributed import Ranks
+from common.npu.precision import HalfWeights
 
 CPU = torch.device("cpu")
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -134,6 +135,20 @@ def member(rank, port, queue):
     seen["gathered"] = [buffers["1.running_mean"].tolist() for buffers in gathered]
     distributed.average_buffers(model, ranks)
     seen["averaged"] = model[1].running_mean.tolist()
+
+    layers = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 2))
+    for parameter in layers.parameters():
+        nn.init.constant_(parameter, 0.3)
+    networks = {"cast singly": layers, "cast in groups": HalfWeights(layers, torch.bfloat16)}
+    for name, network in networks.items():
+        wrapped = distributed.parallel(network, torch.bfloat16)
+        for _ in range(2):  # DistributedDataParallel makes its buckets anew after the first
+            layers.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                outputs = wrapped(images)
+            outputs.float().square().sum().backward()
+        seen[name] = [parameter.grad.tolist() for parameter in layers.parameters()]
+
     # As torch does on its own, sooner or later.
     from torch.distributed.nn import functional  # noqa: F401
 
@@ -166,6 +181,7 @@ def test_two_ranks():
         assert seen[0][half] == seen[1][half]  # gradients are the mean over ranks
     for exact, half in zip(seen[0]["None"], seen[0]["torch.bfloat16"], strict=True):
         torch.testing.assert_close(torch.tensor(half), torch.tensor(exact), rtol=0.02, atol=0.02)
+    assert seen[0]["cast in groups"] == seen[1]["cast in groups"] == seen[0]["cast singly"]
     for rank in (0, 1):  # no rank's buffers are broadcast to the others
         assert seen[rank]["own buffers"] == seen[rank]["buffers alone"]
     assert seen[0]["own buffers"] != seen[1]["own buffers"]

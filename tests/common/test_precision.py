@@ -1,3 +1,4 @@
+import copy
 import sys
 from types import SimpleNamespace
 
@@ -118,6 +119,86 @@ def with_scale(scale):
     else:
         precision.static_scale = scale
     return precision
+
+
+class Twice(nn.Conv2d):
+    """Multiplies its weight in fp32 before it is used."""
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight * 1.001, self.bias)
+
+
+class Small(nn.Module):
+    """Has weights that are used twice, in one place or in two, in fp32, frozen, or not at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3)
+        self.repeated = nn.Conv2d(4, 4, 1, bias=False)
+        self.same = nn.ModuleList([self.repeated, self.repeated])
+        self.norm = nn.BatchNorm2d(4)
+        self.twice = Twice(4, 4, 1)
+        self.frozen = nn.Conv2d(4, 4, 1).requires_grad_(False)
+        self.unused = nn.Conv2d(4, 4, 1)
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.norm(self.repeated(self.first(x)))
+        for layer in self.same:
+            x = layer(x).relu()
+        x = self.frozen(self.twice(x))
+        return self.last(x.mean((2, 3)))
+
+
+def gradients_of(model, network):
+    """The outputs and gradients of a step under autocast; `network` is the model, wrapped or not"""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(1)
+    with Precision(CPU, "O1").autocast():
+        outputs = network(torch.randn(2, 3, 8, 8))
+    outputs.float().square().sum().backward()
+    return outputs, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("group_bytes", [1, 100, 25 << 20])
+def test_weights_cast_in_groups_give_the_same_bits(monkeypatch, group_bytes, layout):
+    monkeypatch.setattr(module, "GROUP_BYTES", group_bytes)
+    torch.manual_seed(0)
+    model = Small().to(memory_format=layout)
+    plain = copy.deepcopy(model)
+    outputs, gradients = gradients_of(plain, plain)
+    network, _ = Precision(CPU, "O1").prepare(model, None)
+    assert len(network.groups) == {1: 7, 100: 2, 25 << 20: 1}[group_bytes]
+    grouped_outputs, grouped_gradients = gradients_of(model, network)
+    assert torch.equal(outputs, grouped_outputs)
+    for name, gradient in gradients.items():
+        grouped = grouped_gradients[name]
+        if gradient is None:
+            assert grouped is None
+        else:
+            assert grouped.dtype is torch.float32
+            assert grouped.stride() == model.get_parameter(name).stride()
+            assert torch.equal(gradient, grouped)
+    assert gradients["unused.weight"] is gradients["frozen.weight"] is None
+    for (name, expected), found in zip(
+        plain.state_dict().items(), model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(expected, found), name
+
+
+def test_groups_are_neighbours_and_the_first_is_what_is_left(monkeypatch):
+    monkeypatch.setattr(module, "GROUP_BYTES", 100)
+    network, _ = Precision(CPU, "O1").prepare(Small(), None)
+    assert [set(group) for group in network.groups] == [
+        {"first.weight", "first.bias", "repeated.weight"},
+        {"unused.weight", "unused.bias", "last.weight", "last.bias"},
+    ]
+
+
+def test_in_fp32_the_network_is_as_it_was():
+    model = Small()
+    assert Precision(CPU).prepare(model, None) == (model, None)
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5])
