@@ -3,12 +3,13 @@
     from fcos.detector import Detector
 
     detector = Detector.load("best.pt")
-    detections = detector("street.jpg")
+    found = detector("street.jpg")  # found.boxes, .scores, .labels, .names, .draw()
 
 evaluate.py, demo.py and the export start from it, as a user's own program does.
 """
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,16 @@ import torch
 from PIL import Image
 from torch import nn
 
+from common.coco.detections import Detections
 from common.coco.images import to_array
 from common.npu import checkpoint
 from common.npu.device import memory_format, setup_device
+from common.npu.precision import Precision, inference_precision
 from common.npu.weights import LoadReport, name_of
 from fcos.config import RECIPES, Recipe
 from fcos.data import evaluation_canvas, evaluation_recipe, kernel_choice, normalise
 from fcos.model import build_model
-from fcos.postprocess import Detections, detect
+from fcos.postprocess import detect
 from fcos.weights import (
     as_evaluated,
     class_names_of,
@@ -39,7 +42,8 @@ class Detector:
     """A network with trained weights, in evaluation mode on a device.
 
     `recipe` holds the numbers of its post-processing, `class_names` the names of the labels,
-    `report` what became of each tensor of the checkpoint.
+    `report` what became of each tensor of the checkpoint, `precision` that of the network. Several
+    threads may call it at the same time.
     """
 
     def __init__(
@@ -49,24 +53,37 @@ class Detector:
         class_names: tuple[str, ...],
         device: torch.device,
         report: LoadReport,
+        precision: Precision | None = None,
     ):
         self.model = model
         self.recipe = recipe
         self.class_names = class_names
         self.device = device
         self.report = report
+        self.precision = precision or Precision(device)
 
     @staticmethod
-    def load(path: str | Path, device: str = "auto", recipe: Recipe | None = None) -> "Detector":
+    def load(
+        path: str | Path,
+        device: str = "auto",
+        recipe: Recipe | None = None,
+        precision: str = "fp32",
+        score_threshold: float | None = None,
+    ) -> "Detector":
         """Load a checkpoint, ours or MMDetection's, onto a device ("auto", "npu", "cuda", "cpu").
 
         `recipe`, by default `RECIPES["gn"]`, gives what the file does not say, such as the
-        network of another project's file. Raise UserError for a file that lacks weights of the
-        detector and for a device that does not work.
+        network of another project's file. `precision` is "fp32", "fp16" or "bf16"; a
+        `score_threshold` replaces the recipe's. Raise UserError for a file that lacks weights of
+        the detector, and for a device or a precision that does not work.
         """
         chosen_device, _ = setup_device(device)
         recipe = recipe or RECIPES["gn"]
-        return Detector.from_checkpoint(checkpoint.load(path), recipe, chosen_device)
+        detector = Detector.from_checkpoint(checkpoint.load(path), recipe, chosen_device)
+        detector.precision = inference_precision(chosen_device, precision)
+        if score_threshold is not None:
+            detector.recipe = replace(detector.recipe, score_threshold=score_threshold)
+        return detector
 
     @staticmethod
     def from_checkpoint(
@@ -107,7 +124,9 @@ class Detector:
         canvas, resized_size = evaluation_canvas(image, self.recipe)
         batch = canvas.unsqueeze(0).to(self.device)
         resized_sizes = torch.tensor([resized_size]).to(self.device)
-        with kernel_choice(self.recipe.eval_shapes):
-            outputs = self.model(normalise(batch, resized_sizes, self.recipe))
+        inputs = normalise(batch, resized_sizes, self.recipe)
+        with kernel_choice(self.recipe.eval_shapes), self.precision.autocast():
+            outputs = self.model(inputs)
         sizes = torch.tensor([image.shape[:2]])
-        return detect(outputs, sizes, self.recipe)[0]
+        (detections,) = detect(outputs, sizes, self.recipe)
+        return replace(detections, class_names=self.class_names, image=image)

@@ -6,20 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.coco.detections import Detections
 from common.coco.nms import class_nms
 from common.npu.overlap import HostCopy
 from fcos.anchors import MapSizes, decode, make_anchors, point_strides
 from fcos.config import Recipe
 from fcos.data import resized_size
 from fcos.model import Outputs
-
-
-class Detections(NamedTuple):
-    """The detections of one image, on the host, best first."""
-
-    boxes: Tensor  # (n, 4) float32 xyxy, pixels of the original image, clipped to it
-    scores: Tensor  # (n,) float32
-    labels: Tensor  # (n,) int64 0-based classes
 
 
 class Started(NamedTuple):

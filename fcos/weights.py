@@ -7,7 +7,8 @@ model.py), so there is little to map: early names of the predictors are replaced
 file's names get the prefix `backbone.`.
 """
 
-import common.npu.interpreter  # noqa: F401 before torch
+if __name__ == "__main__":
+    import common.npu.interpreter  # noqa: F401 before torch
 
 # isort: split
 

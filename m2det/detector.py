@@ -3,12 +3,13 @@
     from m2det.detector import Detector
 
     detector = Detector.load("best.pt")
-    detections = detector("street.jpg")
+    found = detector("street.jpg")  # found.boxes, .scores, .labels, .names, .draw()
 
 evaluate.py, demo.py and the export start from it, as a user's own program does.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,17 @@ import torch
 from PIL import Image
 from torch import nn
 
+from common.coco.detections import Detections
 from common.coco.images import to_array
 from common.coco.resize import resize_as_opencv
 from common.npu import checkpoint
 from common.npu.device import memory_format, setup_device
+from common.npu.precision import Precision, inference_precision
 from common.npu.weights import LoadReport, name_of
 from m2det.config import RECIPES, Recipe
 from m2det.data import normalise
 from m2det.model import build_model
-from m2det.postprocess import Detections, detect
+from m2det.postprocess import detect
 from m2det.weights import (
     class_names_of,
     load_weights,
@@ -39,7 +42,8 @@ class Detector:
     """A network with trained weights, in evaluation mode on a device.
 
     `recipe` holds the numbers of its post-processing, `class_names` the names of the labels,
-    `report` what became of each tensor of the checkpoint.
+    `report` what became of each tensor of the checkpoint, `precision` that of the network. Several
+    threads may call it at the same time.
     """
 
     def __init__(
@@ -49,24 +53,37 @@ class Detector:
         class_names: tuple[str, ...],
         device: torch.device,
         report: LoadReport,
+        precision: Precision | None = None,
     ):
         self.model = model
         self.recipe = recipe
         self.class_names = class_names
         self.device = device
         self.report = report
+        self.precision = precision or Precision(device)
 
     @staticmethod
-    def load(path: str | Path, device: str = "auto", recipe: Recipe | None = None) -> "Detector":
+    def load(
+        path: str | Path,
+        device: str = "auto",
+        recipe: Recipe | None = None,
+        precision: str = "fp32",
+        score_threshold: float | None = None,
+    ) -> "Detector":
         """Load a checkpoint, ours or the original's, onto a device ("auto", "npu", "cuda", "cpu").
 
         `recipe`, by default `RECIPES["512_vgg"]`, gives what the file does not say, such as the
-        network of another project's file. Raise UserError for a file that lacks weights of the
-        detector and for a device that does not work.
+        network of another project's file. `precision` is "fp32", "fp16" or "bf16"; a
+        `score_threshold` replaces the recipe's. Raise UserError for a file that lacks weights of
+        the detector, and for a device or a precision that does not work.
         """
         chosen_device, _ = setup_device(device)
         recipe = recipe or RECIPES["512_vgg"]
-        return Detector.from_checkpoint(checkpoint.load(path), recipe, chosen_device)
+        detector = Detector.from_checkpoint(checkpoint.load(path), recipe, chosen_device)
+        detector.precision = inference_precision(chosen_device, precision)
+        if score_threshold is not None:
+            detector.recipe = replace(detector.recipe, score_threshold=score_threshold)
+        return detector
 
     @staticmethod
     def from_checkpoint(state: Mapping, recipe: Recipe, device: torch.device) -> "Detector":
@@ -103,5 +120,10 @@ class Detector:
         resized = np.stack([resize_as_opencv(image, side, side) for image in images])
         sizes = torch.tensor([image.shape[:2] for image in images])
         batch = torch.from_numpy(resized).to(self.device)
-        outputs = self.model(normalise(batch, self.recipe))
-        return detect(outputs, sizes, self.recipe)
+        inputs = normalise(batch, self.recipe)
+        with self.precision.autocast():
+            outputs = self.model(inputs)
+        detections = []
+        for image, of_image in zip(images, detect(outputs, sizes, self.recipe), strict=True):
+            detections.append(replace(of_image, class_names=self.class_names, image=image))
+        return detections

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.coco.detections import Detections
 from common.coco.nms import class_nms
 from common.npu.overlap import HostCopy
 from m2det.anchors import decode, make_anchors, to_xyxy
@@ -19,14 +20,6 @@ FIRST_CANDIDATES = 4096
 # Columns of `likeliest_candidates`.
 NUM_PASSING = -2
 POSITION = -1
-
-
-class Detections(NamedTuple):
-    """Detections of one image on the host, best first."""
-
-    boxes: Tensor  # (n, 4) float32 xyxy, pixels of the original image, clipped to it
-    scores: Tensor  # (n,) float32
-    labels: Tensor  # (n,) int64 0-based classes
 
 
 class Started(NamedTuple):

@@ -6,7 +6,8 @@ writes a checkpoint in the original's form. The names in the network are the pub
 model.py), so there is little to map: a backbone's names get `base.` in front.
 """
 
-import common.npu.interpreter  # noqa: F401 before torch
+if __name__ == "__main__":
+    import common.npu.interpreter  # noqa: F401 before torch
 
 # isort: split
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.coco.detections import Detections
 from common.coco.nms import class_nms
 from common.npu.device import in_host_memory
 from common.npu.operators import largest
@@ -15,14 +16,6 @@ from ssd_mmdet.anchors import decode, make_anchors
 from ssd_mmdet.config import Recipe
 
 MAX_DEVICE_CANDIDATES = 4096  # of each image, those that an accelerator sends to the host first
-
-
-class Detections(NamedTuple):
-    """The detections of one image on the host, best first."""
-
-    boxes: Tensor  # (n, 4) float32 xyxy, pixels of the original image, clipped to it
-    scores: Tensor  # (n,) float32
-    labels: Tensor  # (n,) int64 0-based classes
 
 
 class Candidates(NamedTuple):

@@ -7,7 +7,8 @@ writes a checkpoint in MMDetection's form. The names in the network are MMDetect
 same tensors.
 """
 
-import common.npu.interpreter  # noqa: F401 before torch
+if __name__ == "__main__":
+    import common.npu.interpreter  # noqa: F401 before torch
 
 # isort: split
 

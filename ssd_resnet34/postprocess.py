@@ -8,20 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.coco.detections import Detections
 from common.coco.nms import class_nms
 from common.npu.device import in_host_memory
 from common.npu.operators import largest
 from common.npu.overlap import HostCopy
 from ssd_resnet34.anchors import decode, make_anchors, to_xyxy
 from ssd_resnet34.config import Recipe
-
-
-class Detections(NamedTuple):
-    """The n detections of one image on the host, best first."""
-
-    boxes: Tensor  # (n, 4) float32 xyxy, pixels of the original image, not clipped
-    scores: Tensor  # (n,) float32
-    labels: Tensor  # (n,) int64 0-based classes
 
 
 class Candidates(NamedTuple):

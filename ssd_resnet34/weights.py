@@ -6,7 +6,8 @@ writes a checkpoint in the port's form. The names in the network are the publish
 model.py), so there is little to map: torchvision's names become positions in the backbone.
 """
 
-import common.npu.interpreter  # noqa: F401 before torch
+if __name__ == "__main__":
+    import common.npu.interpreter  # noqa: F401 before torch
 
 # isort: split
 

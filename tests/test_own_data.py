@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from common.coco.detections import Detections
 from common.coco.index import COCO_CLASSES
 from common.coco.trained import trained_boxes_line
 from common.errors import UserError
 from common.npu import checkpoint
-from ssd_resnet34.postprocess import Detections  # the same in all models
 from tests import scripts
 
 MODELS = ("ssd_resnet34", "ssd_mmdet", "m2det", "fcos")
@@ -333,7 +333,7 @@ def test_check_data_counts(model, tmp_path, capsys):
 # ---- classes
 
 
-def detect_perfectly(outputs, sizes, recipe):
+def detect_perfectly(started, sizes, recipe):
     """The box of `picture` in images of these (height, width), as the first class of COCO."""
     x, y, width, height = BOX
     detections = []
@@ -358,7 +358,7 @@ def test_perfect_detections_have_an_ap_of_1(model, tmp_path, monkeypatch, capsys
     weights = {"model": network.state_dict(), "recipe": asdict(recipe)}
     torch.save(weights, tmp_path / "nameless.pt")
     evaluate = module(model, "evaluate")
-    monkeypatch.setattr(evaluate, "detect", detect_perfectly)
+    monkeypatch.setattr(evaluate, "finish_detect", detect_perfectly)
     flags = (f"--checkpoint={tmp_path}/nameless.pt", f"--output_dir={tmp_path}/out")
     evaluate.main([f"--data={data}", *flags, "--device=cpu", "--num_workers=0"])
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())

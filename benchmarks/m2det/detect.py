@@ -22,8 +22,9 @@ from torch import Tensor
 
 from benchmarks.m2det.reference import reference_detect
 from benchmarks.timing import print_table, race, ratio
+from common.coco.detections import Detections
 from m2det.config import RECIPES, Recipe
-from m2det.postprocess import Detections, detect
+from m2det.postprocess import detect
 
 CASES = ("realistic", "N(0,3)")
 ANCHORS = 32760

@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from common.coco.detections import Detections
 from common.coco.index import CocoIndex
 from common.errors import UserError
 from m2det.anchors import decode, make_anchors, to_cxcywh, to_xyxy
 from m2det.config import Recipe
 from m2det.model import M2Det
-from m2det.postprocess import Detections
 
 INTERPOLATIONS = {
     "linear": cv2.INTER_LINEAR,

@@ -180,6 +180,8 @@ def to_array(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
         raise UserError(
             f"array of shape {array.shape} and type {array.dtype}: give (H, W, 3) uint8 RGB"
         )
+    if not array.flags.writeable:
+        return array.copy()  # torch would warn
     return array
 
 

@@ -252,6 +252,22 @@ def default_level(device: torch.device, recipe_level: str) -> str:
     return "O1" if has_bf16(device) else "O0"
 
 
+def inference_precision(device: torch.device, name: str) -> Precision:
+    """Return the precision "fp32", "fp16" or "bf16" of a network that is not trained.
+
+    Raise UserError where the device does not have it.
+    """
+    if name == "fp32":
+        return Precision(device)
+    if name not in ("fp16", "bf16"):
+        raise UserError(f"precision {name!r}: not one of fp32, fp16, bf16")
+    if name == "fp16" and in_host_memory(device):
+        raise UserError("precision 'fp16': of no use on a CPU", "take fp32 or bf16")
+    if name == "bf16" and not in_host_memory(device) and not has_bf16(device):
+        raise UserError(f"precision 'bf16': this {device.type} has none", "take fp32 or fp16")
+    return Precision(device, "O1", dtype=name)
+
+
 def build_sgd(parameters: list, device: torch.device, **options: float) -> torch.optim.SGD:
     """Return SGD in one fused kernel where the device has it; else in kernels over lists.
 

@@ -3,7 +3,8 @@
 TensorFlow checkpoints are read, never written.
 """
 
-import common.npu.interpreter  # noqa: F401 before torch
+if __name__ == "__main__":
+    import common.npu.interpreter  # noqa: F401 before torch
 
 # isort: split
 
