@@ -214,8 +214,11 @@ def test_ranks_without_boxes_do_not_hang(golden, tmp_path):
     assert with_boxes["grad_bbox_l2"] > 0
 
 
+# The first update amplifies the rounding of a processor's convolutions in float32, up to 2e-5 of
+# the second loss. In float64 that is the same everywhere.
+@pytest.mark.parametrize(("dtype", "steps"), [(torch.float32, 5), (torch.float64, 2)])
 @pytest.mark.parametrize("name", ["gn", "nogn"])
-def test_five_training_steps(golden, filled_model, tiny_train, real_truth, name):
+def test_training_steps(golden, filled_model, tiny_train, real_truth, name, dtype, steps):
     expected, recipe = golden("train"), RECIPES[name]
     images, sizes = [], []
     for record in golden_records(golden, tiny_train, "train.files"):
@@ -229,7 +232,8 @@ def test_five_training_steps(golden, filled_model, tiny_train, real_truth, name)
     inputs = normalise(torch.stack(images), torch.tensor(sizes), recipe).contiguous()
     check_probe(expected, "img", inputs, atol=1e-4)
 
-    model = filled_model(name).train()
+    inputs = inputs.to(dtype)
+    model = filled_model(name).train().to(dtype)
     frozen = {k: v.clone() for k, v in model.state_dict().items() if fixed(k)}
     before = {k: p.detach().clone() for k, p in model.named_parameters() if p.requires_grad}
     assert list(before) == expected[f"{name}.param_names"].tolist()
@@ -242,7 +246,7 @@ def test_five_training_steps(golden, filled_model, tiny_train, real_truth, name)
     for group in optimizer.param_groups:
         group["lr"] = rates["lr"] * group["lr_factor"]
     criterion, precision = DetectionLoss(recipe, 80), Precision(cpu)
-    for step in range(5):
+    for step in range(steps):
         optimizer.zero_grad(set_to_none=True)
         losses = criterion(model(inputs), *real_truth("256x320"))
         losses["loss"].backward()
@@ -251,10 +255,13 @@ def test_five_training_steps(golden, filled_model, tiny_train, real_truth, name)
         norm = torch.stack(norms).norm().item()
         precision.step(optimizer, recipe.clip_norm)
         for key, loss in losses.items():
-            rtol = 1e-5 if step < 2 else 1e-3
+            exact = step == 0 or dtype is torch.float64
+            rtol = 1e-5 if exact else 1e-3
             assert_allclose(loss.item(), expected[f"{name}.{key}"][step], rtol=rtol)
         assert_allclose(norm, expected[f"{name}.grad_norm"][step], rtol=1e-3)
 
+    if steps < 5:
+        return
     after = dict(model.named_parameters())
     for k, key in enumerate(before):
         norm = after[key].detach().double().norm()
