@@ -63,9 +63,24 @@ def test_the_leach_module_once_is_the_originals_many_times():
             for outputs, module in (([single] * 8, once), (repeated, many))
         ]
         assert_close(*gradients, rtol=1e-4, atol=1e-5)
-    for key, value in many.state_dict().items():
-        assert_close(once.state_dict()[key], value)
-    assert once.bn.num_batches_tracked == 24
+    for key in ("bn.running_mean", "bn.running_var"):
+        assert_close(once.state_dict()[key], many.state_dict()[key])
+
+
+@pytest.mark.parametrize("backbone", ["vgg16_thin", "resnet50"])
+def test_every_batch_norm_counts_the_batches(backbone):
+    """One for each call of the original's module, as `nn.BatchNorm2d` does by itself."""
+    model = build_model(replace(SMALL, backbone=backbone), 3).train()
+    images = torch.randn(2, 3, 320, 320)
+    with torch.no_grad():
+        model(images)
+        model(images)
+        model.eval()(images)
+    counts = {k: v.item() for k, v in model.state_dict().items() if k.endswith("batches_tracked")}
+    assert len(counts) > 40
+    for key, count in counts.items():
+        calls = 3 if key.startswith("leach") else 1  # for each of three levels
+        assert count == 2 * calls, key
 
 
 def test_the_leach_module_is_computed_once():
