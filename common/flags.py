@@ -247,18 +247,19 @@ def add(
 def parse_demo(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
     """Parse the flags of a demo, after adding those that all demos have.
 
-    `inputs` of the result are the images and folders. A file of weights among them becomes
+    `inputs` of the result are the images, videos and folders. A file of weights among them becomes
     `checkpoint`: old commands name it first or last, beside a config file, which is answered.
     """
     parser.add_argument(
         "inputs",
         nargs="*",
-        metavar="FILE.pth|IMAGE|FOLDER",
-        help="weights may be among them; default: sample images",
+        metavar="FILE.pth|IMAGE|VIDEO|FOLDER",
+        help="weights may be among them; a number is a camera; default: sample images",
     )
     parser.add_argument("--img", nargs="+", default=[], metavar="IMAGE|FOLDER", help="the same")
     add(parser, "--show-dir", Path("demo_output"), "folder of the pictures")
     add(parser, "--min-score --score-thr", 0.3, "lowest score that is drawn")
+    add(parser, "--coco", False, "write all detections in COCO's format for results as well")
     add(parser, "--show", False, "no effect: pictures are written, see --show-dir")
     args = parser.parse_args(argv)
     if args.show:

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Detect and draw: SSD300-ResNet34 on images, or on folders of images such as a video's frames.
+"""Detect and draw: SSD300-ResNet34 on images, folders of images, videos and cameras.
 
     python3 demo.py FILE.pth IMAGE FOLDER ...    a checkpoint and images
+    python3 demo.py FILE.pth clip.mp4 0          a video, and camera 0 until Ctrl-C (needs OpenCV)
     python3 demo.py                              newest checkpoint, built-in sample
 
-Pictures keep the names of their images, below the folder that all have in common; `results.json`
-lists what is drawn. A file that cannot be read is reported and left out; the exit status is 1 then.
+Pictures keep the names of their images, below the folder that all have in common; of a video the
+frames are drawn in a video. `results.json` lists what is drawn, `--coco` writes all detections in
+COCO's format. An image that cannot be read is reported and left out; the exit status is 1 then.
 """
 
 import sys
@@ -20,10 +22,12 @@ import tempfile
 import time
 from argparse import Namespace
 from dataclasses import replace
+from itertools import chain
 
 from common import flags
-from common.coco.demo_images import DemoOutput, find_images, read_images
+from common.coco.demo_images import DemoOutput, category_ids_of, find_images, read_images
 from common.coco.sample import write_sample
+from common.coco.video import find_videos, read_videos
 from common.npu import entry
 from common.npu.device import setup_device
 from common.npu.weights import notes_on_class_names
@@ -44,27 +48,31 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{state['path']}: {detector.report}")
     for line in notes_on_class_names(state, detector.class_names):
         print(line)
-    demo_output = DemoOutput(args.show_dir, detector.class_names, args.min_score)
-    with tempfile.TemporaryDirectory() as scratch:
+    output = DemoOutput(args.show_dir, detector.class_names, args.min_score)
+    with tempfile.TemporaryDirectory() as scratch, output:
         inputs = args.inputs
         if not inputs:
             sample = Path(scratch, "sample")
             write_sample(sample, train=1, val=SAMPLE_IMAGES)
             inputs = [sample / "val2017"]
         files = find_images(inputs, args.show_dir)
+        videos = find_videos(inputs, args.show_dir)
+        batches = chain(
+            read_images(files, batch_size=args.batch_size),
+            read_videos(videos, batch_size=args.batch_size),
+        )
         started = time.perf_counter()
-        for names, images in read_images(files, args.batch_size):
-            for name, image, detections in zip(
-                names, images, detector.detect_batch(images), strict=True
+        for places, images in batches:
+            for place, image, detections in zip(
+                places, images, detector.detect_batch(images), strict=True
             ):
-                demo_output.add(name, image, *detections)
+                output.add(place, image, detections)
         seconds = time.perf_counter() - started
-    demo_output.write()
-    count = len(demo_output)
-    print(
-        f"{count} of {len(files)} images drawn in {args.show_dir}, {count / seconds:.1f} images/s"
-    )
-    return 0 if count == len(files) else 1
+    output.write(category_ids_of(state, detector.class_names) if args.coco else None)
+    count = len(output)
+    total = len(files) + output.num_frames
+    print(f"{count} of {total} images drawn in {args.show_dir}, {count / seconds:.1f} images/s")
+    return 0 if count == total else 1
 
 
 def parse(argv: list[str] | None) -> Namespace:

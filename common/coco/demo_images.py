@@ -1,9 +1,9 @@
-"""What the demos read and write: image files in, pictures of detections and results.json out."""
+"""What the demos read and write: images and videos in, pictures, videos and results.json out."""
 
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,26 +12,34 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from common.coco.detections import Detections
 from common.coco.draw import draw_boxes
+from common.coco.evaluation import save_results, to_result_rows
 from common.coco.images import read_image
+from common.coco.index import COCO_CATEGORY_IDS, COCO_CLASSES
+from common.coco.video import Frame, VideoWriter, is_video
 from common.errors import UserError
 from common.files import cannot_be_written, encoded, write_atomically
 
 RESULTS_FILE = "results.json"
+COCO_RESULTS_FILE = "results.bbox.json"
 
 
 def find_images(inputs: Sequence[str | Path], show_dir: Path) -> dict[str, Path]:
     """Return the image files by their path below the folder that all have in common.
 
-    `inputs` are files and folders. A file is taken whatever its name. Folders are walked in sorted
-    order for files whose suffix is one of an image format that Pillow reads. What lies in
-    `show_dir`, pictures of a former call, is left out. Raise UserError for an input without an
-    image.
+    `inputs` are files and folders, of which videos are left out here. Any other file is taken,
+    whatever its name. Folders are walked in sorted order for files whose suffix is one of an image
+    format that Pillow reads. What lies in `show_dir`, pictures of a former call, is left out. Raise
+    UserError for an input without an image.
     """
     show_dir = Path(os.path.abspath(show_dir))
     images = []
     for name in inputs:
-        images += _images_of_input(name, show_dir)
+        if not is_video(name):
+            images += _images_of_input(name, show_dir)
+    if not images:
+        return {}
     root = os.path.commonpath([image.parent for image in images])
     return {image.relative_to(root).as_posix(): image for image in images}
 
@@ -106,37 +114,69 @@ def visible(
     return boxes, scores[keep], labels[keep]
 
 
-class DemoOutput:
-    """The pictures of detections in `show_dir`, and the list of what is drawn in them.
+def category_ids_of(state: Mapping, class_names: Sequence[str]) -> tuple[int, ...]:
+    """Return the category ids of a checkpoint's classes: its own, COCO's, or 1 and up."""
+    if "category_ids" in state:
+        return tuple(state["category_ids"])
+    if tuple(class_names) == COCO_CLASSES:
+        return COCO_CATEGORY_IDS
+    return tuple(range(1, len(class_names) + 1))
 
-    Detections below `min_score` are not drawn. `len()` is the number of pictures.
+
+class DemoOutput:
+    """The pictures and videos of detections in `show_dir`, and the list of what is drawn in them.
+
+    Detections below `min_score` are not drawn. `len()` is the number of images and frames. As a
+    context it closes the videos at its end, also after an error.
     """
 
     def __init__(self, show_dir: Path, class_names: Sequence[str], min_score: float):
         self.show_dir = show_dir
         self.class_names = class_names
         self.min_score = min_score
+        self.num_frames = 0
         self.results: dict[str, dict] = {}
+        self.found: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.videos: dict[str, VideoWriter] = {}
 
     def __len__(self) -> int:
         return len(self.results)
 
-    def add(
-        self, name: str, image: np.ndarray, boxes: Tensor, scores: Tensor, labels: Tensor
-    ) -> None:
-        """Draw the detections of an image (H, W, 3) uint8 and save the picture under its name.
+    def __enter__(self) -> "DemoOutput":
+        return self
 
-        boxes (n, 4) xyxy pixels, scores (n,), labels (n,), on the CPU. Raise UserError where the
-        picture cannot be written.
+    def __exit__(self, *reason: object) -> None:
+        for video in self.videos.values():
+            video.close()
+
+    def add(self, place: str | Frame, image: np.ndarray, detections: Detections) -> None:
+        """Draw the detections of an image (H, W, 3) uint8, as a picture or a frame of a video.
+
+        A picture is saved under its name. Raise UserError where it cannot be written.
         """
+        self.found.append(tuple(detections))
         size = image.shape[:2]
-        boxes, scores, labels = visible(boxes, scores, labels, size, self.min_score)
-        self.results[name] = {
+        boxes, scores, labels = visible(*detections, size, self.min_score)
+        self.results[str(place)] = {
             "boxes": boxes.double().round(decimals=2).tolist(),
             "scores": scores.double().round(decimals=4).tolist(),
             "classes": [self.class_names[label] for label in labels],
         }
         picture = draw_boxes(image, boxes, labels, self.class_names, scores)
+        if isinstance(place, Frame):
+            self._append(place, np.asarray(picture))
+            self.num_frames += 1
+        else:
+            self._save(place, picture)
+
+    def _append(self, place: Frame, picture: np.ndarray) -> None:
+        if place.video not in self.videos:
+            height, width = picture.shape[:2]
+            path = self.show_dir / place.video
+            self.videos[place.video] = VideoWriter(path, place.rate, width, height)
+        self.videos[place.video].write(picture)
+
+    def _save(self, name: str, picture: Image.Image) -> None:
         path = self.show_dir / name
         if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
             path = path.with_name(f"{path.name}.png")  # of a format that Pillow only reads
@@ -146,13 +186,34 @@ class DemoOutput:
         except OSError as error:
             raise cannot_be_written(path, error) from None
 
-    def write(self) -> None:
-        """Write `results.json`: boxes (xyxy pixels), scores and class names of every picture.
+    def write(self, category_ids: Sequence[int] | None = None) -> None:
+        """Write `results.json`: boxes (xyxy pixels), scores and class names, a line each image.
 
-        Nothing is written where there is no picture.
+        With `category_ids`, those of the labels, all detections are also written in COCO's format
+        for results. An image's id is the number that is its file's name; where some have none,
+        all are numbered from 1. Nothing is written where there is no image.
         """
         if not self.results:
             return
-        text = json.dumps(self.results, indent=1, ensure_ascii=False)
-        path = self.show_dir / RESULTS_FILE
-        write_atomically(path, encoded(text + "\n"))
+        lines = []
+        for name, result in self.results.items():
+            key = json.dumps(name, ensure_ascii=False)
+            lines.append(f"{key}: {json.dumps(result, ensure_ascii=False)}")
+        text = "{\n" + ",\n".join(lines) + "\n}\n"
+        write_atomically(self.show_dir / RESULTS_FILE, encoded(text))
+        if category_ids is None:
+            return
+        rows = []
+        for image_id, found in zip(image_ids(self.results), self.found, strict=True):
+            rows.append(to_result_rows(image_id, *found, category_ids))
+        save_results(self.show_dir / COCO_RESULTS_FILE, np.concatenate(rows))
+
+
+def image_ids(names: Iterable[str]) -> list[int]:
+    """Return the numbers that the names of files are, or 1 and up where some are none."""
+    stems = [Path(name).stem for name in names]
+    if all(stem.isdecimal() for stem in stems):
+        numbers = [int(stem) for stem in stems]
+        if len(set(numbers)) == len(numbers):
+            return numbers
+    return list(range(1, len(stems) + 1))

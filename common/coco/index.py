@@ -105,6 +105,9 @@ IMAGE_FILE_MISSING = Rule("image file missing", Severity.ERROR)
 
 # The 80 classes of COCO in the order of their category ids, for weights that bring no names.
 COCO_CLASSES = tuple(Path(__file__).with_name("class_names.txt").read_text().splitlines())
+# Of the ids 1 to 90 COCO's detection task leaves these out (instances_val2017.json).
+UNUSED_COCO_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
+COCO_CATEGORY_IDS = tuple(number for number in range(1, 91) if number not in UNUSED_COCO_IDS)
 
 # Polygons are nine tenths of the file and unused: without them it is read 5 times as fast, in a
 # third of the memory. A key must follow; inside a JSON string the second quote would be escaped.

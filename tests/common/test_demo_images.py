@@ -9,8 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from common.coco.demo_images import DemoOutput, find_images, read_images, visible
+from common.coco.demo_images import (
+    DemoOutput,
+    category_ids_of,
+    find_images,
+    image_ids,
+    read_images,
+    visible,
+)
+from common.coco.detections import Detections
 from common.coco.images import read_image
+from common.coco.index import COCO_CLASSES
 from common.errors import UserError
 
 PHOTOS = sorted(Path(__file__).parents[1].glob("data/tiny_coco/val2017/*.jpg"))[:3]
@@ -93,7 +102,7 @@ def test_a_file_that_is_named_is_tried_whatever_its_name(tmp_path, capsys):
         "Pillow knows)\n"
     )
     output = DemoOutput(tmp_path / "out", NAMES, min_score=0.5)
-    output.add("photo", images[0], BOXES[:0], SCORES[:0], LABELS[:0])
+    output.add("photo", images[0], NOTHING)
     assert Image.open(tmp_path / "out/photo.png").format == "PNG"
 
 
@@ -116,6 +125,8 @@ def test_images_are_upright(tmp_path):
 BOXES = torch.tensor([[-5.0, 2.004, 30, 90], [1, 1, 9, 9], [3, 4, 70, 8]])
 SCORES = torch.tensor([0.9, 0.5, 0.49999])
 LABELS = torch.tensor([2, 0, 1])
+FOUND = Detections(BOXES, SCORES, LABELS)
+NOTHING = Detections(BOXES[:0], SCORES[:0], LABELS[:0])
 
 
 def test_visible_boxes_are_good_enough_and_cut_at_the_border():
@@ -130,8 +141,8 @@ def test_visible_boxes_are_good_enough_and_cut_at_the_border():
 def test_pictures_and_results(tmp_path):
     image = np.full((50, 60, 3), 128, np.uint8)
     output = DemoOutput(tmp_path / "out", NAMES, min_score=0.5)
-    output.add("b/1.png", image, BOXES, SCORES, LABELS)
-    output.add("2.jpg", image, BOXES[:0], SCORES[:0], LABELS[:0])
+    output.add("b/1.png", image, FOUND)
+    output.add("2.jpg", image, NOTHING)
     assert len(output) == 2
     output.write()
     text = (tmp_path / "out/results.json").read_text(encoding="utf-8")
@@ -164,4 +175,44 @@ def test_a_picture_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "out").touch()
     output = DemoOutput(tmp_path / "out", NAMES, min_score=0.5)
     with pytest.raises(UserError, match=r"out/1\.jpg cannot be written"):
-        output.add("1.jpg", np.zeros((9, 9, 3), np.uint8), BOXES, SCORES, LABELS)
+        output.add("1.jpg", np.zeros((9, 9, 3), np.uint8), FOUND)
+
+
+def test_results_have_a_line_for_each_image(tmp_path):
+    image = np.full((50, 60, 3), 128, np.uint8)
+    output = DemoOutput(tmp_path, NAMES, min_score=0.5)
+    for name in ("1.jpg", "2.jpg"):
+        output.add(name, image, FOUND)
+    output.write()
+    lines = (tmp_path / "results.json").read_text().splitlines()
+    assert [line[:9] for line in lines] == ["{", '"1.jpg": ', '"2.jpg": ', "}"]
+
+
+def test_cocos_results_hold_all_detections(tmp_path):
+    image = np.full((50, 60, 3), 128, np.uint8)
+    output = DemoOutput(tmp_path, NAMES, min_score=0.5)
+    output.add("000000006818.jpg", image, FOUND)
+    output.add("7.jpg", image, NOTHING)
+    output.write(category_ids=(10, 20, 30))
+    results = json.loads((tmp_path / "results.bbox.json").read_text())
+    assert [(one["image_id"], one["category_id"]) for one in results] == [
+        (6818, 30),
+        (6818, 10),
+        (6818, 20),
+    ]
+    assert results[1] == {
+        "image_id": 6818, "category_id": 10, "bbox": [1, 1, 8, 8], "score": 0.5,
+    }  # fmt: skip
+
+
+def test_images_without_a_number_are_numbered():
+    assert image_ids(["000000006818.jpg", "a/7.png"]) == [6818, 7]
+    assert image_ids(["000000006818.jpg", "cat.png"]) == [1, 2]
+    assert image_ids(["a/7.png", "b/7.png"]) == [1, 2]
+
+
+def test_category_ids_are_the_checkpoints_or_cocos():
+    assert category_ids_of({"category_ids": [5, 3]}, ("cat", "dog")) == (5, 3)
+    ids = category_ids_of({}, COCO_CLASSES)
+    assert (len(ids), ids[0], ids[11], ids[-1]) == (80, 1, 13, 90)
+    assert category_ids_of({}, ("cat", "dog")) == (1, 2)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from common.coco.images import read_image
 from common.coco.index import COCO_CLASSES
+from common.coco.video import Video, VideoWriter, read_videos
 from common.errors import UserError
 from common.npu import checkpoint
 from ssd_resnet34 import demo
@@ -142,3 +143,24 @@ def test_a_file_without_detection_heads_is_named():
     assert "no detection heads" in message
     assert "conv1.weight" in message
     assert message.endswith("give a trained detector")
+
+
+def test_a_video_becomes_a_video_of_its_detections(weights, model, tmp_path, capsys):
+    image = np.asarray(Image.open(PHOTOS[0]).convert("RGB").resize((160, 120)))
+    writer = VideoWriter(tmp_path / "clip.avi", rate=5, width=160, height=120)
+    for _ in range(3):
+        writer.write(image)
+    writer.close()
+    out = tmp_path / "out"
+    inputs = [str(tmp_path / "clip.avi"), str(PHOTOS[1])]
+    assert demo.main([*flags(weights, out, "--coco", "--min_score=0.2"), *inputs]) == 0
+    assert "4 of 4 images drawn" in capsys.readouterr().out
+    results = json.loads((out / "results.json").read_text())
+    frames = [f"clip.mp4/{number:06}" for number in (1, 2, 3)]
+    assert list(results) == [PHOTOS[1].name, *frames]
+    assert results[frames[0]]["boxes"]
+    ((_, drawn),) = read_videos([Video(str(out / "clip.mp4"), "clip")], batch_size=4)
+    assert len(drawn) == 3
+    assert np.abs(drawn[0].astype(int) - image).max() > 60  # boxes are drawn in it
+    ids = {one["image_id"] for one in json.loads((out / "results.bbox.json").read_text())}
+    assert ids == {1, 2, 3, int(PHOTOS[1].stem)}
