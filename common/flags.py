@@ -102,6 +102,13 @@ FLAGS = (
     Flag("run", "--kind", "acc", "perf: no evaluation at the end", choices=("acc", "perf")),
     Flag(
         "run",
+        "--background-metrics",
+        False,
+        "compute COCO's metrics in a process of its own while training goes on; they are logged "
+        "when they are there",
+    ),
+    Flag(
+        "run",
         "--amp-backend",
         "native",
         "apex: NVIDIA's or Ascend's",

@@ -163,6 +163,7 @@ def main(argv: list[str] | None = None) -> int | None:
             if progress.first_epoch_done():
                 run.log.warn_of("data", turned_images(reader, len(train_set), run.ranks))
 
+            state.look_for_metrics()
             if progress.checkpoint_due():
                 state.save()
             if progress.evaluation_due():
@@ -238,19 +239,7 @@ def evaluate(
         run.log.info(f"evaluating {len(val_set)} images")
         distributed.average_buffers(model, run.ranks)
         result_rows = detect_all(model, recipe, val_set, run.device, run.ranks, run.workers)
-        evaluation = None
-        if result_rows is not None:
-            evaluation = evaluate_and_save(
-                result_rows,
-                val_set,
-                recipe,
-                run.output_dir,
-                run.evaluation_options,
-                run.log.info,
-                progress.steps_done,
-            )
-        if progress.add_evaluation(evaluation):
-            state.save_best()
+        state.add_evaluation(evaluate_and_save, result_rows, val_set, recipe)
 
 
 if __name__ == "__main__":

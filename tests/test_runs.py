@@ -61,6 +61,20 @@ def test_a_run_and_an_evaluation_write_the_same_metrics(model, data, trained, tm
     assert ("Current AP: " in output) == (model != "ssd_mmdet")
 
 
+def test_metrics_in_the_background_are_those_of_a_run_that_waits(model, data, tmp_path):
+    every_epoch = ("--evaluation=1,2,3", "--save_interval=1", "--keep=9")
+    train(model, data, tmp_path / "waits", *every_epoch)
+    train(model, data, tmp_path / "goes_on", *every_epoch, "--background_metrics")
+    val_lines = []
+    for name in ("waits", "goes_on"):
+        assert metrics(tmp_path / name)["step"] == 2
+        assert (tmp_path / name / "detections.png").exists()
+        lines = scripts.json_lines(tmp_path / name)
+        val_lines.append([line for line in lines if line.get("mode") == "val"])
+    assert val_lines[0] == val_lines[1]
+    scripts.assert_same_state(tmp_path / "waits" / "best.pt", tmp_path / "goes_on" / "best.pt")
+
+
 def detections(folder):
     return json.loads((folder / "results.bbox.json").read_text())
 

@@ -173,6 +173,8 @@ class Progress:
         """Return whether an evaluation is wanted after this step and not done."""
         if not self.run.settings.evaluate or self._evaluated_at == self.steps_done:
             return False
+        if self.goal_reached:  # by an evaluation of an earlier step
+            return False
         if self.steps_done == self.end:
             return True
         epochs_done, steps_of_next = divmod(self.steps_done, self.steps_per_epoch)
@@ -227,13 +229,20 @@ class Progress:
             f"last good checkpoint: {checkpoints[0] if checkpoints else 'none'}; {self.remedy}"
         )
 
-    def add_evaluation(self, evaluation: Evaluation | None) -> bool:
-        """Log an evaluation, which only the main rank has; return whether it is the best so far."""
+    def begin_evaluation(self) -> int:
+        """Note that the evaluation of this step is no longer due; return the number of steps."""
         self._evaluated_at = self.steps_done
+        return self.steps_done
+
+    def add_evaluation(self, evaluation: Evaluation | None, steps_done: int) -> bool:
+        """Log an evaluation, which only the main rank has; return whether it is the best so far.
+
+        `steps_done` is what `begin_evaluation` returned.
+        """
         ap = None
         if evaluation is not None:
             ap = evaluation.stats["AP"]
-            self.run.log.val(self.steps_done, self.lr(self.steps_done - 1), evaluation.mmdet())
+            self.run.log.val(steps_done, self.lr(steps_done - 1), evaluation.mmdet())
         self.last_ap = self.run.ranks.from_main(ap)
         self.goal_reached = 0 < self.recipe.threshold <= self.last_ap
         if self.goal_reached:

@@ -21,6 +21,7 @@ from common.npu.weights import WRAPPERS, recipe_entry, tensors_of
 
 DIRECTORY = 0x10  # in the external attributes of a zip archive's entry
 BEST = "best.pt"  # of a run, by its AP
+EVALUATED = "evaluated.pt"  # the state that an evaluation in the background is of
 PREFIX = "iter_"  # of a checkpoint's file name, before the number of steps
 # What the state of a run is made of, see `RunState`.
 ENTRIES_OF_A_RUN = {
@@ -46,6 +47,14 @@ def save(path: Path, state: dict) -> None:
     buffer = io.BytesIO()
     torch.save(tree_map_only(torch.Tensor, torch.Tensor.cpu, state), buffer)
     write_atomically(path, buffer.getbuffer())
+
+
+def keep_evaluated(folder: Path, is_best: bool) -> None:
+    """Make the state of an evaluation, if one was saved, that of `best.pt`, or delete it."""
+    evaluated = folder / EVALUATED
+    if is_best and evaluated.exists():
+        evaluated.replace(folder / BEST)
+    evaluated.unlink(missing_ok=True)
 
 
 def load(path: str | Path) -> dict:

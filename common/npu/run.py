@@ -2,11 +2,13 @@
 
 import dataclasses
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -14,9 +16,10 @@ from torch.optim import Optimizer
 from common import flags
 from common.coco.evaluation import EvaluationOptions, require_evaluator
 from common.coco.layout import Files
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.fps.runlog import RunLog
 from common.npu import checkpoint, distributed
+from common.npu.background import BackgroundCall
 from common.npu.device import (
     be_deterministic,
     be_exact,
@@ -135,6 +138,7 @@ class RunSettings:
     keep: int  # checkpoints
     save: bool  # write checkpoints at all
     evaluate: bool  # whether accuracy counts, not only speed
+    background_metrics: bool  # compute them in a process while training goes on
 
 
 @dataclass
@@ -230,6 +234,7 @@ class Run:
                 keep=args.keep,
                 save=args.save,
                 evaluate=evaluates,
+                background_metrics=args.background_metrics,
             ),
             evaluation_options=evaluation_options,
             resumed=ranks.from_main(resumed),
@@ -374,6 +379,10 @@ class RunState:
         self.optimizer = optimizer
         self.progress = progress
         self.remedy = remedy
+        # An evaluation whose metrics are computed in the background: its steps, on the main rank
+        # also the call.
+        self._evaluated_steps: int | None = None
+        self._metrics: BackgroundCall | None = None
         self.identity = {
             **(identity or {}),
             "global batch": recipe.batch_size * run.ranks.world_size,
@@ -439,9 +448,13 @@ class RunState:
         """Write the state to `iter_<n>.pt`, or under another name; all ranks must call it.
 
         A state that is not finite is never written: that raises UserError. With `--no-save` only
-        this is checked.
+        this is checked. An evaluation of earlier steps ends first: a run that is resumed from this
+        state would not repeat it.
         """
         run = self.run
+        self.finish_evaluation()
+        if self.progress.goal_reached and name is None:
+            return  # the state that reached it, of earlier steps, is the last one
         with self.progress.paused():
             self.progress.require_finite()
             if not run.settings.save:
@@ -460,6 +473,77 @@ class RunState:
     def save_best(self) -> None:
         """Write the state to `best.pt`."""
         self.save(checkpoint.BEST)
+
+    def add_evaluation(
+        self, evaluate_and_save: Callable, result_rows: np.ndarray | None, *arguments: object
+    ) -> None:
+        """Evaluate the result rows, which the main rank has, and keep the state if it is the best.
+
+        `evaluate_and_save` is a recipe's; `arguments` are those between the rows and the folder.
+        With `--background_metrics` a process computes while training goes on, unless the run ends
+        here; `finish_evaluation` does the rest. All ranks must call it.
+        """
+        run = self.run
+        steps_done = self.progress.begin_evaluation()
+        evaluation_of_rows = partial(
+            evaluate_and_save,
+            result_rows,
+            *arguments,
+            run.output_dir,
+            run.evaluation_options,
+            step=steps_done,
+        )
+        if run.settings.background_metrics and steps_done != self.progress.end:
+            self.save(checkpoint.EVALUATED)
+            self._evaluated_steps = steps_done
+            if run.ranks.main:
+                name = f"the metrics of step {steps_done}"
+                self._metrics = BackgroundCall(name, evaluation_of_rows)
+                run.log.info(f"{name} are computed in the background")
+            return
+        evaluation = None
+        if run.ranks.main:
+            evaluation = evaluation_of_rows(log=run.log.info)
+        if self.progress.add_evaluation(evaluation, steps_done):
+            self.save_best()
+
+    def look_for_metrics(self) -> None:
+        """At a log line, finish an evaluation whose metrics are there; all ranks must call it."""
+        if self._evaluated_steps is None or not self.progress.log_due(self.progress.steps_done):
+            return
+        are_there = self._metrics is not None and self._metrics.finished()
+        if self.run.ranks.any(are_there):
+            self.finish_evaluation()
+
+    def finish_evaluation(self) -> None:
+        """Wait for an evaluation in the background, if any, log it, and keep its state if best.
+
+        Raise UserError, on all ranks, where it has failed.
+        """
+        if self._evaluated_steps is None:
+            return
+        run = self.run
+        steps_done = self._evaluated_steps
+        self._evaluated_steps = None
+        with self.progress.paused():
+            evaluation = None
+            obstacle = None
+            if run.ranks.main:
+                try:
+                    outcome = self._metrics.outcome()
+                except UserError as error:
+                    obstacle = one_line(error)
+                else:
+                    evaluation = outcome.value
+                    for line in outcome.lines:
+                        run.log.info(line)
+                self._metrics = None
+            obstacle = run.ranks.from_main(obstacle)
+            if obstacle is not None:
+                raise UserError(obstacle)
+            is_best = self.progress.add_evaluation(evaluation, steps_done)
+            if run.ranks.main:
+                checkpoint.keep_evaluated(run.output_dir, is_best)
 
     def _content(self, buffers: list[dict], windows: list[dict]) -> dict:
         weights = weights_on_cpu(self.model, distributed.mean_buffers(buffers))

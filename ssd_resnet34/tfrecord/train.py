@@ -171,6 +171,7 @@ def main(argv: list[str] | None = None) -> int | None:
             progress.add(step, losses, batch.image_ids)
             port_lines.print_logged()
 
+            state.look_for_metrics()
             if progress.checkpoint_due():
                 state.save()
                 port_lines.print_logged()
@@ -222,19 +223,7 @@ def evaluate(
         run.log.info(f"evaluating {len(val_set)} images")
         distributed.average_buffers(model, run.ranks)
         result_rows = detect_all(model, recipe, val_set, run.device, run.ranks, run.workers)
-        evaluation = None
-        if result_rows is not None:
-            evaluation = evaluate_and_save(
-                result_rows,
-                val_set,
-                val_json_file,
-                run.output_dir,
-                run.evaluation_options,
-                run.log.info,
-                progress.steps_done,
-            )
-        if progress.add_evaluation(evaluation):
-            state.save_best()
+        state.add_evaluation(evaluate_and_save, result_rows, val_set, val_json_file)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from common.fps.progress import Progress
 from common.npu import checkpoint
 from common.npu.precision import build_sgd
 from common.npu.run import MAY_CHANGE, Run, RunState, start_process
+from tests import scripts
 
 MODEL_RECIPES = (
     ssd_mmdet.config.Recipe,
@@ -104,6 +105,7 @@ def train(run, state, progress, batches=None, evaluate=lambda: None):
             loss.backward()
             state.optimizer.step()
             progress.add(step, {"loss_cls": loss, "loss": loss}, torch.tensor([10, 11]))
+            state.look_for_metrics()
             if progress.checkpoint_due():
                 state.save()
             if progress.evaluation_due():
@@ -365,7 +367,8 @@ def test_an_evaluation_is_due_after_its_epochs_and_at_the_end(tmp_path):
         evaluated.append(progress.steps_done)
         # A state of this step is there already: a run that ends in its evaluation repeats it.
         assert (tmp_path / f"iter_{progress.steps_done}.pt").exists()
-        assert progress.add_evaluation(evaluation(0.1 * len(evaluated)))
+        ap = 0.1 * len(evaluated)
+        assert progress.add_evaluation(evaluation(ap), progress.begin_evaluation())
         assert not progress.evaluation_due()
 
     train(run, state, progress, evaluate=evaluate)
@@ -376,9 +379,112 @@ def test_an_evaluation_is_due_after_its_epochs_and_at_the_end(tmp_path):
 def test_a_goal_ends_the_run(tmp_path):
     run = start(tmp_path)
     state, progress = parts_of(run)
-    train(run, state, progress, evaluate=lambda: progress.add_evaluation(evaluation(0.5)))
+
+    def evaluate():
+        progress.add_evaluation(evaluation(0.5), progress.begin_evaluation())
+
+    train(run, state, progress, evaluate=evaluate)
     assert progress.steps_done == 4
     assert "AP goal 0.5 reached: training ends here" in run.log.text_path.read_text()
+
+
+@dataclass
+class Metrics:
+    """An evaluation that a process can send."""
+
+    ap: float
+
+    @property
+    def stats(self):
+        return {"AP": self.ap}
+
+    def mmdet(self):
+        return {"bbox_mAP": self.ap, "bbox_mAP_50": self.ap, "bbox_mAP_75": self.ap}
+
+
+def look_up(aps, folder, options, log, step):
+    """The `evaluate_and_save` of these tests: the AP of a step; an error where there is none."""
+    log(f"step {step} is evaluated")
+    if step not in aps:
+        raise UserError("no AP", "give one")
+    return Metrics(aps[step])
+
+
+def run_with_metrics(folder, aps, *words, batches=None):
+    """Train with evaluations after 4, 8 and 12 steps; return the run and its course."""
+    run = start(folder, *words, recipe=replace(RECIPE, evaluation=(1, 2)))
+    state, progress = parts_of(run, replace(RECIPE, evaluation=(1, 2)))
+    state.restore()
+    status = train(run, state, progress, batches, lambda: state.add_evaluation(look_up, aps))
+    return run, progress, status
+
+
+def test_metrics_in_the_background_change_nothing_but_when_they_are_logged(tmp_path):
+    aps = {4: 0.3, 8: 0.2, 12: 0.1}
+    of_runs = []
+    for name, flag in (("one", "--no-background_metrics"), ("other", "--background_metrics")):
+        run, progress, _ = run_with_metrics(tmp_path / name, aps, flag, "--keep=9")
+        assert (progress.best_ap, progress.last_ap) == (0.3, 0.1)
+        lines = [line for line in scripts.json_lines(tmp_path / name) if line.get("mode") == "val"]
+        files = sorted(path.name for path in (tmp_path / name).glob("*.pt"))
+        of_runs.append((lines, files))
+        text = run.log.text_path.read_text()
+        # A state that is resumed does not repeat what came before it.
+        assert text.index("step 4 is evaluated") < text.index("iter_8.pt")
+        assert text.index("step 8 is evaluated") < text.index("iter_12.pt")
+    assert of_runs[0] == of_runs[1]
+    assert [line["steps_done"] for line in of_runs[0][0]] == [4, 8, 12]
+    for name in ("best.pt", "iter_12.pt"):
+        scripts.assert_same_state(tmp_path / "one" / name, tmp_path / "other" / name)
+    assert checkpoint.load(tmp_path / "other" / "best.pt")["iteration"] == 4
+    assert "the metrics of step 4 are computed in the background" in text
+    assert "the metrics of step 12" not in text  # nothing is left to train
+
+
+def test_a_goal_in_the_background_ends_the_run_with_the_state_that_reached_it(tmp_path):
+    run, progress, _ = run_with_metrics(tmp_path, {4: 0.6}, "--background_metrics")
+    assert 4 < progress.steps_done <= 8
+    assert checkpoint.load(tmp_path / "best.pt")["iteration"] == 4
+    assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["best.pt", "iter_4.pt"]
+    text = run.log.text_path.read_text()
+    assert "AP goal 0.5 reached: training ends here" in text
+    assert "Final Train Accuracy : 0.60000" in text
+
+
+def test_a_failure_in_the_background_ends_the_run_and_is_repeated_by_the_next(tmp_path):
+    with pytest.raises(UserError, match=r"^the metrics of step 4: no AP; give one$"):
+        run_with_metrics(tmp_path, {}, "--background_metrics")
+    run = start(tmp_path, "--resume=auto")
+    state, progress = parts_of(run)
+    state.restore()
+    assert progress.steps_done == 4
+    assert progress.evaluation_due()
+
+
+def test_an_interrupted_run_waits_for_its_metrics(tmp_path):
+    run, _, status = run_with_metrics(
+        tmp_path, {4: 0.3}, "--background_metrics", batches=InterruptedBatches(5)
+    )
+    assert status == 128 + signal.SIGTERM
+    assert checkpoint.load(tmp_path / "best.pt")["iteration"] == 4
+    assert checkpoint.load(tmp_path / "iter_5.pt")["best"] == 0.3
+    assert "step 4 is evaluated" in run.log.text_path.read_text()
+
+
+class InterruptedBatches:
+    """Batches of which one brings a signal to stop with it."""
+
+    def __init__(self, interrupted):
+        self.interrupted = interrupted
+
+    def __getitem__(self, position):
+        return iter(self)
+
+    def __iter__(self):
+        for number in range(12):
+            if number == self.interrupted:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield torch.full((2, 2), float(number))
 
 
 def test_a_worse_evaluation_is_not_the_best(tmp_path):
@@ -386,8 +492,8 @@ def test_a_worse_evaluation_is_not_the_best(tmp_path):
     _, progress = parts_of(run)
     run.log.open(tmp_path, 0)
     progress.steps_done = 4
-    assert progress.add_evaluation(evaluation(0.2))
-    assert not progress.add_evaluation(evaluation(0.1))
+    assert progress.add_evaluation(evaluation(0.2), 4)
+    assert not progress.add_evaluation(evaluation(0.1), 4)
     assert (progress.best_ap, progress.last_ap) == (0.2, 0.1)
 
 
