@@ -60,6 +60,19 @@ def test_8_ranks_and_any_batch_size_evaluate_to_the_single_process_result(traine
     assert coco_lines(said) == coco_lines(said_seven) == coco_lines(said_eight)
 
 
+def test_2_ranks_go_on_together_while_metrics_are_computed(tmp_path):
+    data = scripts.subset(tmp_path / "coco", train=8, val=4)
+    output = tmp_path / "run"
+    flags = ("--epochs=2", "--evaluation=1,2", "--background_metrics", "--log_interval=1")
+    where = (f"--data={data}", f"--output_dir={output}", "--num_workers=0")
+    scripts.run("train.py", *scripts.SMALL, *where, *flags, ranks=2)
+    val_lines = [line for line in scripts.json_lines(output) if line.get("mode") == "val"]
+    assert [line["steps_done"] for line in val_lines] == [2, 4]
+    assert scripts.checkpoints(output) == [2, 4]
+    assert (output / "best.pt").exists()
+    assert not (output / "evaluated.pt").exists()
+
+
 def test_statistics_are_averaged_and_weights_equal_on_2_ranks(tmp_path):
     data = scripts.subset(tmp_path / "coco", train=8, val=4)
     output = tmp_path / "run"
