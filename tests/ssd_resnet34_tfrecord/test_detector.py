@@ -15,6 +15,7 @@ from ssd_resnet34.tfrecord import evaluate, train
 from ssd_resnet34.tfrecord.config import RECIPES
 from ssd_resnet34.tfrecord.detector import Detector
 from ssd_resnet34.tfrecord.model import build_model
+from tests import scripts
 
 SMALL = RECIPES["small"]
 
@@ -103,6 +104,27 @@ def test_an_accelerators_thread_detects_the_same(run_folder, golden_dir, tmp_pat
         results.append(json.loads((folder / "eval/results.bbox.json").read_text()))
     assert results[0]
     assert results[1] == results[0]
+
+
+def test_metrics_in_the_background_are_those_of_a_run_that_waits(golden_dir, tmp_path):
+    files = [
+        f"--training_file_pattern={golden_dir}/train2017*",
+        f"--validation_file_pattern={golden_dir}/train2017*",
+        f"--val_json_file={golden_dir}/instances_train6.json",
+    ]
+    short = ["--recipe=small", "--train_batch_size=2", "--max_per_class=20", "--max_iters=4"]
+    where = ["--device=cpu", "--num_workers=0", "--resnet_checkpoint=", "--amp=O0"]
+    epochs = ["--num_examples_per_epoch=4", "--evaluation=1,2"]
+    val_lines = []
+    for name, flag in (("waits", "--no-background_metrics"), ("goes_on", "--background_metrics")):
+        folder = tmp_path / name
+        train.main([*files, *short, *where, *epochs, f"--model_dir={folder}", flag])
+        lines = scripts.json_lines(folder)
+        val_lines.append([line for line in lines if line.get("mode") == "val"])
+        assert (folder / "eval/results.bbox.json").exists()
+    assert [line["steps_done"] for line in val_lines[0]] == [2, 4]
+    assert val_lines[0] == val_lines[1]
+    scripts.assert_same_state(tmp_path / "waits/best.pt", tmp_path / "goes_on/best.pt")
 
 
 def test_weights_alone_are_evaluated_without_a_step(
