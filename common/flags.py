@@ -114,6 +114,7 @@ FLAGS = (
         "apex: NVIDIA's or Ascend's",
         choices=("native", "apex"),
     ),
+    Flag("run", "--compile", False, "compile the step with torch.compile (CUDA, CPU)"),
     Flag("run", "--tag", "", "put before the experiment's name in the logs"),
 )
 

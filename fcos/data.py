@@ -157,8 +157,11 @@ def lay_on_canvas(image: Tensor, canvas: Tensor) -> None:
 
 @functools.cache
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return a tensor that is made once: a copy to the device in each step would wait for it."""
-    return torch.tensor(values, device=device)
+    """Return a tensor that is made once, and without a copy to the device, which would wait for it.
+
+    In compiled code it is not remembered.
+    """
+    return torch.stack([torch.full((), value, device=device) for value in values])
 
 
 def normalise(images: Tensor, resized_sizes: Tensor, recipe: Recipe) -> Tensor:
@@ -174,7 +177,7 @@ def normalise(images: Tensor, resized_sizes: Tensor, recipe: Recipe) -> Tensor:
     width = resized_sizes[:, 1].view(-1, 1, 1, 1)
     row = torch.arange(planes.shape[2], device=device).view(-1, 1)
     column = torch.arange(planes.shape[3], device=device)
-    planes.masked_fill_((row >= height) | (column >= width), 0)
+    planes = torch.where((row < height) & (column < width), planes, 0.0)
     return planes.contiguous(memory_format=memory_format(device))
 
 

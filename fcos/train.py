@@ -27,6 +27,7 @@ from common.coco.index import CocoIndex, read_index
 from common.coco.layout import Files, find_coco
 from common.coco.report import turned_images
 from common.coco.trained import trained_boxes_line
+from common.errors import UserError
 from common.fps.progress import Progress
 from common.npu import distributed, entry
 from common.npu.device import memory_format
@@ -66,6 +67,8 @@ def main(argv: list[str] | None = None) -> int | None:
             [train_files], [val_files], untrained_boxes, TURNS_IF_BOTH_FIT, args.output_dir
         )
 
+    if args.compile and recipe.shapes == "exact":
+        raise UserError("--shapes exact: --compile would compile each shape; use --shapes two")
     # All that the run needs is read and built first. A former run's folder is moved only after
     # that, by `open_output`: a run that is refused changes nothing.
     run = Run.start(args, recipe)
@@ -106,7 +109,8 @@ def main(argv: list[str] | None = None) -> int | None:
             "bash download_weights.sh fcos"
         )
     model.to(run.device, memory_format=memory_format(run.device))
-    criterion = DetectionLoss(recipe, num_classes).to(run.device)
+    criterion = run.compiled(DetectionLoss(recipe, num_classes).to(run.device))
+    augment_batch = run.compiled(augment)
     optimizer = build_sgd(
         param_groups(model, recipe),
         run.device,
@@ -125,7 +129,7 @@ def main(argv: list[str] | None = None) -> int | None:
     identity = {"backbone frozen": frozen}
     state = RunState(run, model, optimizer, progress, recipe, train_set, val_set, identity)
     state.restore()
-    parallel_model, optimizer = run.parallel(model, optimizer)
+    parallel_model, optimizer = run.parallel(model, optimizer, cuda_graphs=True)
     parallel_model.train()
     loader = build_loader(
         recipe,
@@ -150,7 +154,7 @@ def main(argv: list[str] | None = None) -> int | None:
 
         for step, batch in progress.steps(loader):
             batch = batch.to(run.device)
-            images, boxes = augment(batch, recipe)
+            images, boxes = augment_batch(batch, recipe)
             set_learning_rate(optimizer, progress.lr(step))
             optimizer.zero_grad(set_to_none=True)
             with run.precision.autocast():

@@ -152,8 +152,11 @@ def join_indexes(indexes: list[CocoIndex]) -> CocoIndex:
 
 @functools.cache
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return a tensor that is made once: a copy to the device in each step would wait for it."""
-    return torch.tensor(values, device=device)
+    """Return a tensor that is made once, and without a copy to the device, which would wait for it.
+
+    In compiled code it is not remembered.
+    """
+    return torch.stack([torch.full((), value, device=device) for value in values])
 
 
 def normalise(images: Tensor, recipe: Recipe) -> Tensor:

@@ -93,7 +93,8 @@ def main(argv: list[str] | None = None) -> int | None:
     if not weights and run.resumed is None:
         run.log.info("weights: random; for --pretrained: bash download_weights.sh ssd_resnet34")
     model.to(run.device, memory_format=memory_format(run.device))
-    criterion = DetectionLoss(recipe, num_classes).to(run.device)
+    criterion = run.compiled(DetectionLoss(recipe, num_classes).to(run.device))
+    augment_batch = run.compiled(augment)
     optimizer = build_sgd(
         list(model.parameters()),
         run.device,
@@ -134,7 +135,7 @@ def main(argv: list[str] | None = None) -> int | None:
 
         for step, batch in progress.steps(loader):
             batch = batch.to(run.device)
-            images, boxes = augment(batch, recipe)
+            images, boxes = augment_batch(batch, recipe)
             set_learning_rate(optimizer, progress.lr(step))
             optimizer.zero_grad(set_to_none=True)
             with run.precision.autocast():

@@ -1,6 +1,6 @@
 """Throughput of a training run, measured on the host; `Meter.formula` is the rule.
 
-The warm-up holds loader start, compilation and autotuning.
+The warm-up holds loader start, an NPU's compilation of operators, and autotuning.
 """
 
 import time
@@ -97,6 +97,10 @@ class Meter:
         self._now = Moment(steps, self._clock() - self._origin)
         if steps == self.warmup_steps:
             self._warm = self._now
+
+    def leave_out(self, seconds: float) -> None:
+        """Leave out seconds of the current step, in which something else than training was done."""
+        self._origin += seconds
 
     @contextmanager
     def paused(self) -> Iterator[None]:

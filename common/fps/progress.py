@@ -139,6 +139,7 @@ class Progress:
         self.window.add(step, losses, image_ids)
         self.steps_done = step + 1
         self.report()  # of an earlier step: an accelerator has this one to do meanwhile
+        self._leave_out_compilation()
         self.meter.step(self._waited)
         self.run.log.bar.update()
         if self.log_due(self.steps_done):
@@ -146,6 +147,13 @@ class Progress:
             self.window = LossWindow(self.terms, self.run.device)
             if in_host_memory(self.run.device):
                 self.report()
+
+    def _leave_out_compilation(self) -> None:
+        """Stop the clock, afterwards, for what `--compile` took in this step, and log it."""
+        seconds = self.run.compiler.take_seconds()
+        if seconds:
+            self.meter.leave_out(seconds)
+            self.run.log.info(f"--compile took {seconds:.0f} s in step {self.steps_done}")
 
     def log_due(self, steps_done: int) -> bool:
         """Return whether a log line follows this many steps."""

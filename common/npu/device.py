@@ -328,9 +328,10 @@ def compiles_each_shape(device: torch.device) -> bool:
 def chunk_size(tensor: torch.Tensor) -> int:
     """Return how many images of a batch to process at a time.
 
-    A CPU is fastest on what fits its cache, one image; everything else takes the whole batch.
+    A CPU is fastest on what fits its cache, one image; everything else takes the whole batch. So
+    does compiled code, which needs no arrays between its operations.
     """
-    if tensor.device.type == "cpu":
+    if tensor.device.type == "cpu" and not torch.compiler.is_compiling():
         return 1
     return len(tensor)
 

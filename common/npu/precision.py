@@ -75,14 +75,17 @@ class Precision:
         if native and not dynamic:
             self.static_scale = float(self.loss_scale)
 
-    def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+    def prepare(
+        self, model: nn.Module, optimizer: Optimizer, will_be_compiled: bool = False
+    ) -> tuple[nn.Module, Optimizer]:
         """Return the network and the optimizer to train with; call it before going parallel.
 
         They are what apex makes of them. Without apex the optimizer is the same, and so is a
-        network in fp32; one in half precision casts its weights in groups.
+        network in fp32; one in half precision casts its weights in groups, unless it
+        `will_be_compiled`: that joins casts by itself.
         """
         if self.apex is None:
-            if self.dtype is not torch.float32:
+            if self.dtype is not torch.float32 and not will_be_compiled:
                 model = HalfWeights(model, self.dtype)
             return model, optimizer
         return self.apex.initialize(

@@ -20,6 +20,7 @@ from common.errors import UserError, one_line
 from common.fps.runlog import RunLog
 from common.npu import checkpoint, distributed
 from common.npu.background import BackgroundCall
+from common.npu.compiling import Compiler, Function
 from common.npu.device import (
     be_deterministic,
     be_exact,
@@ -148,6 +149,7 @@ class Run:
     ranks: Ranks
     device: torch.device
     precision: Precision
+    compiler: Compiler
     stop: StopRequest
     log: RunLog
     output_dir: Path
@@ -187,6 +189,9 @@ class Run:
         else:
             level = default_level(device, recipe.amp)
         precision = Precision(device, level, recipe.loss_scale, args.amp_dtype, args.amp_backend)
+        if args.compile and precision.apex is not None:
+            raise UserError("--compile: not with --amp_backend apex", "omit one of them")
+        compiler = Compiler(device, args.compile)
         workers = workers_per_rank(args.num_workers, ranks)
         log = RunLog(ranks, workers)
         log.info(reason)
@@ -219,6 +224,7 @@ class Run:
             ranks=ranks,
             device=device,
             precision=precision,
+            compiler=compiler,
             stop=stop,
             log=log,
             output_dir=args.output_dir,
@@ -320,12 +326,25 @@ class Run:
             self.log.info(message)
         return self.log
 
-    def parallel(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-        """Return the network and the optimizer as the precision and the number of ranks ask."""
-        network, optimizer = self.precision.prepare(model, optimizer)
-        if self.ranks.world_size > 1:
+    def parallel(
+        self, model: nn.Module, optimizer: Optimizer, cuda_graphs: bool = False
+    ) -> tuple[nn.Module, Optimizer]:
+        """Return the network and the optimizer as the precision and the number of ranks ask.
+
+        With `--compile` the network is compiled; `cuda_graphs` as in `Compiler.network`, but not
+        on several ranks, whose gradients are reduced in the midst of the backward pass.
+        """
+        network, optimizer = self.precision.prepare(
+            model, optimizer, will_be_compiled=self.compiler.compiles_networks
+        )
+        one_rank = self.ranks.world_size == 1
+        if not one_rank:
             network = distributed.parallel(network, self.precision.reduce_dtype)
-        return network, optimizer
+        return self.compiler.network(network, cuda_graphs and one_rank), optimizer
+
+    def compiled(self, function: Function) -> Function:
+        """Return a function or module as it is, with `--compile` its compiled form."""
+        return self.compiler.function(function)
 
 
 class Difference(NamedTuple):

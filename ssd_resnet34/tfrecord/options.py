@@ -16,7 +16,14 @@ FILES_OF_MODE = {
     "eval": ("validation_file_pattern", "val_json_file"),
 }
 # Flags of the other programs that are the same here.
-SHARED_FLAGS = ("-s --seed", "--save", "--num-workers", "--amp-backend", "--background-metrics")
+SHARED_FLAGS = (
+    "-s --seed",
+    "--save",
+    "--num-workers",
+    "--amp-backend",
+    "--background-metrics",
+    "--compile",
+)
 
 
 def parse(argv: list[str] | None, description: str) -> Namespace:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import onnx
 import pytest
 
+from common.errors import UserError
 from tests import scripts
 from tests.scripts import assert_same_state, losses
 from tests.simulated_npu.programs import assert_same_detections, launch, on_cpu
@@ -89,6 +90,14 @@ def test_two_ranks_over_hccl_equal_two_over_gloo(model, trained, data, tmp_path,
     call(*EXPORT.get(model.name, ("pthtar2onnx",)), checkpoint, f"--output_file={file}")
     assert "onnxruntime against torch" in capsys.readouterr().out
     assert onnx.load(file).graph.output
+
+
+@pytest.mark.parametrize("model", ["ssd_mmdet"], indirect=True)
+def test_compile_is_refused(model, data, tmp_path, call):
+    where = (f"--data={data}", f"--output_dir={tmp_path / 'run'}", "--device=npu")
+    with pytest.raises(UserError, match=r"^--compile: only for cuda and cpu, not for npu; "):
+        call("train", *model.flags, *FOUR_STEPS, *where, "--compile")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("model", ["ssd_resnet34"], indirect=True)
