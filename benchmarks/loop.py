@@ -109,11 +109,12 @@ class TrainingLoop:
             order = self._orders.get()
             if order is None:
                 return
-            batch, context = order
+            batch, context, count = order
             window = LossWindow(progress.terms, progress.run.device)
             progress.window = window
             with context:
-                yield progress.steps_done, batch
+                for _ in range(count):
+                    yield progress.steps_done, batch
             self._results.put(window.fetch().means())
 
     def _result(self) -> dict[str, float]:
@@ -122,10 +123,13 @@ class TrainingLoop:
             raise result
         return result
 
-    def step(self, batch, context: AbstractContextManager | None = None) -> dict[str, float]:
+    def step(
+        self, batch, context: AbstractContextManager | None = None, count: int = 1
+    ) -> dict[str, float]:
         """Run the body of the program's loop on a batch; return the losses, fetched afterwards.
 
-        The body runs within `context`, in the program's thread.
+        The body runs within `context`, in the program's thread, `count` times; the losses are the
+        means.
         """
-        self._orders.put((batch, context or nullcontext()))
+        self._orders.put((batch, context or nullcontext(), count))
         return self._result()

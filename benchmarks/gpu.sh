@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Measure all models on one GPU in less than nine minutes: bash benchmarks/gpu.sh [FILE]
+# The tables for RESULTS.md are in FILE (default: gpu.md). Further flags: gpu.py --help.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source common/npu/venv.sh
+find_python requirements.txt requirements-dev.txt
+exec "$PYTHON" benchmarks/gpu.py "$@"
