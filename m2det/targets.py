@@ -15,6 +15,10 @@ def pairwise_iou(boxes_xyxy: Tensor, anchors_xyxy: Tensor) -> Tensor:
 
     It is computed in place: with a new array for each step the matching takes twice as long on a
     CPU (43 instead of 19 ms an image with 32 boxes and 32760 anchors).
+
+    All boxes are compared at once: in parts they would be many small kernels. There are three
+    arrays of N x M x P fp32 at a time, 0.6 GB for 16 images, 96 boxes (as many as COCO has in an
+    image, rounded up) and 32760 anchors, of far more that the network keeps for its gradient.
     """
     left, top, right, bottom = boxes_xyxy.unsqueeze(2).unbind(-1)  # (N, M, 1) each
     anchor_left, anchor_top, anchor_right, anchor_bottom = anchors_xyxy.unbind(-1)  # (P,) each

@@ -295,9 +295,7 @@ class ReferenceM2Det(M2Det):
 
     def __init__(self, recipe: Recipe, num_classes: int):
         super().__init__(recipe, num_classes)
-        leach = self.leach[0]
-        leach.uses = 1
-        leach.bn.momentum = 0.01
+        self.leach[0].bn.momentum = 0.01
 
     def pyramid(self, base: Tensor) -> list[Tensor]:
         levels = []
