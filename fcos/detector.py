@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from common.coco.detections import Detections
 from common.coco.images import to_array
@@ -25,7 +25,7 @@ from common.npu.precision import Precision, inference_precision
 from common.npu.weights import LoadReport, name_of
 from fcos.config import RECIPES, Recipe
 from fcos.data import evaluation_canvas, evaluation_recipe, kernel_choice, normalise
-from fcos.model import build_model
+from fcos.model import Outputs, build_model
 from fcos.postprocess import detect
 from fcos.weights import (
     as_evaluated,
@@ -115,18 +115,35 @@ class Detector:
         """Return the detections of images (H, W, 3) uint8 RGB."""
         return [self.detect_image(image) for image in images]
 
-    @torch.no_grad()
     def detect_image(self, image: np.ndarray) -> Detections:
         """Return the detections of an image (H, W, 3) uint8 RGB.
 
         It goes through the network by itself, since each image has a shape of its own.
         """
-        canvas, resized_size = evaluation_canvas(image, self.recipe)
-        batch = canvas.unsqueeze(0).to(self.device)
-        resized_sizes = torch.tensor([resized_size]).to(self.device)
-        inputs = normalise(batch, resized_sizes, self.recipe)
+        (detections,) = self.finish(self.run_network(self.prepare([image])), [image])
+        return detections
+
+    def prepare(self, images: list[np.ndarray]) -> Tensor:
+        """Return the network's input (N, 3, height, width) on the device, of images of one size."""
+        canvases = []
+        resized_sizes = []
+        for image in images:
+            canvas, resized_size = evaluation_canvas(image, self.recipe)
+            canvases.append(canvas)
+            resized_sizes.append(resized_size)
+        batch = torch.stack(canvases).to(self.device)
+        return normalise(batch, torch.tensor(resized_sizes).to(self.device), self.recipe)
+
+    @torch.no_grad()
+    def run_network(self, inputs: Tensor) -> Outputs:
+        """Return the raw outputs, in the detector's precision."""
         with kernel_choice(self.recipe.eval_shapes), self.precision.autocast():
-            outputs = self.model(inputs)
-        sizes = torch.tensor([image.shape[:2]])
-        (detections,) = detect(outputs, sizes, self.recipe)
-        return replace(detections, class_names=self.class_names, image=image)
+            return self.model(inputs)
+
+    def finish(self, outputs: Outputs, images: list[np.ndarray]) -> list[Detections]:
+        """Return the detections of images from the network's raw outputs."""
+        sizes = torch.tensor([image.shape[:2] for image in images])
+        detections = []
+        for image, of_image in zip(images, detect(outputs, sizes, self.recipe), strict=True):
+            detections.append(replace(of_image, class_names=self.class_names, image=image))
+        return detections

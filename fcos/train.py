@@ -28,6 +28,7 @@ from common.coco.layout import Files, find_coco
 from common.coco.report import turned_images
 from common.coco.trained import trained_boxes_line
 from common.errors import UserError
+from common.fps.network_size import size_line
 from common.fps.progress import Progress
 from common.npu import distributed, entry
 from common.npu.device import memory_format
@@ -108,6 +109,8 @@ def main(argv: list[str] | None = None) -> int | None:
             "weights: random: nothing is frozen, batch norm trains; for --pretrained: "
             "bash download_weights.sh fcos"
         )
+    if run.ranks.main:
+        run.log.info(size_line(model, *canvas))
     model.to(run.device, memory_format=memory_format(run.device))
     criterion = run.compiled(DetectionLoss(recipe, num_classes).to(run.device))
     augment_batch = run.compiled(augment)

@@ -29,6 +29,7 @@ from common.coco.layout import Files
 from common.coco.report import turned_images
 from common.coco.trained import trained_boxes_line
 from common.errors import UserError
+from common.fps.network_size import size_line
 from common.fps.progress import Progress
 from common.npu import distributed, entry
 from common.npu.checkpoint import load as load_checkpoint
@@ -109,6 +110,8 @@ def main(argv: list[str] | None = None) -> int | None:
         run.log.info(f"{checkpoint['path']}: {report}")
     if not weights and run.resumed is None:
         run.log.info("weights: random; for --pretrained: bash download_weights.sh m2det")
+    if run.ranks.main:
+        run.log.info(size_line(model, recipe.image_size, recipe.image_size))
     model.to(run.device, memory_format=memory_format(run.device))
     criterion = run.compiled(DetectionLoss(recipe, num_classes).to(run.device))
     augment_batch = run.compiled(augment)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from common.coco.detections import Detections
 from common.coco.images import to_array
@@ -111,18 +111,25 @@ class Detector:
         batch_size = self.recipe.eval_batch_size
         detections = []
         for first in range(0, len(images), batch_size):
-            detections += self._detect_at_once(images[first : first + batch_size])
+            batch = images[first : first + batch_size]
+            detections += self.finish(self.run_network(self.prepare(batch)), batch)
         return detections
 
-    @torch.no_grad()
-    def _detect_at_once(self, images: list[np.ndarray]) -> list[Detections]:
+    def prepare(self, images: list[np.ndarray]) -> Tensor:
+        """Return the network's input (N, 3, side, side) on the device."""
         side = self.recipe.image_size
         resized = np.stack([resize_as_opencv(image, side, side) for image in images])
-        sizes = torch.tensor([image.shape[:2] for image in images])
-        batch = torch.from_numpy(resized).to(self.device)
-        inputs = normalise(batch, self.recipe)
+        return normalise(torch.from_numpy(resized).to(self.device), self.recipe)
+
+    @torch.no_grad()
+    def run_network(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the raw outputs, in the detector's precision."""
         with self.precision.autocast():
-            outputs = self.model(inputs)
+            return self.model(inputs)
+
+    def finish(self, outputs: tuple[Tensor, Tensor], images: list[np.ndarray]) -> list[Detections]:
+        """Return the detections of images from the network's raw outputs."""
+        sizes = torch.tensor([image.shape[:2] for image in images])
         detections = []
         for image, of_image in zip(images, detect(outputs, sizes, self.recipe), strict=True):
             detections.append(replace(of_image, class_names=self.class_names, image=image))

@@ -5,7 +5,7 @@
     python3 ../common/npu/launch.py --nproc_per_node=8 evaluate.py ...
 
 Each image counts once, whatever the number of ranks and the batch size. `--format_only` writes
-the results in COCO's submission format and computes nothing.
+the results in COCO's submission format and computes nothing, `--benchmark` measures the speed.
 """
 
 import sys
@@ -36,8 +36,16 @@ from common.coco.evaluation import (
 )
 from common.coco.index import CocoIndex, read_index
 from common.coco.layout import find_coco
-from common.coco.report import RESULTS_FILE, draw_examples, report_results, turned_images
+from common.coco.report import (
+    METRICS_FILE,
+    RESULTS_FILE,
+    draw_examples,
+    example_images,
+    report_results,
+    turned_images,
+)
 from common.files import require_writable
+from common.fps.benchmark import DEFAULT_BATCH_SIZES, report_speed
 from common.fps.summary import write_summary
 from common.npu import entry
 from common.npu.device import in_host_memory
@@ -92,6 +100,13 @@ def main(argv: list[str] | None = None) -> None:
     level = getattr(args, "amp", "O0")
     precision = Precision(device, level, dtype=args.amp_dtype)
     log(f"precision: {precision}")
+    if hasattr(args, "benchmark"):  # the flag was given
+        if ranks.main:
+            detector.precision = precision
+            images = example_images(records, TURNS_IF_BOTH_FIT)
+            batch_sizes = args.benchmark or DEFAULT_BATCH_SIZES
+            report_speed(detector, images, batch_sizes, args.output_dir / METRICS_FILE, log)
+        return
     workers = workers_per_rank(args.num_workers, ranks)
     result_rows = detect_all(
         detector.model, recipe, records, device, ranks, workers, precision, log
@@ -120,6 +135,13 @@ def parse(argv: list[str] | None) -> Namespace:
     groups = ("data", "files", "evaluation", "device", "process")
     parser = flags.make_parser(__doc__.split("\n")[0], *groups, recipes=RECIPES)
     flags.add(parser, "--format-only", False, "write results, no metrics")
+    flags.add(
+        parser,
+        "--benchmark",
+        DEFAULT_BATCH_SIZES,
+        "measure the speed of an image instead of accuracy, at these batch sizes",
+        only_if_given=True,
+    )
     flags.add(parser, "--tag", "", "put before the network's name in the summary")
     return parser.parse_args(argv)
 

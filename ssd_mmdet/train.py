@@ -27,6 +27,7 @@ from common.coco.index import CocoIndex, read_index
 from common.coco.layout import Files, find_coco
 from common.coco.report import turned_images
 from common.coco.trained import trained_boxes_line
+from common.fps.network_size import size_line
 from common.fps.progress import Progress
 from common.npu import entry
 from common.npu.device import memory_format
@@ -90,6 +91,8 @@ def main(argv: list[str] | None = None) -> int | None:
         run.log.info(f"{checkpoint['path']}: {report}")
     if not weights and run.resumed is None:
         run.log.info("weights: random; for --pretrained: bash download_weights.sh ssd_mmdet")
+    if run.ranks.main:
+        run.log.info(size_line(model, recipe.image_size, recipe.image_size))
     model.to(run.device, memory_format=memory_format(run.device))
     criterion = run.compiled(DetectionLoss(recipe, num_classes).to(run.device))
     augment_batch = run.compiled(augment)

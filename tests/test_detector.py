@@ -1,5 +1,7 @@
 """`Detector`, as a user's own program calls it, of all models."""
 
+import functools
+import json
 import subprocess
 import sys
 import threading
@@ -10,8 +12,8 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
-from tests.scripts import ROOT, TINY
-from tests.test_weights import ALL, detectors, module  # noqa: F401 a fixture
+from tests.scripts import ROOT, TINY, subset
+from tests.test_weights import ALL, MODELS, detectors, module  # noqa: F401 a fixture
 
 NOT_NEEDED = ("tensorboard", "matplotlib", "pycocotools", "tqdm", "torchvision", "onnx")
 PHOTOGRAPHS = sorted(str(path) for path in (TINY / "val2017").glob("*.jpg"))[:4]
@@ -110,3 +112,24 @@ print(len(Detector.load({str(detectors[model])!r}, device="cpu")({PHOTOGRAPHS[0]
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().isdecimal()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_speed_is_measured_instead_of_accuracy(
+    model,
+    detectors,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
+    evaluate = module(model, "evaluate")
+    brief = functools.partial(evaluate.report_speed, seconds=0.1)
+    monkeypatch.setattr(evaluate, "report_speed", brief)
+    data = subset(tmp_path / "coco", val=3, classes=["person", "cat", "dog"])
+    where = (f"--data={data}", f"--output_dir={tmp_path}", f"--checkpoint={detectors[model]}")
+    evaluate.main([*where, "--device=cpu", "--benchmark=1,2"])
+    table = capsys.readouterr().out.splitlines()[-2:]
+    assert [line.split()[0] for line in table] == ["1", "2"]
+    speed = json.loads((tmp_path / "metrics.json").read_text())["benchmark"]
+    assert speed["flops"] > 0
+    assert [row["batch_size"] for row in speed["batches"]] == [1, 2]

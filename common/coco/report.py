@@ -135,6 +135,15 @@ def draw_examples(
     draw_sheet(path, examples, records.class_names)
 
 
+def example_images(
+    records: CocoIndex, turns_if_both_fit: bool, count: int = 16
+) -> list[np.ndarray]:
+    """Return up to `count` images (H, W, 3) uint8 RGB, spread over the set."""
+    reader = ImageReader(records, turns_if_both_fit)
+    spread = np.linspace(0, len(records) - 1, count, dtype=int)
+    return [reader.read(i) for i in np.unique(spread)]
+
+
 def to_xyxy(boxes_xywh: np.ndarray) -> np.ndarray:
     """Convert boxes (n, 4) from corner and size to two corners."""
     corners = boxes_xywh[:, :2]

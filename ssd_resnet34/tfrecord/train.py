@@ -23,6 +23,7 @@ from torch import nn
 
 from common import flags
 from common.errors import UserError
+from common.fps.network_size import size_line
 from common.fps.progress import Progress
 from common.npu import distributed, entry
 from common.npu.device import memory_format
@@ -117,6 +118,8 @@ def main(argv: list[str] | None = None) -> int | None:
         run.log.info(f"{args.resnet_checkpoint}: {report}")
     elif not run.resumed:
         run.log.warning("weights: random; --resnet_checkpoint gives the backbone's")
+    if run.ranks.main:
+        run.log.info(size_line(model, recipe.image_size, recipe.image_size))
     model.to(run.device, memory_format=memory_format(run.device))
     criterion = run.compiled(DetectionLoss(recipe, num_classes).to(run.device))
     augment_batch = run.compiled(augment)
