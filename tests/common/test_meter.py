@@ -108,3 +108,15 @@ def test_average_is_the_formula_whatever_the_windows_and_pauses(steps, warmup):
     if len(counted) > warmup:
         counted = counted[warmup:]
     assert meter.fps_average == 3 * len(counted) / sum(counted)
+
+
+def test_seconds_that_are_left_out_are_in_no_speed():
+    clock = Clock()
+    meter = Meter(8, warmup_steps=1, clock=clock)
+    run(meter, clock, 1, 1.0)
+    clock.now += 41.0  # of which 40 were spent compiling
+    meter.leave_out(40.0)
+    meter.step(0.0)
+    window = meter.window()
+    assert window.time == 1.0
+    assert window.fps == window.fps_average == 8
