@@ -103,7 +103,12 @@ def measure_matrix(settings: Settings) -> None:
 def measure_steps(name: str, settings: Settings) -> None:
     """Measure the training step of a program as it is."""
     program = PROGRAMS[name]
+    seconds_of_last = 0.0
     for position, precision in enumerate(settings.precisions(program)):
+        started = time.monotonic()
+        if started + seconds_of_last > settings.ends_at:
+            say(kind="left_out", what=f"{name}, {precision}")
+            continue
         with training(program, precision, settings) as loop:
             batch = recipe_batch(loop, settings)
             counter = FlopCounterMode(display=False)
@@ -126,6 +131,7 @@ def measure_steps(name: str, settings: Settings) -> None:
                 say(kind="failed", what=f"{name}, {precision}, batch {images_of(large)}: memory")
                 continue
             say(kind="step", model=name, precision=precision, flops=flops, **measured)
+        seconds_of_last = time.monotonic() - started
 
 
 def measure_compiled(name: str, settings: Settings) -> None:
