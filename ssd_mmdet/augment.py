@@ -13,8 +13,13 @@ import torch
 from torch import Tensor
 
 from common.npu.device import memory_format
+from common.npu.operators import constant
 from ssd_mmdet.config import Recipe
-from ssd_mmdet.data import Batch, constant, normalise
+from ssd_mmdet.data import Batch, normalise
+
+# What takes a hue to the distance from where a channel begins to fall, in sectors of 60 degrees; of
+# red, green and blue.
+SECTOR_OFFSETS = (5.0, 3.0, 1.0)
 
 
 def augment(batch: Batch, recipe: Recipe) -> tuple[Tensor, Tensor]:
@@ -24,15 +29,16 @@ def augment(batch: Batch, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """
     if not recipe.augment:
         return normalise(batch.images, recipe), batch.boxes
-    covered = coverage(batch.visible_box, batch.window_size, recipe.image_size).unsqueeze(1)
-    images = batch.images.permute(0, 3, 1, 2).float()  # (N, 3, S, S)
-    images = jitter_colours(images, covered, batch.colour_jitter)
-    channel = batch.channel_order.view(-1, 3, 1, 1).expand_as(images)
-    images = images.gather(1, channel)
-    mean = constant(recipe.mean, images.device).view(3, 1, 1)
-    images = images - mean * covered
-    images = torch.where(batch.flip.view(-1, 1, 1, 1), images.flip(3), images)
-    images = images.contiguous(memory_format=memory_format(images.device))
+    covered = coverage(batch.visible_box, batch.window_size, recipe.image_size)
+    # Each colour lies together: operators on every third number are slower, and an NPU copies them
+    # first.
+    planes = batch.images.permute(3, 0, 1, 2)  # (3, N, S, S)
+    planes = planes.to(torch.float32, memory_format=torch.contiguous_format)
+    planes = jitter_colours(planes, covered, batch.colour_jitter, batch.channel_order)
+    mean = constant(recipe.mean, planes.device).view(3, 1, 1, 1)
+    planes = planes - mean * covered
+    planes = torch.where(batch.flip.view(-1, 1, 1), planes.flip(3), planes)
+    images = planes.transpose(0, 1).contiguous(memory_format=memory_format(planes.device))
     return images, flip_boxes(batch.boxes, batch.flip, recipe.image_size)
 
 
@@ -61,28 +67,34 @@ def coverage(visible_box: Tensor, window_size: Tensor, size: int) -> Tensor:
     return rows.unsqueeze(2) * columns.unsqueeze(1)
 
 
-def jitter_colours(images: Tensor, covered: Tensor, colour_jitter: Tensor) -> Tensor:
-    """Change brightness, contrast, saturation and hue of images (N, 3, S, S) in 0..255.
+def jitter_colours(
+    planes: Tensor, covered: Tensor, colour_jitter: Tensor, channel_order: Tensor
+) -> Tensor:
+    """Change brightness, contrast, saturation, hue and order of channels (3, N, S, S) in 0..255.
 
-    `covered` (N, 1, S, S) is the coverage; `colour_jitter` (N, 4) are the grey levels added, the
-    factors of contrast and saturation, and the degrees of hue added.
+    `covered` (N, S, S) is the coverage; `colour_jitter` (N, 4) are the grey levels added, the
+    factors of contrast and saturation, and the degrees of hue added; `channel_order` (N, 3) says
+    which channel each channel of the result is.
     """
-    brightness, contrast, saturation, hue = colour_jitter.view(-1, 4, 1, 1, 1).unbind(1)
-    images = (images + brightness * covered) * contrast
-    return _change_saturation_and_hue(images, saturation.squeeze(1), hue.squeeze(1))
+    brightness, contrast, saturation, hue = colour_jitter.view(-1, 4, 1, 1).unbind(1)
+    planes = (planes + brightness * covered) * contrast
+    return _change_saturation_and_hue(planes, saturation, hue, channel_order)
 
 
-def _change_saturation_and_hue(images: Tensor, factor: Tensor, degrees: Tensor) -> Tensor:
-    """Multiply the saturation of images (N, 3, S, S) and turn their hue.
+def _change_saturation_and_hue(
+    planes: Tensor, factor: Tensor, degrees: Tensor, channel_order: Tensor
+) -> Tensor:
+    """Multiply the saturation of channels (3, N, S, S), turn their hue and change their order.
 
     `factor` and `degrees` are (N, 1, 1). HSV is defined as in OpenCV for float images. Brightness
     can make a value negative; OpenCV's conversion and its inverse then reflect the other channels
     about the value, and so does this.
     """
-    red, green, blue = images.unbind(1)  # (N, S, S) each
-    value = images.amax(dim=1)
-    chroma = value - images.amin(dim=1)
-    inverse_chroma = torch.where(chroma > 0, 1 / chroma, 0.0)
+    red, green, blue = planes.unbind(0)  # (N, S, S) each
+    value = planes.amax(dim=0)
+    chroma = value - planes.amin(dim=0)
+    zero = constant(0.0, planes.device)
+    inverse_chroma = torch.where(chroma > 0, chroma.reciprocal(), zero)
     # Hue in sectors of 60 degrees.
     hue = torch.where(
         value == red,
@@ -97,9 +109,8 @@ def _change_saturation_and_hue(images: Tensor, factor: Tensor, degrees: Tensor) 
     chroma = chroma * value.sign() * factor
     # The inverse in closed form: a channel falls from the value by up to the chroma as the hue
     # leaves the two sectors around the channel's own colour.
-    channels = []
-    for offset in (5, 3, 1):  # red, green, blue
-        distance = (hue + offset).remainder(6)
-        fall = torch.minimum(distance, 4 - distance).clamp(0, 1)
-        channels.append(value - fall * chroma)
-    return torch.stack(channels, dim=1)
+    offsets = constant(SECTOR_OFFSETS, planes.device).expand_as(channel_order)
+    offset = offsets.gather(1, channel_order).T.unsqueeze(-1).unsqueeze(-1)
+    distance = (hue + offset).remainder(6)  # (3, N, S, S)
+    fall = torch.minimum(distance, 4 - distance).clamp(0, 1)
+    return value - fall * chroma

@@ -5,7 +5,6 @@ A worker decodes, expands, crops and resizes an image. It draws all random numbe
 sample. Colour jitter, flip and normalisation follow on the device (augment.py).
 """
 
-import functools
 import random
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -23,6 +22,7 @@ from common.errors import UserError
 from common.npu.device import memory_format
 from common.npu.distributed import Ranks
 from common.npu.loading import loader_options
+from common.npu.operators import constant
 from ssd_mmdet.config import Recipe
 from ssd_mmdet.geometry import (
     Window,
@@ -141,15 +141,6 @@ def _offsets_of_subset(offsets: np.ndarray, is_kept: np.ndarray) -> np.ndarray:
     """Return where each image's rows begin after all rows but those of the mask are dropped."""
     kept_before = np.append(0, np.cumsum(is_kept))
     return kept_before[offsets]
-
-
-@functools.cache
-def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return a tensor that is made once, and without a copy to the device, which would wait for it.
-
-    In compiled code it is not remembered.
-    """
-    return torch.stack([torch.full((), value, device=device) for value in values])
 
 
 def normalise(images: Tensor, recipe: Recipe) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.npu.operators import descending
+from common.npu.operators import constant, descending
 from ssd_mmdet.anchors import encode, make_anchors
 from ssd_mmdet.config import Recipe
 from ssd_mmdet.targets import assign
@@ -35,18 +35,19 @@ class DetectionLoss(nn.Module):
         deltas, logits = outputs
         deltas = deltas.float()
         logits = logits.float()
+        zero = constant(0.0, boxes.device)
         positive, target_deltas, target_channels = self.targets(boxes, labels, valid)
         num_positives = positive.sum(dim=1, dtype=torch.int32)
         normaliser = num_positives.clamp(min=1).sum(dtype=torch.int32)
 
         box_loss = F.smooth_l1_loss(deltas, target_deltas, reduction="none").sum(dim=2)
-        loss_bbox = torch.where(positive, box_loss, 0.0).sum() / normaliser
+        loss_bbox = torch.where(positive, box_loss, zero).sum() / normaliser
 
         # Flat, because a softmax over the middle one of three axes is much slower.
         flat_logits = logits.flatten(0, 1)
         cross_entropy = F.cross_entropy(flat_logits, target_channels.flatten(), reduction="none")
         cross_entropy = cross_entropy.view_as(target_channels)
-        positive_loss = torch.where(positive, cross_entropy, 0.0).sum()
+        positive_loss = torch.where(positive, cross_entropy, zero).sum()
         negative_loss = self.hard_negatives(cross_entropy, positive, num_positives).sum()
         loss_cls = (positive_loss + negative_loss) / normaliser
 
@@ -60,10 +61,11 @@ class DetectionLoss(nn.Module):
         They are in descending order, followed by zeros: columns are ranks, not anchors.
         `negative_ratio` negatives count for each of the `num_positives` (N,).
         """
-        hardest_first = descending(torch.where(positive, 0.0, cross_entropy))
+        zero = constant(0.0, cross_entropy.device)
+        hardest_first = descending(torch.where(positive, zero, cross_entropy))
         rank = torch.arange(hardest_first.shape[1], dtype=torch.int32, device=hardest_first.device)
         num_negatives = self.recipe.negative_ratio * num_positives
-        return torch.where(rank < num_negatives.unsqueeze(1), hardest_first, 0.0)
+        return torch.where(rank < num_negatives.unsqueeze(1), hardest_first, zero)
 
     @torch.no_grad()
     def targets(
@@ -74,6 +76,6 @@ class DetectionLoss(nn.Module):
         matched_boxes = boxes.gather(1, matched.unsqueeze(-1).expand(-1, -1, 4))
         deltas = encode(matched_boxes, self.anchors, self.recipe)
         # Anchors without a match may have been paired with padding, whose deltas can be infinite.
-        deltas = torch.where(positive.unsqueeze(-1), deltas, 0.0)
-        channels = torch.where(positive, label, self.background)
+        deltas = torch.where(positive.unsqueeze(-1), deltas, constant(0.0, boxes.device))
+        channels = torch.where(positive, label, constant(self.background, boxes.device))
         return positive, deltas, channels

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common.npu.device import chunk_size
+from common.npu.operators import constant
 from ssd_resnet34.config import Recipe
 from ssd_resnet34.data import Batch, normalise
 
@@ -18,10 +19,11 @@ CONTRAST = 1
 SATURATION = 2
 HUE = 3
 OPERATIONS = 4
-# Weights of red, green and blue in a grey level: ITU-R BT.601, as in Pillow's mode "L".
-RED_WEIGHT = 0.299
-GREEN_WEIGHT = 0.587
-BLUE_WEIGHT = 0.114
+# Of red, green and blue in a grey level: ITU-R BT.601, as in Pillow's mode "L".
+GREY_WEIGHTS = (0.299, 0.587, 0.114)
+# What takes a hue to the distance from where a channel begins to fall, in sixths of a turn; of red,
+# green and blue.
+SECTOR_OFFSETS = (5.0, 3.0, 1.0)
 MIN_CHROMA = 1e-6  # grey has chroma 0, and any hue
 
 
@@ -60,39 +62,44 @@ def jitter_colours(images: Tensor, colour_jitter: Tensor, operation_order: Tenso
 
     All images go through the same steps, whatever their order: up to three blends, the shift of
     hue, up to three blends. Where an image's hue comes second, for example, only the first of the
-    blends before it and the last two of those behind it are active.
+    blends before it and the last two of those behind it change anything.
     """
-    channels = images.permute(3, 0, 1, 2).float().contiguous()  # (3, N, H, W)
+    channels = images.permute(3, 0, 1, 2)  # (3, N, H, W)
+    channels = channels.to(torch.float32, memory_format=torch.contiguous_format)
     positions = torch.arange(OPERATIONS, device=operation_order.device)
     is_hue = operation_order == HUE
-    hue_position = (positions * is_hue).sum(dim=1, dtype=torch.int32)  # (N,)
-    for position in range(OPERATIONS - 1):
-        active = hue_position > position
-        channels = blend(channels, operation_order[:, position], colour_jitter, active)
+    hue_position = (positions * is_hue).sum(dim=1, keepdim=True, dtype=torch.int32)  # (N, 1)
+    is_contrast = operation_order == CONTRAST
+    is_saturation = operation_order == SATURATION
+    # Of the operation at each position, (N, 4). For hue any will do: no blend takes it.
+    factors = colour_jitter.gather(1, operation_order.clamp(max=SATURATION))
+    no_change = constant(1.0, factors.device)
+    factors_before = torch.where(positions < hue_position, factors, no_change)
+    factors_behind = torch.where(positions > hue_position, factors, no_change)
+
+    for i in range(OPERATIONS - 1):
+        channels = blend(channels, factors_before[:, i], is_contrast[:, i], is_saturation[:, i])
     channels = shift_hue(channels, colour_jitter[:, HUE])
-    for position in range(1, OPERATIONS):
-        active = hue_position < position
-        channels = blend(channels, operation_order[:, position], colour_jitter, active)
+    for i in range(1, OPERATIONS):
+        channels = blend(channels, factors_behind[:, i], is_contrast[:, i], is_saturation[:, i])
     return channels.permute(1, 2, 3, 0)
 
 
-def blend(channels: Tensor, operation: Tensor, colour_jitter: Tensor, active: Tensor) -> Tensor:
-    """Change brightness, contrast or saturation of images (3, N, H, W), each by its operation.
+def blend(channels: Tensor, factor: Tensor, is_contrast: Tensor, is_saturation: Tensor) -> Tensor:
+    """Change contrast, saturation or else brightness of images (3, N, H, W).
 
     All three mix the image with another one: brightness with black, contrast with the mean grey
-    level, saturation with the grey image. `operation` (N,) says which, `colour_jitter` (N, 4)
-    holds the factors. An image that is not `active` (N,) stays as it is.
+    level, saturation with the grey image. `factor` (N,) is the weight of the image; it stays as it
+    is where that is 1. `is_contrast` and `is_saturation` (N,) bool say what is changed.
     """
-    column = operation.clamp(max=SATURATION).unsqueeze(1)  # for hue any will do: it is not active
-    factor = colour_jitter.gather(1, column).squeeze(1)
-    factor = torch.where(active, factor, 1.0).view(-1, 1, 1)
-    operation = operation.view(-1, 1, 1)
+    factor = factor.view(-1, 1, 1)
+    is_contrast = is_contrast.view(-1, 1, 1)
+    is_saturation = is_saturation.view(-1, 1, 1)
 
-    red, green, blue = channels
-    grey = red * RED_WEIGHT + green * GREEN_WEIGHT + blue * BLUE_WEIGHT  # (N, H, W)
-    mean_grey = grey.mean(dim=(1, 2), keepdim=True)
-    mean_grey_or_black = mean_grey * (operation == CONTRAST)
-    other = torch.where(operation == SATURATION, grey, mean_grey_or_black)
+    weights = constant(GREY_WEIGHTS, channels.device).view(3, 1, 1, 1)
+    grey = (channels * weights).sum(dim=0)  # (N, H, W)
+    mean_grey_or_black = grey.mean(dim=(1, 2), keepdim=True) * is_contrast
+    other = torch.where(is_saturation, grey, mean_grey_or_black)
     return torch.lerp(other, channels, factor).clamp_(0, 255).floor_()
 
 
@@ -101,7 +108,7 @@ def shift_hue(channels: Tensor, turns: Tensor) -> Tensor:
     red, green, blue = channels
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = value - torch.minimum(torch.minimum(red, green), blue)
-    scale = 1 / chroma.clamp(min=MIN_CHROMA)
+    scale = chroma.clamp(min=MIN_CHROMA).reciprocal_()
     # The hue in sixths of a turn: 0 is red, 2 green, 4 blue.
     sector_if_green = (blue - red) * scale + 2
     sector_if_blue = (red - green) * scale + 4
@@ -109,10 +116,8 @@ def shift_hue(channels: Tensor, turns: Tensor) -> Tensor:
     sector = torch.where(value == red, (green - blue) * scale, sector)
     sector = sector + 6 * turns.view(-1, 1, 1)
 
-    shifted = []
-    for sector_offset in (5, 3, 1):  # of red, green, blue
-        # From the value to the minimum, as the hue moves away from the channel's own colour.
-        distance = (sector + sector_offset).remainder_(6)
-        fall = torch.minimum(distance, 4 - distance).clamp_(0, 1)
-        shifted.append(value - fall * chroma)
-    return torch.stack(shifted).round_()
+    # From the value to the minimum, as the hue moves away from the channel's own colour.
+    offsets = constant(SECTOR_OFFSETS, channels.device).view(3, 1, 1, 1)
+    distance = (sector + offsets).remainder_(6)  # (3, N, H, W)
+    fall = torch.minimum(distance, 4 - distance).clamp_(0, 1)
+    return (value - fall * chroma).round_()

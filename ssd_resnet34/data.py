@@ -5,7 +5,6 @@ position in the epoch), so that neither the number of workers or ranks nor a res
 sample. Colour, flip and normalisation follow on the device (augment.py).
 """
 
-import functools
 import random
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -23,6 +22,7 @@ from common.errors import UserError
 from common.npu.device import memory_format
 from common.npu.distributed import Ranks
 from common.npu.loading import loader_options
+from common.npu.operators import constant
 from ssd_resnet34.config import NO_CROP, Recipe
 
 NO_COLOUR_JITTER = (1.0, 1.0, 1.0, 0.0)
@@ -276,15 +276,6 @@ def normalise(images: Tensor, recipe: Recipe) -> Tensor:
     normalised = images.float().div(255).sub_(mean).div_(std)
     planes = normalised.permute(0, 3, 1, 2)
     return planes.contiguous(memory_format=memory_format(images.device))
-
-
-@functools.cache
-def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return a tensor that is made once, and without a copy to the device, which would wait for it.
-
-    In compiled code it is not remembered.
-    """
-    return torch.stack([torch.full((), value, device=device) for value in values])
 
 
 def prepare_image(image: np.ndarray, recipe: Recipe) -> Tensor:

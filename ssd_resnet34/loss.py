@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.npu.device import chunk_size
-from common.npu.operators import descending
+from common.npu.operators import constant, descending
 from ssd_resnet34.anchors import encode, make_anchors, to_cxcywh, to_xyxy
 from ssd_resnet34.config import Recipe
 from ssd_resnet34.targets import assign
@@ -36,23 +36,24 @@ class DetectionLoss(nn.Module):
         self, outputs: tuple[Tensor, Tensor], boxes: Tensor, labels: Tensor, valid: Tensor
     ) -> dict[str, Tensor]:
         deltas, logits = outputs
+        zero = constant(0.0, boxes.device)
         positive, target_deltas, target_channels = self.targets(boxes, labels, valid)
         num_positives = positive.sum(dim=1, dtype=torch.int32)
 
         smooth_l1 = F.smooth_l1_loss(deltas.float(), target_deltas, reduction="none").sum(dim=1)
-        box_loss = torch.where(positive, smooth_l1, 0.0).sum(dim=1)
+        box_loss = torch.where(positive, smooth_l1, zero).sum(dim=1)
 
         cross_entropy = F.cross_entropy(logits.float(), target_channels, reduction="none")
-        positive_loss = torch.where(positive, cross_entropy, 0.0).sum(dim=1)
+        positive_loss = torch.where(positive, cross_entropy, zero).sum(dim=1)
         # The negatives of highest loss count, `negative_ratio` of them for each positive.
-        negative_loss = torch.where(positive, 0.0, cross_entropy)
+        negative_loss = torch.where(positive, zero, cross_entropy)
         hardest_first = descending(negative_loss)
         rank = torch.arange(hardest_first.shape[1], dtype=torch.int32, device=hardest_first.device)
         num_negatives = self.recipe.negative_ratio * num_positives
         is_hard = rank < num_negatives.unsqueeze(1)
-        class_loss = positive_loss + torch.where(is_hard, hardest_first, 0.0).sum(dim=1)
+        class_loss = positive_loss + torch.where(is_hard, hardest_first, zero).sum(dim=1)
 
-        weight = torch.where(num_positives > 0, 1.0 / num_positives.clamp(min=1), 0.0)
+        weight = torch.where(num_positives > 0, 1.0 / num_positives.clamp(min=1), zero)
         loss_bbox = (box_loss * weight).mean()
         loss_cls = (class_loss * weight).mean()
         return {"loss_cls": loss_cls, "loss_bbox": loss_bbox, "loss": loss_cls + loss_bbox}
@@ -88,6 +89,6 @@ class DetectionLoss(nn.Module):
         deltas = encode(matched_boxes, self.anchors, self.recipe)
         # Where an anchor is not positive they mean nothing and, if padding was matched, may not be
         # finite. They are set to 0, so that the gradient is finite as well.
-        deltas = torch.where(positive.unsqueeze(-1), deltas, 0.0)
-        channels = torch.where(positive, label + 1, 0)
+        deltas = torch.where(positive.unsqueeze(-1), deltas, constant(0.0, boxes.device))
+        channels = torch.where(positive, label + 1, constant(0, boxes.device))
         return positive, deltas.transpose(1, 2), channels

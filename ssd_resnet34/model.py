@@ -71,26 +71,14 @@ class SSD(nn.Module):
             feature_map = block(feature_map)
             feature_maps.append(feature_map)
 
-        deltas = []
-        logits = []
+        # The channels of a head are those of the logits, ordered by class and shape, then those of
+        # the deltas, by coordinate and shape. So the anchors of a feature map come in the order of
+        # shape, row, column.
+        raw = []
         for feature_map, head in zip(feature_maps, self.mbox, strict=True):
-            map_deltas, map_logits = self.split_output(head(feature_map))
-            deltas.append(map_deltas)
-            logits.append(map_logits)
-        return torch.cat(deltas, dim=2), torch.cat(logits, dim=2)
-
-    def split_output(self, output: Tensor) -> tuple[Tensor, Tensor]:
-        """Split a head's output (N, channels, rows, columns) into its deltas and logits.
-
-        Its channels are those of the logits, ordered by class and shape, then those of the deltas,
-        by coordinate and shape. So the anchors of a feature map come in the order of shape, row,
-        column.
-        """
-        num_images, channels = output.shape[:2]
-        num_shapes = channels // (self.num_channels + COORDINATES)
-        num_logits = num_shapes * self.num_channels
-        logits = output[:, :num_logits].reshape(num_images, self.num_channels, -1)
-        deltas = output[:, num_logits:].reshape(num_images, COORDINATES, -1)
+            channels = self.num_channels + COORDINATES
+            raw.append(head(feature_map).reshape(images.shape[0], channels, -1))
+        logits, deltas = torch.cat(raw, dim=2).split([self.num_channels, COORDINATES], dim=1)
         return deltas, logits
 
 

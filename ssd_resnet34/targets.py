@@ -7,7 +7,7 @@ loader's, P is the number of anchors.
 import torch
 from torch import Tensor
 
-from common.npu.operators import first_max, write_claims
+from common.npu.operators import constant, first_max, write_claims
 
 
 def assign(
@@ -25,7 +25,8 @@ def assign(
     positive.
     """
     # An empty box overlaps nothing, so padding never matches.
-    real_boxes = torch.where(valid.unsqueeze(-1), boxes_xyxy, 0.0)
+    zero = constant(0.0, boxes_xyxy.device)
+    real_boxes = torch.where(valid.unsqueeze(-1), boxes_xyxy, zero)
     iou = pairwise_iou(real_boxes, anchors_xyxy)
     best_iou, best_box = first_max(iou, dim=1)
 

@@ -8,11 +8,11 @@ import pytest
 from benchmarks.kernels import CASES, count_kernels
 
 LIMITS = {
-    "ssd_mmdet": 371,
-    "ssd_resnet34": 630,
-    "ssd_resnet34_tfrecord": 509,
-    "m2det": 1486,
-    "fcos": 1561,
+    "ssd_mmdet": 343,
+    "ssd_resnet34": 520,
+    "ssd_resnet34_tfrecord": 474,
+    "m2det": 1347,
+    "fcos": 1042,
 }
 ROOM = 1.02
 

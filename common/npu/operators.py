@@ -15,13 +15,16 @@ BLOCK_OF_INT32 = 8  # 32 bytes: an Ascend 910A may refuse rows that are no multi
 
 
 @functools.lru_cache(maxsize=None, typed=True)
-def constant(value: float, device: torch.device) -> Tensor:
-    """Return a 0-dim tensor that is made once: int64 of an int, float32 of a float.
+def constant(value: float | tuple[float, ...], device: torch.device) -> Tensor:
+    """Return a tensor of a number or of several that is made once: int64 of int, float32 of float.
 
-    `torch.where` would make one of a number in each call, which is a kernel of its own.
+    `torch.where` would make a tensor of a number in each call, which is a kernel of its own. It is
+    made without a copy to the device, which would wait for it: compiled code does not remember it.
     """
     with torch.inference_mode(False):  # what is made in that mode cannot be trained with
-        return torch.tensor(value, device=device)
+        if isinstance(value, tuple):
+            return torch.stack([torch.full((), number, device=device) for number in value])
+        return torch.full((), value, device=device)
 
 
 def first_max(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -44,7 +47,8 @@ def first_max_by_comparison(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     numbers = torch.arange(size, 0, -1, dtype=torch.int32, device=values.device)
     shape = [1] * values.ndim
     shape[dim] = size
-    number = torch.where(values == largest, numbers.view(shape), 0).amax(dim=dim)
+    nothing = constant(0, values.device)
+    number = torch.where(values == largest, numbers.view(shape), nothing).amax(dim=dim)
     return largest.squeeze(dim), (size - number).long()
 
 

@@ -21,6 +21,7 @@ from common.npu.device import (
     in_host_memory,
     obstacle_to_fused_sgd,
 )
+from common.npu.operators import constant
 
 LEVELS = ("O0", "O1", "O2")
 LOSS_SCALE = re.compile(r"dynamic|[1-9]\d*(\.\d+)?")
@@ -103,7 +104,7 @@ class Precision:
             with self.apex.scale_loss(loss, optimizer) as scaled:
                 scaled.backward()
             return
-        self.scaler.scale(loss * self.static_scale).backward()
+        self.scaler.scale(loss).backward(constant(self.static_scale, loss.device))
 
     def step(
         self, optimizer: Optimizer, clip_norm: float = 0.0, clip_each: float = 0.0

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.npu.operators import descending
+from common.npu.operators import constant, descending
 from ssd_resnet34.tfrecord.anchors import encode, make_anchors
 from ssd_resnet34.tfrecord.config import Recipe
 from ssd_resnet34.tfrecord.targets import assign
@@ -33,21 +33,25 @@ class DetectionLoss(nn.Module):
         self, outputs: tuple[Tensor, Tensor], boxes: Tensor, labels: Tensor, valid: Tensor
     ) -> dict[str, Tensor]:
         deltas, logits = outputs
+        zero = constant(0.0, boxes.device)
         positive, target_deltas, target_channels = self.targets(boxes, labels, valid)
         num_positives = positive.sum(dim=1, dtype=torch.int32).clamp(min=1)
 
         smooth_l1 = F.smooth_l1_loss(deltas.float(), target_deltas, reduction="none").sum(dim=1)
-        box_loss = torch.where(positive, smooth_l1, 0.0).sum(dim=1)
+        box_loss = torch.where(positive, smooth_l1, zero).sum(dim=1)
 
-        cross_entropy = F.cross_entropy(logits.float(), target_channels, reduction="none")
-        positive_loss = torch.where(positive, cross_entropy, 0.0).sum(dim=1)
+        # Flat, in the order that the network has them in: nothing is copied.
+        flat_logits = logits.float().transpose(1, 2).flatten(0, 1)
+        cross_entropy = F.cross_entropy(flat_logits, target_channels.flatten(), reduction="none")
+        cross_entropy = cross_entropy.view_as(target_channels)
+        positive_loss = torch.where(positive, cross_entropy, zero).sum(dim=1)
         # Of the negatives, those of highest loss count.
-        negative_loss = torch.where(positive, 0.0, cross_entropy)
+        negative_loss = torch.where(positive, zero, cross_entropy)
         hardest_first = descending(negative_loss)
         rank = torch.arange(hardest_first.shape[1], dtype=torch.int32, device=hardest_first.device)
         num_negatives = self.recipe.negative_ratio * num_positives + self.recipe.extra_negatives
         is_hard = rank < num_negatives.unsqueeze(1)
-        class_loss = positive_loss + torch.where(is_hard, hardest_first, 0.0).sum(dim=1)
+        class_loss = positive_loss + torch.where(is_hard, hardest_first, zero).sum(dim=1)
 
         loss_bbox = (box_loss / num_positives).mean()
         loss_cls = (class_loss / num_positives).mean()
@@ -67,8 +71,8 @@ class DetectionLoss(nn.Module):
         )
         index = matched.unsqueeze(-1).expand(-1, -1, 4)
         deltas = encode(boxes.gather(1, index), self.anchors_xyxy, self.recipe)
-        deltas = torch.where(positive.unsqueeze(-1), deltas, 0.0)
-        channels = torch.where(positive, label + 1, 0)
+        deltas = torch.where(positive.unsqueeze(-1), deltas, constant(0.0, boxes.device))
+        channels = torch.where(positive, label + 1, constant(0, boxes.device))
         return positive, deltas.transpose(1, 2), channels
 
 

@@ -76,9 +76,9 @@ class SSD(nn.Module):
         logits = []
         heads = zip(feature_maps, self.class_net, self.box_net, strict=True)
         for feature_map, class_head, box_head in heads:
-            deltas.append(flatten_anchors(box_head(feature_map), COORDINATES))
-            logits.append(flatten_anchors(class_head(feature_map), self.num_channels))
-        return torch.cat(deltas, dim=2), torch.cat(logits, dim=2)
+            deltas.append(rows_of_anchors(box_head(feature_map), COORDINATES))
+            logits.append(rows_of_anchors(class_head(feature_map), self.num_channels))
+        return torch.cat(deltas, dim=1).transpose(1, 2), torch.cat(logits, dim=1).transpose(1, 2)
 
 
 class UnevenConv2d(nn.Conv2d):
@@ -108,10 +108,9 @@ def _make_heads(
     return heads
 
 
-def flatten_anchors(raw: Tensor, channels: int) -> Tensor:
-    """Reshape (N, shapes * channels, H, W) to (N, channels, H * W * shapes)."""
-    by_shape = raw.unflatten(1, (-1, channels))
-    return by_shape.permute(0, 2, 3, 4, 1).flatten(2)
+def rows_of_anchors(raw: Tensor, channels: int) -> Tensor:
+    """Reshape (N, shapes * channels, H, W) to (N, H * W * shapes, channels)."""
+    return raw.permute(0, 2, 3, 1).reshape(raw.shape[0], -1, channels)
 
 
 def build_model(recipe: Recipe, num_classes: int) -> nn.Module:

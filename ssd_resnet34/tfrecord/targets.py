@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from common.npu.operators import first_max, write_claims
+from common.npu.operators import constant, first_max, write_claims
 from ssd_resnet34.targets import pairwise_iou
 
 
@@ -16,7 +16,8 @@ def assign(
     ground truths claim the same anchor, the earlier one gets it.
     """
     # An empty box overlaps nothing, so padding never matches.
-    real_boxes = torch.where(valid.unsqueeze(-1), boxes_xyxy, 0.0)
+    zero = constant(0.0, boxes_xyxy.device)
+    real_boxes = torch.where(valid.unsqueeze(-1), boxes_xyxy, zero)
     iou = pairwise_iou(real_boxes, anchors_xyxy)
     best_iou, best_box = first_max(iou, dim=1)
 

@@ -279,8 +279,8 @@ def test_training_crops_and_colours(golden, by_id, i, k):
     labels = [COCO_CATEGORY_IDS.index(category) + 1 for category in record.category_ids[inside]]
     assert_array_equal(labels, expected[f"{name}/classes"])
     jitter = torch.from_numpy(expected[f"{name}/jitter_brightness_contrast_saturation_hue"])
-    coloured = jitter_colours(crop.permute(2, 0, 1).unsqueeze(0), jitter.unsqueeze(0))
-    check_probe(expected, f"{name}/jittered_hwc", coloured[0].permute(1, 2, 0), atol=3e-6)
+    coloured = jitter_colours(crop.permute(2, 0, 1).unsqueeze(1), jitter.unsqueeze(0))
+    check_probe(expected, f"{name}/jittered_hwc", coloured[:, 0].permute(1, 2, 0), atol=3e-6)
 
 
 def test_windows_keep_the_rules(by_id, recipe):
