@@ -8,7 +8,8 @@ Set up what the tests need, once, and run them: bash run_tests.sh [pytest argume
 
   bash run_tests.sh                          as CI does
   bash run_tests.sh --all                    these, and those that show the same once more: with
-                                             other numbers of processes, for the other models
+                                             other numbers of processes, for the other models,
+                                             with torch_npu 2.7 and 2.6
   bash run_tests.sh -m "not slow"            the quick ones
   bash run_tests.sh tests/common -k nms      some of them
   bash run_tests.sh tests/simulated_npu      those on the simulated Ascend NPU, which have an
@@ -20,9 +21,14 @@ TEXT
 }
 
 selection=(-m "not again")
+npu_versions=(2.13)
 case ${1:-} in
     --help | -h) usage && exit ;;
-    --all) selection=() && shift ;;
+    --all)
+        selection=()
+        npu_versions+=(2.7 2.6)
+        shift
+        ;;
 esac
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source common/npu/venv.sh
@@ -46,9 +52,13 @@ if [ "$parts" != npu ]; then
     "$PYTHON" -m pytest "${options[@]}" --ignore=tests/simulated_npu "$@" || status=$?
 fi
 if [ "$parts" != rest ]; then
-    simulate_npu
     [ "$parts" = npu ] || options+=(tests/simulated_npu)
-    # 5: none of these tests was asked for.
-    "${NPU_TESTS[@]}" -m pytest "${options[@]}" "$@" || [ $? = 5 ] || status=1
+    for version in "${npu_versions[@]}"; do
+        simulate_npu "$version"
+        short_set=()
+        [ "$version" = 2.13 ] || short_set=(-m every_version)
+        # 5: none of these tests was asked for.
+        "${NPU_TESTS[@]}" -m pytest "${options[@]}" "$@" "${short_set[@]}" || [ $? = 5 ] || status=1
+    done
 fi
 exit "$status"

@@ -15,14 +15,17 @@ from torch import Tensor, nn
 from common.coco.images import read_image
 from common.coco.sample import write_sample
 from common.errors import UserError
+from common.npu.device import require_torch
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+OLDEST_TORCH = (2, 7)  # the exporter of 2.6 cannot translate a batch norm
 TOLERANCE = 1e-4  # of an output's largest value; fp32 rounding makes about 1e-6
 MAX_BATCH = 4096  # torch 2.6 requires an upper bound of a free axis; none is meant
 
 
 def require_packages() -> None:
-    """Raise UserError where a package that the export needs is not installed."""
+    """Raise UserError where a package that the export needs is not installed, or too old."""
+    require_torch(OLDEST_TORCH, "the ONNX export")
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"the export needs more packages: pip install {' '.join(missing)}")

@@ -7,6 +7,10 @@ tiny shapes, crowd regions and images without objects. Every image has a random 
 depends on (seed, split, position): a larger set begins with the images of a smaller one.
 """
 
+import common.npu.interpreter  # noqa: F401 before numpy
+
+# isort: split
+
 import argparse
 import json
 import sys

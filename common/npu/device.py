@@ -27,13 +27,13 @@ FUSED_SGD_OF_CANN = "aclnnFusedSgd"
 BF16_PROCESSOR_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86 and Arm in /proc/cpuinfo
 
 
-def require_supported_torch() -> None:
-    """Raise UserError where torch is older than what the programs need."""
+def require_torch(oldest: tuple[int, int] = OLDEST_TORCH, purpose: str = "the programs") -> None:
+    """Raise UserError where torch is older than what a purpose, by default any program, needs."""
     major, minor = torch.__version__.split(".")[:2]
-    if (int(major), int(minor)) < OLDEST_TORCH:
-        needed = ".".join(map(str, OLDEST_TORCH))
+    if (int(major), int(minor)) < oldest:
+        needed = ".".join(map(str, oldest))
         raise UserError(
-            f"torch {torch.__version__} is too old: {needed} is the oldest that works",
+            f"torch {torch.__version__} is too old: {needed} is the oldest for {purpose}",
             f"pip install 'torch>={needed}' (on an NPU with the torch_npu of the same version)",
         )
 
@@ -88,6 +88,9 @@ def _obstacle_to_npu() -> str | None:
     if torch.version.cuda is not None:
         # Importing it would abort the process: torch's CUDA build and torch_npu exclude each other.
         return "this torch is a CUDA build, torch_npu needs the CPU build of the same version"
+    # torch_npu 2.6 loads torch's compiler, which would start a pool of processes for each rank.
+    # Nothing is compiled with it on an NPU.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     try:
         import torch_npu  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:

@@ -5,6 +5,8 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 packages=$("$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+string_form=$(TORCH_DEVICE_BACKEND_AUTOLOAD=0 "$1" \
+    -c 'import torch; print(int(torch.compiled_with_cxx11_abi()))')
 torch=$packages/torch
 cann=$packages/torch_npu/include
 mkdir -p "$2"
@@ -24,6 +26,6 @@ for name in ascendcl hccl acl_op_compiler ge_runner graph acl_tdt_channel opapi 
 done
 rm ./*.o
 
-g++ -std=c++20 -O1 -fPIC -shared -isystem "$torch/include" \
+g++ -std=c++20 -O1 -fPIC -shared -D_GLIBCXX_USE_CXX11_ABI="$string_form" -isystem "$torch/include" \
     -isystem "$torch/include/torch/csrc/api/include" \
     "$here/host_kernels.cpp" -o libhost_kernels.so -L"$torch/lib" -ltorch_cpu -lc10

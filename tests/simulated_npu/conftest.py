@@ -1,9 +1,14 @@
-"""The tests marked `npu_sim` need the simulated NPU; without it they skip, with one reason."""
+"""The tests marked `npu_sim` need the simulated NPU; without it they skip, with one reason.
+
+Those marked `every_version` are the ones that run with the older versions of torch_npu as well.
+"""
 
 import os
 
 import pytest
 import torch
+
+from common.npu import device, precision
 
 MISSING = os.environ.get("SIMULATED_NPU_MISSING")
 if MISSING is None and "SIMULATED_NPU" not in os.environ:
@@ -12,6 +17,7 @@ if MISSING is None and "SIMULATED_NPU" not in os.environ:
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "npu_sim: runs on the simulated NPU")
+    config.addinivalue_line("markers", "every_version: runs with each torch_npu (--all)")
 
 
 def pytest_collection_modifyitems(items):
@@ -37,9 +43,7 @@ def missing():
 @pytest.fixture(scope="session")
 def npu():
     """The first simulated NPU, set up as the product does it."""
-    from common.npu.device import setup_device
-
-    return setup_device("npu")[0]
+    return device.setup_device("npu")[0]
 
 
 @pytest.fixture
@@ -54,6 +58,13 @@ def on_npu(npu, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: numpy(tensor.cpu()))
     with npu:
         yield
+
+
+@pytest.fixture
+def sgd_of_the_npu(npu, monkeypatch):
+    """Makes a CPU update weights with the kernels that the NPU has, whose last bits differ."""
+    obstacle = device.obstacle_to_fused_sgd(npu)
+    monkeypatch.setattr(precision, "obstacle_to_fused_sgd", lambda _: obstacle)
 
 
 @pytest.fixture

@@ -308,16 +308,18 @@ void host_kernel(const c10::OperatorHandle &op, c10::DispatchKeySet, Stack *stac
     call.to_npu();
 }
 
-// The CPU's own kernel of an operator that works on any device, such as _to_copy, which is
-// empty_strided and copy_.
-void composite_kernel(const c10::OperatorHandle &op, c10::DispatchKeySet keys, Stack *stack) {
+// The kernel of an operator that works on any device, such as _to_copy, which is empty_strided and
+// copy_.
+void composite_kernel(const c10::OperatorHandle &op, c10::DispatchKeySet, Stack *stack) {
     note(toString(op.operator_name()));
-    op.getComputedKernelForDispatchKey(DispatchKey::CPU).callBoxed(op, keys, stack);
+    op.callBoxedForDispatchKey(DispatchKey::CompositeExplicitAutograd, *stack);
 }
 
-// torch_npu differentiates some operators in its own way, for its own kernels.
-void autograd_kernel(const c10::OperatorHandle &op, c10::DispatchKeySet keys, Stack *stack) {
-    op.getComputedKernelForDispatchKey(DispatchKey::AutogradCPU).callBoxed(op, keys, stack);
+// torch_npu differentiates some operators in its own way, for its own kernels. This is PyTorch's.
+void autograd_kernel(const c10::OperatorHandle &op, c10::DispatchKeySet, Stack *stack) {
+    bool has_derivative = op.hasKernelForDispatchKey(DispatchKey::Autograd);
+    op.callBoxedForDispatchKey(
+        has_derivative ? DispatchKey::Autograd : DispatchKey::CompositeImplicitAutograd, *stack);
 }
 
 at::Tensor copy_from_and_resize(const at::Tensor &from, const at::Tensor &to) {

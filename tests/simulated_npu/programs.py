@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from common.npu.device import obstacle_to_fused_sgd, setup_device
 from tests import scripts
 
 AS_NPU = Path(__file__).parent / "as_npu.py"
@@ -16,7 +17,9 @@ def on_cpu(program: Path, *flags, ranks: int = 1) -> None:
     if ranks > 1:  # by torchrun itself: our launcher starts only the programs
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
         launcher.append(f"--master_port={scripts.free_port()}")
-    words = [sys.executable, *launcher, str(AS_NPU), str(program), "--device=cpu"]
+    npu, _ = setup_device("npu")
+    sgd = "fused" if obstacle_to_fused_sgd(npu) is None else "lists"
+    words = [sys.executable, *launcher, str(AS_NPU), sgd, str(program), "--device=cpu"]
     words += [str(flag) for flag in flags]
     done = subprocess.run(words, env=without_cann(), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+pytestmark = [pytest.mark.npu_sim, pytest.mark.every_version]
 RANKS = 2
 DTYPES = (
     torch.float16, torch.bfloat16, torch.float32, torch.int8, torch.int16, torch.int32, torch.int64,
@@ -40,13 +41,11 @@ def on_npu():
     return launch("npu")
 
 
-@pytest.mark.npu_sim
 def test_all_reduce(on_npu):
     for dtype in DTYPES:
         assert on_npu["all_reduce"][str(dtype)] == RESULTS, dtype
 
 
-@pytest.mark.npu_sim
 def test_other_collectives(on_npu):
     assert on_npu["broadcast"] == [1.0] * 3
     assert on_npu["all_gather"] == [[0.0] * 3, [1.0] * 3]
@@ -56,12 +55,10 @@ def test_other_collectives(on_npu):
     assert on_npu["on the host"] == 3
 
 
-@pytest.mark.npu_sim
 def test_float64_is_refused_as_on_a_device(on_npu):
     assert "Unsupported data type" in on_npu["float64"]
 
 
-@pytest.mark.npu_sim
 def test_ddp_equals_gloo_on_the_cpu(on_npu):
     on_cpu = launch("cpu")
     assert on_npu["ddp"] == on_cpu["ddp"]

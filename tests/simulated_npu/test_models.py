@@ -1,4 +1,4 @@
-"""A training step and an evaluation of every model on the simulated NPU: the CPU's numbers, and
+"""A training step and an evaluation of every recipe on the simulated NPU: the CPU's numbers, and
 nothing to wait for.
 
 The CPU computes in the NPU path's way here: a whole batch at a time, contiguous tensors. What else
@@ -8,6 +8,7 @@ is particular to a model is in its own folder here.
 import importlib
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,20 +21,26 @@ from common.npu.precision import Precision
 from tests.scripts import TINY
 from tests.simulated_npu.audit import Audit
 
-pytestmark = pytest.mark.npu_sim
+pytestmark = [pytest.mark.npu_sim, pytest.mark.every_version]
+TFRECORD = "ssd_resnet34.tfrecord"
+SHARDS = Path(__file__).parents[1] / "golden/ssd_resnet34_tfrecord/train2017*"  # 6 records
 # Recipes, and fields that make the network small.
-RECIPE = {"fcos": "gn", "m2det": "320_vgg", "ssd_mmdet": "1p", "ssd_resnet34": "1p"}
+RECIPE = {
+    "fcos": "gn", "m2det": "320_vgg", "ssd_mmdet": "1p", "ssd_resnet34": "1p", TFRECORD: "port",
+}  # fmt: skip
 SMALL = {
     "fcos": {"backbone": "resnet14", "channels": 64, "tower_convs": 1, "img_scale": ("64,107",)},
     "m2det": {"backbone": "vgg16_thin", "planes": 16, "num_levels": 2},
     "ssd_mmdet": {"width": 1 / 16},
     "ssd_resnet34": {"backbone": "resnet10"},
+    TFRECORD: {"backbone": "resnet10"},
 }
 # Scores that some hundred boxes of a network without training have.
 EVALUATION = {
     "fcos": {"score_threshold": 0.011, "eval_shapes": "two"},
     "ssd_mmdet": {"score_threshold": 0.2},
     "ssd_resnet34": {"score_threshold": 0.03},
+    TFRECORD: {"score_threshold": 0.03},
 }
 # What a training step must not ask of an NPU.
 LIMITS = dict.fromkeys(
@@ -43,12 +50,13 @@ LIMITS = dict.fromkeys(
 
 @pytest.fixture(params=SMALL)
 def model(request, monkeypatch):
-    """The modules of a model, those that ask for the device's ways made to take the NPU's."""
+    """The modules of a recipe, those that ask for the device's ways made to take the NPU's."""
     modules = {
         name: importlib.import_module(f"{request.param}.{name}")
         for name in ("augment", "config", "data", "evaluate", "loss", "train")
     }
-    for module in modules.values():
+    shared = importlib.import_module("ssd_resnet34.data")  # normalises images of TFRecords too
+    for module in (*modules.values(), shared):
         if hasattr(module, "chunk_size"):
             monkeypatch.setattr(module, "chunk_size", len)
         if hasattr(module, "memory_format"):
@@ -58,23 +66,44 @@ def model(request, monkeypatch):
     return SimpleNamespace(name=request.param, recipe=recipe, **modules)
 
 
+def records_of_shards():
+    """Six records, of images of different sizes."""
+    return importlib.import_module(f"{TFRECORD}.index").read_index(str(SHARDS), "flag")
+
+
 @pytest.fixture
 def batches(model, tiny_train):
     """Five batches of two images with different numbers of boxes, one of them without any."""
     records = tiny_train
     if model.name == "fcos":  # batches of one orientation: their shape stays
         records = records.subset(model.data.orientation_groups(records)[1])
+    if model.name == TFRECORD:
+        records = model.data.training_records(records_of_shards())
     found = list(model.data.build_loader(model.recipe, records, True, seed=2, end=5))
     found[3] = found[3]._replace(valid=torch.zeros_like(found[3].valid))
     return found
 
 
+@pytest.fixture
+def evaluated(model, tiny_val):
+    """Two sets of four images of one shape to evaluate on."""
+    if model.name == TFRECORD:
+        records = records_of_shards()
+        return [records.subset(np.arange(6) < 4), records.subset(np.arange(6) >= 2)]
+    landscape = np.flatnonzero(tiny_val.sizes[:, 0] < tiny_val.sizes[:, 1])
+    return [tiny_val.subset(landscape[:4]), tiny_val.subset(landscape[4:8])]
+
+
 def start(model, device, level="O0", loss_scale="dynamic"):
     """A run before its first step."""
-    flags = [f"--data={TINY}", f"--device={device.type}", "--kind=perf"]
+    flags = [f"--data={TINY}", "--kind=perf"]
+    if model.name == TFRECORD:
+        flags = [f"--training_file_pattern={SHARDS}", "--mode=train"]
+    flags.append(f"--device={device.type}")
     return TrainingLoop(model.train, model.recipe, flags, Precision(device, level, loss_scale))
 
 
+@pytest.mark.usefixtures("sgd_of_the_npu")
 def test_steps_equal_the_cpus(npu, model, batches):
     results = []
     for device in (npu, torch.device("cpu")):
@@ -103,8 +132,7 @@ def test_a_steady_step_waits_for_nothing(npu, model, batches, record_property):
         assert {name: getattr(audit, name).total() for name in LIMITS} == LIMITS, audit.table()
 
 
-def test_an_evaluation_waits_for_nothing_but_its_results(npu, model, tiny_val, record_property):
-    landscape = np.flatnonzero(tiny_val.sizes[:, 0] < tiny_val.sizes[:, 1])  # of one shape
+def test_an_evaluation_waits_for_nothing_but_its_results(npu, model, evaluated, record_property):
     recipe = replace(model.recipe, eval_batch_size=2, **EVALUATION.get(model.name, {}))
     torch.manual_seed(0)
     network, audits, found = model.train.build_model(recipe, 80), [], []
@@ -115,9 +143,9 @@ def test_an_evaluation_waits_for_nothing_but_its_results(npu, model, tiny_val, r
             layer.bias.data.view(-1, 81)[:, 0] += 12  # background
     for device in (torch.device("cpu"), npu):
         network.to(device)
-        for images in (landscape[:4], landscape[4:8]):
+        for records in evaluated:
             with Audit() as audit:
-                args = recipe, tiny_val.subset(images), device, Ranks(), 0
+                args = recipe, records, device, Ranks(), 0
                 found.append(model.evaluate.detect_all(network, *args))
             audits.append(audit)
     for one, other in zip(found[:2], found[2:], strict=True):

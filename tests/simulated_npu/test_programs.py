@@ -32,9 +32,12 @@ SMALL = {
 FOUR_STEPS = ("--batch_size=2", "--num_workers=0", "--amp=O0", "--max_iters=4", "--log_interval=1",
               "--save_interval=2", "--keep=9")  # fmt: skip
 EXPORT = {"fcos": ("pthtar2onx", "--shape", 64, 96)}
+MODELS = [
+    "fcos", "m2det", "ssd_mmdet", pytest.param("ssd_resnet34", marks=pytest.mark.every_version),
+]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=SMALL)
+@pytest.fixture(scope="module")
 def model(request):
     """Name, folder and flags of a model."""
     folder = scripts.ROOT / request.param
@@ -66,6 +69,7 @@ def call(model):
         signal.signal(number, handler)
 
 
+@pytest.mark.parametrize("model", MODELS, indirect=True)
 def test_two_ranks_over_hccl_equal_two_over_gloo(model, trained, data, tmp_path, call, capsys):
     """And what they leave is of use everywhere. (One test: `trained` takes a while.)"""
     output = tmp_path / "gloo"
@@ -86,6 +90,14 @@ def test_two_ranks_over_hccl_equal_two_over_gloo(model, trained, data, tmp_path,
     assert call("demo", checkpoint, *flags, "--device=npu") == 0
     assert "4 of 4 images drawn" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "results.json").read_text())) == 4
+
+
+@pytest.mark.parametrize("model", SMALL, indirect=True)
+def test_the_export_of_a_checkpoint(model, data, tmp_path, call, capsys):
+    """Beside torch_npu, which changes torch in many places."""
+    run = ("--max_iters=1", f"--data={data}", f"--output_dir={tmp_path}", "--kind=perf")
+    call("train", *model.flags, *FOUR_STEPS, *run, "--device=npu")
+    checkpoint = f"--checkpoint={tmp_path / 'iter_1.pt'}"
     file = tmp_path / "network.onnx"
     call(*EXPORT.get(model.name, ("pthtar2onnx",)), checkpoint, f"--output_file={file}")
     assert "onnxruntime against torch" in capsys.readouterr().out
@@ -100,6 +112,7 @@ def test_compile_is_refused(model, data, tmp_path, call):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.every_version
 @pytest.mark.parametrize("model", ["ssd_resnet34"], indirect=True)
 def test_two_ranks_resume(model, trained, data, tmp_path):
     output = tmp_path / "run"
@@ -112,6 +125,7 @@ def test_two_ranks_resume(model, trained, data, tmp_path):
     assert_same_state(trained / "iter_4.pt", output / "iter_4.pt")
 
 
+@pytest.mark.parametrize("model", MODELS, indirect=True)
 def test_the_launch_script_of_one_device_and_a_resumed_run(model, data, tmp_path, call):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     flags = (*model.flags, *FOUR_STEPS)

@@ -292,4 +292,14 @@ HcclResult HcclAlltoAllV(const void *, const void *, const void *, HcclDataType,
     return HCCL_E_NOT_SUPPORT;
 }
 
+HcclResult HcclSend(void *, uint64_t, HcclDataType, uint32_t, HcclComm, aclrtStream) {
+    return HCCL_E_NOT_SUPPORT;
+}
+
+HcclResult HcclRecv(void *, uint64_t, HcclDataType, uint32_t, HcclComm, aclrtStream) {
+    return HCCL_E_NOT_SUPPORT;
+}
+
+HcclResult HcclCommInitAll(uint32_t, int32_t *, HcclComm *) { return HCCL_E_NOT_SUPPORT; }
+
 }  // extern "C"

@@ -7,6 +7,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+// Constants in the headers of torch_npu 2.6 and 2.7 are written as in C++.
+#define constexpr static const
 #include "third_party/acl/inc/acl/acl.h"
 #include "third_party/acl/inc/acl/acl_op_compiler.h"
 

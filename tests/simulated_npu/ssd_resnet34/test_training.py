@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def _the_npu_way(monkeypatch):
+def _the_npu_way(monkeypatch, sgd_of_the_npu):
     for module in (augment, loss):
         monkeypatch.setattr(module, "chunk_size", len, raising=False)
     for module in (data, train):
