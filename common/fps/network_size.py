@@ -21,12 +21,13 @@ def count_flops(model: nn.Module, height: int, width: int) -> int:
     state = {}
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         state[name] = value.detach().to(META)
-    image = torch.empty(1, 3, height, width, device=META)
+    # Two: in training a batch norm refuses a single value a channel, as M2Det's last map has.
+    images = torch.empty(2, 3, height, width, device=META)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         # tie_weights would leave the tensors of a module that has two names, as M2Det has, on meta.
-        functional_call(model, state, (image,), tie_weights=False)
-    return counter.get_total_flops()
+        functional_call(model, state, (images,), tie_weights=False)
+    return counter.get_total_flops() // len(images)
 
 
 def size_line(model: nn.Module, height: int, width: int) -> str:
