@@ -1,11 +1,15 @@
 #!/usr/bin/env python3
 """Export FCOS to ONNX, checked with onnxruntime against torch on real images.
 
-    python3 pthtar2onx.py FILE.pth                 logits, distances, centerness (N, P, C | 4 | 1)
-    python3 pthtar2onx.py FILE.pth --decoded       boxes (N, P, 4), scores (N, P, C)
-    python3 pthtar2onx.py FILE.pth --dynamic       height and width free as well, multiples of 32
+    python3 pthtar2onx.py FILE.pth                        logits, distances, centerness
+    python3 pthtar2onx.py FILE.pth --outputs=decoded      boxes and scores
+    python3 pthtar2onx.py FILE.pth --outputs=detections   with the NMS inside
+    python3 pthtar2onx.py FILE.pth --dynamic              height and width free as well
 
-Input: `input` (N, 3, H, W) float32, normalised BGR, N free. How to prepare it, the class names and
+Input: `input` (N, 3, H, W) float32, normalised BGR, N free or --batch. Raw outputs: `logits`,
+`distances` and `centerness` (N, P, C | 4 | 1). Decoded: `boxes` (N, P, 4) and `scores` (N, P, C).
+Detections, best first: `boxes` (N, M, 4), `scores` (N, M), 0 where there is no detection any more,
+and `labels` (N, M) int64. Boxes are in pixels of the input. How to prepare it, the class names and
 the numbers of the NMS are in the file's metadata.
 """
 
@@ -26,17 +30,35 @@ import torch
 from torch import Tensor, nn
 
 from common import flags
+from common.coco.detections import Detections
 from common.errors import UserError
-from common.export import compare, describe, export_graph, inputs_to_check, require_packages
-from common.files import write_atomically
+from common.export import (
+    HalfPrecision,
+    Suppression,
+    add_flags,
+    batches_to_check,
+    compare,
+    compare_detections,
+    describe,
+    export_graph,
+    inputs_to_check,
+    require_packages,
+    with_nms,
+    write_graph,
+)
 from common.npu import entry
 from common.npu.weights import notes_on_class_names
-from fcos.anchors import clear_caches
+from fcos.anchors import clear_caches, map_sizes
 from fcos.config import RECIPES, Recipe
 from fcos.data import CANVAS_MULTIPLE, normalise, resize
 from fcos.detector import Detector
 from fcos.old_flags import OLD_FLAGS
-from fcos.postprocess import decode_outputs
+from fcos.postprocess import (
+    best_points,
+    decode_outputs,
+    gather_points,
+    select,
+)
 from fcos.weights import note_on_preset, recipe_of_checkpoint
 
 # Numbers of the recipe that a deployer needs.
@@ -53,14 +75,16 @@ TRACED_SIZE = (384, 512)
 SIDE_LIMITS = (4, 512)  # of a free height or width, in canvas multiples of 32 pixels
 
 
-class Flat(nn.Module):
-    """The network with its levels joined, for all P points.
+class Raw(nn.Module):
+    """The network with its levels joined, for all P points, in fp32.
 
     Outputs are logits (N, P, classes), distances (N, P, 4) in pixels, or in strides with
     norm_on_bbox, and centerness logits (N, P, 1).
     """
 
-    def __init__(self, network: nn.Module):
+    output_names = ("logits", "distances", "centerness")
+
+    def __init__(self, network: nn.Module, recipe: Recipe):
         super().__init__()
         self.network = network
 
@@ -74,6 +98,8 @@ class Decoded(nn.Module):
     A score is the class probability times the centerness.
     """
 
+    output_names = ("boxes", "scores")
+
     def __init__(self, network: nn.Module, recipe: Recipe):
         super().__init__()
         self.network = network
@@ -82,6 +108,40 @@ class Decoded(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         boxes, logits, centerness = decode_outputs(self.network(images), self.recipe)
         return boxes, logits.sigmoid() * centerness.sigmoid()
+
+
+class Candidates(nn.Module):
+    """The network with decoded outputs and what the NMS in the graph chooses from.
+
+    Decoded are boxes (N, P, 4), class probabilities (N, P, classes) and centerness (N, P, 1). The
+    candidates are the best points of each level, their boxes clipped to the network input, which
+    may be larger than the image in it. The score of a class whose probability does not pass the
+    threshold is 0.
+    """
+
+    output_names = ("decoded_boxes", "probabilities", "centerness", "nms_boxes", "nms_scores")
+
+    def __init__(self, network: nn.Module, recipe: Recipe):
+        super().__init__()
+        self.network = network
+        self.recipe = recipe
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        outputs = self.network(images)
+        boxes, logits, centerness = decode_outputs(outputs, self.recipe)
+        probabilities = logits.sigmoid()
+        centerness = centerness.sigmoid()
+        scores = probabilities.amax(dim=2) * centerness.squeeze(2)
+        best = best_points(scores, outputs.map_sizes(), self.recipe.candidates)
+        nms_boxes = clip(gather_points(boxes, best), images.shape[2:])
+        of_best = gather_points(probabilities, best)
+        passes = of_best > self.recipe.score_threshold
+        nms_scores = torch.where(passes, of_best * gather_points(centerness, best), 0.0)
+        nms_scores = nms_scores.transpose(1, 2)
+        return boxes, probabilities, centerness, nms_boxes, nms_scores
+
+
+OUTPUTS = {"raw": Raw, "decoded": Decoded, "detections": Candidates}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -99,32 +159,36 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{state['path']}: {detector.report}")
     for line in notes_on_class_names(state, detector.class_names):
         print(line)
-    if args.decoded:
-        network = Decoded(detector.model, recipe).eval()
-        output_names = ["boxes", "scores"]
-    else:
-        network = Flat(detector.model).eval()
-        output_names = ["logits", "distances", "centerness"]
+    model = HalfPrecision(detector.model) if args.half else detector.model
+    network = OUTPUTS[args.outputs](model, recipe).eval()
+    reference = OUTPUTS[args.outputs](detector.model, recipe).eval()
 
     image_size = tuple(args.shape)
     free_axes = free_height_and_width() if args.dynamic else {}
     traced_size = TRACED_SIZE if args.dynamic else image_size
-    graph = export_graph(network, traced_size, "input", output_names, args.opset, free_axes)
+    graph = export_graph(
+        network, traced_size, "input", network.output_names, args.opset, args.batch, free_axes
+    )
     clear_caches()  # of the export's symbols
     checked_sizes = [image_size]
     if args.dynamic:
         checked_sizes.append(image_size[::-1])
     for size in checked_sizes:
-        fit_to_size = functools.partial(fit, size=size, recipe=recipe)
-        images = inputs_to_check(args.images, fit_to_size, at_least=2)
-        for batch in (images[:1], images):
-            difference = compare(graph, network, batch)
+        prepare = functools.partial(fit, size=size, recipe=recipe)
+        images = inputs_to_check(args.images, prepare, at_least=args.batch or 2)
+        for batch in batches_to_check(images, args.batch):
+            difference = compare(graph, reference, batch, args.half)
             print(f"onnxruntime against torch, {tuple(batch.shape)}: {difference}")
+    if args.outputs == "detections":
+        suppression = suppression_of(recipe)
+        expected = functools.partial(expected_detections, size=image_size, recipe=recipe)
+        for batch in batches_to_check(images, args.batch):
+            counts = compare_detections(graph, suppression, batch, expected)
+            print(f"with NMS, batch {len(batch)}: {counts}")
+        graph = with_nms(graph, suppression)
     notes = deployment_notes(recipe, detector.class_names, image_size)
     describe(graph, notes, recipe, DEPLOYED_FIELDS)
-    write_atomically(args.output_file, graph.SerializeToString())
-    mebibytes = graph.ByteSize() / 2**20
-    print(f"{args.output_file}: {mebibytes:.1f} MiB, opset {args.opset}")
+    write_graph(graph, args.output_file, args.opset)
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -137,16 +201,11 @@ def parse(argv: list[str] | None) -> Namespace:
         metavar="FILE.pth",
         help="the same as --checkpoint; the port's CONFIG may stand before it, without effect",
     )
-    flags.add(parser, "--output-file", Path("fcos_r50.onnx"), "file to write")
-    flags.add(parser, "--decoded", False, "boxes and scores instead of raw outputs")
+    add_flags(parser, "fcos_r50.onnx", outputs="raw")
     flags.add(
         parser, "--dynamic", False, "height and width free: multiples of 32 from 128 to 16384"
     )
     parser.add_argument("--shape", nargs=2, type=int, default=[800, 1344], metavar=("H", "W"))
-    flags.add(parser, "--opset --opset-version", 17, "version of ONNX's operator set")
-    parser.add_argument(
-        "--images", "--input-img", "--test-img", nargs="+", help="to check with; default: sample"
-    )
     flags.add(parser, "--verify", True, "no effect: what is written has always been verified")
     args = parser.parse_args(argv)
     config_first = len(args.files) == 2 and args.files[0].endswith(".py")
@@ -154,6 +213,8 @@ def parse(argv: list[str] | None) -> Namespace:
         raise UserError(f"{' '.join(args.files)}: give one checkpoint")
     if args.files:
         args.checkpoint = args.files[-1]
+    if args.dynamic and args.outputs == "detections":
+        raise UserError("--dynamic: the NMS needs a fixed size; give --outputs=decoded")
     for side in args.shape:
         if side < CANVAS_MULTIPLE or side % CANVAS_MULTIPLE:
             height, width = args.shape
@@ -179,6 +240,39 @@ def fit(image: np.ndarray, size: tuple[int, int], recipe: Recipe) -> Tensor:
     return normalise(canvas, torch.tensor([[height, width]]), recipe).squeeze(0)
 
 
+def clip(boxes_xyxy: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return boxes (..., 4) in pixels, clipped to an image of `size` (height, width)."""
+    height, width = size
+    x = boxes_xyxy[..., 0::2].clamp(0, width)
+    y = boxes_xyxy[..., 1::2].clamp(0, height)
+    return torch.stack([x, y], dim=-1).flatten(-2)
+
+
+def suppression_of(recipe: Recipe) -> Suppression:
+    """Return the numbers of the NMS; the candidates have passed the threshold before."""
+    return Suppression(
+        boxes="nms_boxes",
+        iou_boxes="nms_boxes",
+        iou=recipe.nms_iou,
+        score_threshold=0.0,
+        max_per_class=recipe.max_detections,
+        max_detections=recipe.max_detections,
+    )
+
+
+def expected_detections(
+    boxes: Tensor, probabilities: Tensor, centerness: Tensor, size: tuple[int, int], recipe: Recipe
+) -> Detections:
+    """Return torch's detections in an image that fills a network input of `size` (height, width).
+
+    Of its points are given boxes (P, 4), probabilities (P, classes) and centerness (P, 1).
+    """
+    scores = probabilities.amax(dim=1) * centerness.squeeze(1)
+    best = best_points(scores.unsqueeze(0), map_sizes(recipe, *size), recipe.candidates).squeeze(0)
+    clipped = clip(boxes[best], size)
+    return select(clipped.numpy(), probabilities[best].numpy(), centerness[best].numpy(), recipe)
+
+
 def deployment_notes(
     recipe: Recipe, class_names: tuple[str, ...], image_size: tuple[int, int]
 ) -> dict[str, str]:
@@ -192,6 +286,7 @@ def deployment_notes(
         "points": "by level, row, column: column * stride + stride // 2, the same of the row",
         "boxes": "left, top, right, bottom in pixels of the input, not clipped",
         "distances": f"from the point to left, top, right, bottom, in {unit}",
+        "labels": "position in classes",
         "scores": "sigmoid(logits) * sigmoid(centerness); the threshold is for sigmoid(logits)",
     }
 

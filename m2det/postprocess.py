@@ -67,13 +67,13 @@ def finish_detect(started: Started, sizes: Tensor, recipe: Recipe) -> list[Detec
     detections = []
     for image, (height, width) in enumerate(sizes.tolist()):
         corner = np.array([width, height, width, height], np.float32)
-        detections.append(_detect_in_image(boxes[image], scores[image], corner, recipe))
+        detections.append(suppress(boxes[image], scores[image], corner, recipe))
     return detections
 
 
 # Boxes of a network that has not learned may be too large for a number, until they are clipped.
 @np.errstate(over="ignore", invalid="ignore")
-def _detect_in_image(
+def suppress(
     boxes: np.ndarray, scores: np.ndarray, corner: np.ndarray, recipe: Recipe
 ) -> Detections:
     """Return the detections among K candidates of an image.

@@ -77,13 +77,13 @@ def finish_detect(started: Started, sizes: Tensor, recipe: Recipe) -> list[Detec
     detections = []
     for index, image_candidates in enumerate(candidates(started, recipe)):
         size = sizes[index].tolist()
-        image_detections = _suppress(image_candidates, size, recipe)
+        image_detections = suppress(image_candidates, size, recipe)
         # A candidate is dropped because of a better one only. So the best candidates are enough if
         # they fill the list; if they do not, all of them are needed.
         may_have_more = len(image_candidates.scores) == MAX_DEVICE_CANDIDATES
         if may_have_more and len(image_detections.scores) < recipe.max_detections:
             image_candidates = host_candidates(boxes[index].cpu(), scores[index].cpu(), recipe)
-            image_detections = _suppress(image_candidates, size, recipe)
+            image_detections = suppress(image_candidates, size, recipe)
         detections.append(image_detections)
     return detections
 
@@ -143,7 +143,7 @@ def unpack_candidates(rows: np.ndarray, classes: int) -> Candidates:
     return Candidates(boxes=rows[:, :4], scores=rows[:, 4], labels=labels)
 
 
-def _suppress(image_candidates: Candidates, size: list[int], recipe: Recipe) -> Detections:
+def suppress(image_candidates: Candidates, size: list[int], recipe: Recipe) -> Detections:
     """Apply NMS to the candidates of an image whose original size is (height, width)."""
     height, width = size
     scale = recipe.image_size / np.array([width, height, width, height], np.float32)

@@ -1,11 +1,16 @@
 #!/usr/bin/env python3
 """Export SSD-VGG16 to ONNX, checked with onnxruntime against torch on real images.
 
-    python3 pthtar2onnx.py --checkpoint FILE             boxes (n, 4), scores (n,), labels (n,)
-    python3 pthtar2onnx.py --checkpoint FILE --no_nms    boxes (N, P, 4), scores (N, P, classes)
+    python3 pthtar2onnx.py --checkpoint FILE                     detections, with the NMS inside
+    python3 pthtar2onnx.py --checkpoint FILE --outputs=decoded   boxes and scores
+    python3 pthtar2onnx.py --checkpoint FILE --outputs=raw       raw outputs
 
-Input: `image` (1, 3, 300, 300) float32; without NMS any N in place of 1. Boxes are in pixels of
-the network input. How to prepare it and the class names are in the file's metadata.
+Input: `image` (N, 3, S, S) float32, N free or --batch; S is 300 or 512. Detections, best first:
+`boxes` (N, M, 4), `scores` (N, M), 0 where there is no detection any more, and `labels` (N, M)
+int64. Decoded: `boxes` (N, P, 4) and `scores` (N, P, classes). Raw: `offsets` (N, P, 4), the deltas
+of anchors.py, and `logits` (N, P, classes + 1), the background last. Boxes are in pixels of the
+network input. How to prepare it, the class names and the numbers of the NMS are in the file's
+metadata.
 """
 
 import sys
@@ -24,62 +29,60 @@ import torch
 from torch import Tensor, nn
 
 from common import flags
+from common.coco.detections import Detections
 from common.errors import UserError
 from common.export import (
+    HalfPrecision,
+    Suppression,
+    add_flags,
+    batches_to_check,
     compare,
+    compare_detections,
     describe,
     export_graph,
     inputs_to_check,
-    opset_of,
     require_packages,
-    run_graph,
+    with_nms,
+    write_graph,
 )
-from common.files import write_atomically
 from common.npu import entry
 from common.npu.weights import notes_on_class_names
 from ssd_mmdet.anchors import make_anchors
 from ssd_mmdet.config import RECIPES, Recipe
 from ssd_mmdet.data import prepare_image
 from ssd_mmdet.detector import Detector
-from ssd_mmdet.postprocess import decode_outputs, detect
+from ssd_mmdet.postprocess import decode_outputs, host_candidates, suppress
 
 # Numbers of the recipe that a deployer needs.
-DEPLOYED_FIELDS = ("mean", "score_threshold", "nms_iou", "max_detections")
+DEPLOYED_FIELDS = (
+    "mean",
+    "center_variance",
+    "size_variance",
+    "score_threshold",
+    "nms_iou",
+    "max_detections",
+)
 NO_STD = (1.0, 1.0, 1.0)  # the network's input is not divided
-# Two detections are the same within this, in pixels and in score together.
-SAME_DETECTION = 0.01
-# An IoU at the limit may fall to either side: so many detections may be without a counterpart.
-MAX_SHARE_LOST = 0.01
 
-# From what `Decoded` gives for one image: NMS of each class, then the best of all classes.
-NMS = """
-<ir_version: 10, opset_import: ["": {opset}]>
-nms (float[1, {anchors}, 4] all_boxes, float[1, {anchors}, {classes}] all_scores)
-    => (float[n, 4] boxes, float[n] scores, int64[n] labels)
-{{
-    by_class = Transpose <perm = [0, 2, 1]> (all_scores)
-    limit = Constant <value = int64[1] {{{max_detections}}}> ()
-    iou = Constant <value = float[1] {{{iou}}}> ()
-    threshold = Constant <value = float[1] {{{threshold}}}> ()
-    selected = NonMaxSuppression (all_boxes, by_class, limit, iou, threshold)
-    selected_scores = GatherND (by_class, selected)
-    count_selected = Shape (selected_scores)
-    count_kept = Min (count_selected, limit)
-    scores, order = TopK <axis = 0> (selected_scores, count_kept)
-    best = Gather <axis = 0> (selected, order)
-    class_column = Constant <value = int64 {{1}}> ()
-    anchor_column = Constant <value = int64 {{2}}> ()
-    labels = Gather <axis = 1> (best, class_column)
-    anchor_indices = Gather <axis = 1> (best, anchor_column)
-    batch_axis = Constant <value = int64[1] {{0}}> ()
-    image_boxes = Squeeze (all_boxes, batch_axis)
-    boxes = Gather <axis = 0> (image_boxes, anchor_indices)
-}}
-"""
+
+class Raw(nn.Module):
+    """The network with deltas (N, P, 4) and logits (N, P, classes + 1) as outputs, in fp32."""
+
+    output_names = ("offsets", "logits")
+
+    def __init__(self, network: nn.Module, recipe: Recipe):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        deltas, logits = self.network(images)
+        return deltas.float(), logits.float()
 
 
 class Decoded(nn.Module):
     """The network with boxes (N, P, 4) xyxy in its pixels and scores (N, P, classes) as outputs."""
+
+    output_names = ("boxes", "scores")
 
     def __init__(self, network: nn.Module, recipe: Recipe):
         super().__init__()
@@ -89,6 +92,23 @@ class Decoded(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return decode_outputs(self.network(images), self.anchors, self.recipe)
+
+
+class Candidates(nn.Module):
+    """The network with decoded outputs and what the NMS in the graph chooses from: all of them."""
+
+    output_names = ("decoded_boxes", "decoded_scores", "nms_scores")
+
+    def __init__(self, network: nn.Module, recipe: Recipe):
+        super().__init__()
+        self.decoded = Decoded(network, recipe)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        boxes, scores = self.decoded(images)
+        return boxes, scores, scores.transpose(1, 2)
+
+
+OUTPUTS = {"raw": Raw, "decoded": Decoded, "detections": Candidates}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -102,41 +122,38 @@ def main(argv: list[str] | None = None) -> None:
         print(line)
     require_input(recipe, args.shape, args.mean, args.std)
 
-    network = Decoded(detector.model, recipe).eval()
-    output_names = ["boxes", "scores"]
-    if args.nms:  # which brings outputs of these names
-        output_names = ["decoded_boxes", "decoded_scores"]
+    model = HalfPrecision(detector.model) if args.half else detector.model
+    network = OUTPUTS[args.outputs](model, recipe).eval()
+    reference = OUTPUTS[args.outputs](detector.model, recipe).eval()
+
     image_size = (recipe.image_size, recipe.image_size)
-    graph = export_graph(network, image_size, "image", output_names, args.opset)
-    images = inputs_to_check(args.images, functools.partial(prepare_image, recipe=recipe))
-    for batch in (images[:1], images):
-        difference = compare(graph, network, batch)
+    graph = export_graph(network, image_size, "image", network.output_names, args.opset, args.batch)
+    prepare = functools.partial(prepare_image, recipe=recipe)
+    images = inputs_to_check(args.images, prepare, at_least=args.batch or 3)
+    for batch in batches_to_check(images, args.batch):
+        difference = compare(graph, reference, batch, args.half)
         print(f"onnxruntime against torch, batch {len(batch)}: {difference}")
-    if args.nms:
-        graph = with_nms(graph, recipe, len(detector.class_names))
-        for image in images:
-            print(f"with NMS: {compare_detections(graph, detector.model, image, recipe)}")
+    if args.outputs == "detections":
+        suppression = suppression_of(recipe)
+        expected = functools.partial(expected_detections, recipe=recipe)
+        for batch in batches_to_check(images, args.batch):
+            counts = compare_detections(graph, suppression, batch, expected)
+            print(f"with NMS, batch {len(batch)}: {counts}")
+        graph = with_nms(graph, suppression)
     describe(graph, deployment_notes(recipe, detector.class_names), recipe, DEPLOYED_FIELDS)
-    write_atomically(args.output_file, graph.SerializeToString())
-    mebibytes = graph.ByteSize() / 2**20
-    print(f"{args.output_file}: {mebibytes:.1f} MiB, opset {args.opset}")
+    write_graph(graph, args.output_file, args.opset)
     print(f"Successfully exported ONNX model: {args.output_file}")
 
 
 def parse(argv: list[str] | None) -> Namespace:
     parser = flags.make_parser(__doc__.split("\n")[0], "files")
-    flags.add(parser, "--output-file", Path("ssd300.onnx"), "file to write")
-    flags.add(parser, "--nms", True, "detections, not all boxes and scores")
-    flags.add(parser, "--opset --opset-version", 17, "version of ONNX's operator set")
+    add_flags(parser, "ssd300.onnx", outputs="detections")
     flags.add(parser, "--shape", (), "side, or height and width; checked only")
     flags.add(parser, "--mean", RECIPES["1p"].mean, "checked only: `image` has it subtracted")
     flags.add(parser, "--std", NO_STD, "checked only: `image` is not divided")
     flags.add(parser, "--config", "", "no effect: the checkpoint shows its network")
     flags.add(parser, "--show", False, "no effect: no window opens")
     flags.add(parser, "--verify", True, "no effect: what is written has always been verified")
-    parser.add_argument(
-        "--images", "--input-img", nargs="+", help="to check with; default: sample images"
-    )
     args = parser.parse_args(argv)
     if args.config:
         print("--config has no effect: the checkpoint shows its network")
@@ -157,59 +174,22 @@ def require_input(recipe: Recipe, shape: list[int], mean: list[float], std: list
         )
 
 
-def with_nms(graph, recipe: Recipe, num_classes: int):
-    """Return the decoded graph followed by NMS and a cut to the best detections.
-
-    Both are for one image: the batch of `graph` itself becomes 1.
-    """
-    import onnx
-
-    nms = onnx.parser.parse_model(
-        NMS.format(
-            opset=opset_of(graph),
-            anchors=len(make_anchors(recipe)),
-            classes=num_classes,
-            max_detections=recipe.max_detections,
-            iou=recipe.nms_iou,
-            threshold=recipe.score_threshold,
-        )
+def suppression_of(recipe: Recipe) -> Suppression:
+    """Return the numbers of the NMS."""
+    return Suppression(
+        boxes="decoded_boxes",
+        iou_boxes="decoded_boxes",
+        iou=recipe.nms_iou,
+        score_threshold=recipe.score_threshold,
+        max_per_class=recipe.max_detections,
+        max_detections=recipe.max_detections,
     )
-    nms.ir_version = graph.ir_version
-    graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
-    connections = [("decoded_boxes", "all_boxes"), ("decoded_scores", "all_scores")]
-    merged = onnx.compose.merge_models(graph, nms, io_map=connections)
-    onnx.checker.check_model(merged, full_check=True)
-    return merged
 
 
-@torch.no_grad()
-def compare_detections(graph, model: nn.Module, image: Tensor, recipe: Recipe) -> str:
-    """Return how far onnxruntime's detections in `image` (3, H, W) are from torch's, in words.
-
-    Raise UserError where more than MAX_SHARE_LOST of them have no counterpart.
-    """
-    batch = image.unsqueeze(0)
-    exported = run_graph(graph, batch)
-    size = torch.tensor([[recipe.image_size, recipe.image_size]])
-    expected = detect(model(batch), size, recipe)[0]
-    lost = count_without_counterpart(expected, exported)
-    num_exported = len(exported["boxes"])
-    num_expected = len(expected.boxes)
-    text = f"{num_exported} detections, {lost} of torch's {num_expected} without a counterpart"
-    if lost + abs(num_exported - num_expected) > MAX_SHARE_LOST * num_expected:
-        raise UserError(f"the exported NMS is wrong: {text}; export with --no_nms")
-    return text
-
-
-def count_without_counterpart(expected, exported: dict[str, Tensor]) -> int:
-    """Return how many of the expected Detections are not among the exported ones."""
-    if not len(exported["boxes"]):
-        return len(expected.boxes)
-    distances = (expected.boxes.unsqueeze(1) - exported["boxes"]).abs().amax(dim=2)
-    distances += (expected.scores.unsqueeze(1) - exported["scores"]).abs()
-    other_class = expected.labels.unsqueeze(1) != exported["labels"]
-    nearest = distances.masked_fill(other_class, float("inf")).amin(dim=1)
-    return (nearest > SAME_DETECTION).sum().item()
+def expected_detections(boxes: Tensor, scores: Tensor, recipe: Recipe) -> Detections:
+    """Return torch's detections among boxes (P, 4) and scores (P, classes) of an image."""
+    candidates = host_candidates(boxes, scores, recipe)
+    return suppress(candidates, [recipe.image_size, recipe.image_size], recipe)
 
 
 def deployment_notes(recipe: Recipe, class_names: tuple[str, ...]) -> dict[str, str]:
@@ -220,6 +200,8 @@ def deployment_notes(recipe: Recipe, class_names: tuple[str, ...]) -> dict[str, 
         "preprocessing": "RGB 0..255, resized without keeping the aspect (bilinear, no antialias), "
         "minus mean",
         "boxes": "left, top, right, bottom, pixels of the network input",
+        "offsets": "centre shift / anchor size / variance, log of size ratio / variance",
+        "logits": "the classes, then background; softmax over them gives scores",
         "labels": "position in classes",
     }
 

@@ -55,5 +55,6 @@ def decode(deltas: Tensor, anchors_xyxy: Tensor, recipe: Recipe) -> Tensor:
 
 def _swap_x_and_y(deltas: Tensor) -> Tensor:
     """Turn (ty, tx, th, tw) into (tx, ty, tw, th), and back."""
-    pairs = deltas.unflatten(-1, (2, 2))
+    # Not unflatten, which has no counterpart in ONNX before operator set 13.
+    pairs = deltas.reshape(*deltas.shape[:-1], 2, 2)
     return pairs.flip(-1).flatten(-2)

@@ -42,9 +42,13 @@ def start_detect(outputs: tuple[Tensor, Tensor], recipe: Recipe) -> Started:
 
 def finish_detect(started: Started, sizes: Tensor, recipe: Recipe) -> list[Detections]:
     """Do the host's part of `detect`, once the copies from the device are there."""
-    # class_nms drops a box whose IoU is greater than its threshold; here equality is enough.
-    nms_iou = math.nextafter(recipe.nms_iou, 0)
+    nms_iou = suppressing_iou(recipe)
     return suppress(candidates(started, recipe), sizes, nms_iou, recipe.max_detections)
+
+
+def suppressing_iou(recipe: Recipe) -> float:
+    """Return the IoU above which a box goes; here equality with `nms_iou` is enough for that."""
+    return math.nextafter(recipe.nms_iou, 0)
 
 
 @functools.cache

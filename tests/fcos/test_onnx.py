@@ -17,17 +17,19 @@ from fcos import pthtar2onx
 from fcos.anchors import map_sizes
 from fcos.config import RECIPES
 from fcos.model import build_model
-from fcos.postprocess import decode_outputs
+from fcos.postprocess import decode_outputs, detect_resized
 
 PHOTOS = sorted(Path(__file__).parents[1].glob("data/tiny_coco/val2017/*.jpg"))[:2]
 SMALL = {"backbone": "resnet14", "channels": 64, "tower_convs": 1}
 NAMES = ["cat", "dog"]
 
 
-def saved(folder, name):
+def saved(folder, name, certain=False):
     torch.manual_seed(0)
     recipe = dataclasses.replace(RECIPES[name], **SMALL)
     model = build_model(recipe, len(NAMES)).eval()
+    if certain:  # else no class passes the threshold
+        torch.nn.init.zeros_(model.bbox_head.conv_cls.bias)
     kept = {"model": model.state_dict(), "classes": NAMES, "recipe": dataclasses.asdict(recipe)}
     checkpoint.save(folder / "iter_3.pt", kept)
     return recipe, model, folder / "iter_3.pt"
@@ -83,6 +85,39 @@ def test_decoded_outputs_at_a_fixed_and_at_any_size(tmp_path, name, dynamic):
         torch.testing.assert_close(found["boxes"], boxes, rtol=1e-4, atol=1e-3)
         scores = logits.sigmoid() * centerness.sigmoid()
         torch.testing.assert_close(found["scores"], scores, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("opset", [11, 17])
+def test_detections_of_a_fixed_batch(tmp_path, opset, capsys):
+    recipe, model, weights = saved(tmp_path, "gn", certain=True)
+    file = tmp_path / "detections.onnx"
+    flags = ["--outputs=detections", "--batch=2", f"--opset={opset}", "--shape", "128", "160"]
+    pthtar2onx.main([str(weights), f"--output_file={file}", *flags])
+    said = capsys.readouterr().out
+    assert "with NMS, batch 2: 100 detections, 0 other than the 100 of torch; 100" in said
+    assert '--input_shape="input:2,3,128,160"' in said
+    graph = onnx.load(file)
+    assert graph.ir_version == 8
+    assert [(used.domain, used.version) for used in graph.opset_import] == [("", opset)]
+    assert "Shape" not in {node.op_type for node in graph.graph.node}
+    images = inputs((128, 160), recipe)
+    found = onnx_outputs(file, images)
+    size = torch.tensor([[128, 160]] * 2)
+    with torch.no_grad():
+        own = detect_resized(model(images), size, torch.ones(2, 2), recipe)
+    for i in range(2):
+        torch.testing.assert_close(found["scores"][i], own[i].scores, rtol=0, atol=1e-5)
+        distances = (found["boxes"][i] - own[i].boxes.unsqueeze(1)).abs().amax(dim=2)
+        same = (distances < 0.01) & (found["labels"][i] == own[i].labels.unsqueeze(1))
+        assert same.any(dim=1).float().mean() > 0.9
+
+
+def test_a_free_size_has_no_nms_and_no_old_operator_set(tmp_path):
+    _, _, weights = saved(tmp_path, "gn")
+    with pytest.raises(UserError, match=r"--dynamic: the NMS needs a fixed size"):
+        pthtar2onx.main([str(weights), "--dynamic", "--outputs=detections"])
+    with pytest.raises(UserError, match=r"--opset 14: height and width are free from 15 on"):
+        pthtar2onx.main([str(weights), "--dynamic", "--opset=14"])
 
 
 def test_an_image_is_fitted_with_its_aspect_kept(recipe):

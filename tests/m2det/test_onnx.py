@@ -84,3 +84,28 @@ def test_decoded_boxes_and_scores(weights, model, images, tmp_path):
     assert exported["scores"].shape[2] == 1 + len(NAMES)
     notes = {entry.key: entry.value for entry in onnx.load(file).metadata_props}
     assert notes["scores"] == "probabilities: background, then the classes"
+
+
+def test_detections_of_a_fixed_batch(weights, model, images, tmp_path, capsys):
+    file = tmp_path / "detections.onnx"
+    flags = ["--outputs=detections", "--batch=2", "--opset=11"]
+    pthtar2onnx.main([f"--checkpoint={weights}", f"--output_file={file}", *flags])
+    said = capsys.readouterr().out
+    assert "with NMS, against --nms=hard, batch 2: " in said
+    assert '--input_shape="image:2,3,320,320"' in said
+    graph = onnx.load(file)
+    assert graph.ir_version == 8
+    assert [(used.domain, used.version) for used in graph.opset_import] == [("", 11)]
+    assert "Shape" not in {node.op_type for node in graph.graph.node}
+    assert "the NMS inside is the hard one" in said
+    found = run(file, images)
+    recipe = dataclasses.replace(RECIPE, nms="hard")
+    with torch.no_grad():
+        own = detect(model(images), torch.tensor([[320, 320]] * 2), recipe)
+    for i in range(2):
+        assert len(own[i].scores) > 20
+        np.testing.assert_allclose(found["scores"][i], own[i].scores, atol=1e-3)
+        # As sets: many scores of this network are 1.
+        distances = (found["boxes"][i] * 320 - own[i].boxes.unsqueeze(1)).abs().amax(dim=2)
+        same = (distances < 0.1) & (found["labels"][i] == own[i].labels.unsqueeze(1))
+        assert same.any(dim=1).float().mean() > 0.9

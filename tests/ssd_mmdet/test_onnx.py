@@ -52,7 +52,7 @@ def run(file: Path, images: torch.Tensor) -> dict[str, torch.Tensor]:
     return dict(zip(names, map(torch.from_numpy, values), strict=True))
 
 
-def test_detections_of_one_image(weights, model, images, tmp_path, capsys):
+def test_detections_and_the_flags_of_the_port(weights, model, images, tmp_path, capsys):
     file = tmp_path / "new" / "ssd300.onnx"
     given = [f"--checkpoint={weights}", f"--output_file={file}", "--shape", "300", "300"]
     old = (
@@ -63,15 +63,15 @@ def test_detections_of_one_image(weights, model, images, tmp_path, capsys):
     assert "--config has no effect: the checkpoint shows its network" in said
     assert "batch 3: decoded_boxes differ by" in said
     assert f"Successfully exported ONNX model: {file}" in said
-    for image in images:
-        found = run(file, image.unsqueeze(0))
-        with torch.no_grad():
-            (own,) = detect(model(image.unsqueeze(0)), torch.tensor([[300, 300]]), RECIPE)
-        assert len(own.scores) == 200
-        torch.testing.assert_close(found["scores"], own.scores, rtol=0, atol=1e-5)
+    found = run(file, images)
+    with torch.no_grad():
+        own = detect(model(images), torch.tensor([[300, 300]] * 2), RECIPE)
+    for i in range(2):
+        assert len(own[i].scores) == 200
+        torch.testing.assert_close(found["scores"][i], own[i].scores, rtol=0, atol=1e-5)
         assert found["labels"].dtype == torch.int64
-        same = (found["boxes"] - own.boxes).abs().amax(dim=1) < 0.01
-        assert (same & (found["labels"] == own.labels)).float().mean() > 0.9  # near ties swap
+        same = (found["boxes"][i] - own[i].boxes).abs().amax(dim=1) < 0.01
+        assert (same & (found["labels"][i] == own[i].labels)).float().mean() > 0.9  # near ties swap
     notes = {prop.key: prop.value for prop in onnx.load(file).metadata_props}
     assert json.loads(notes["classes"]) == NAMES
     assert json.loads(notes["mean"]) == list(RECIPE.mean)
@@ -98,3 +98,17 @@ def test_another_normalisation_is_refused(weights):
 def test_another_shape_is_refused(weights, tmp_path):
     with pytest.raises(UserError, match="this network takes 300 pixels"):
         pthtar2onnx.main([f"--checkpoint={weights}", "--shape", "800", "1216"])
+
+
+@pytest.mark.parametrize(("opset", "outputs"), [(11, "detections"), (14, "raw")])
+def test_a_fixed_batch_has_constant_shapes(opset, outputs, weights, tmp_path, capsys):
+    file = tmp_path / "fixed.onnx"
+    flags = ["--batch=2", f"--opset={opset}", f"--outputs={outputs}"]
+    pthtar2onnx.main([f"--checkpoint={weights}", f"--output_file={file}", *flags])
+    assert '--input_shape="image:2,3,300,300"' in capsys.readouterr().out
+    graph = onnx.load(file)
+    assert graph.ir_version == 8
+    assert [(used.domain, used.version) for used in graph.opset_import] == [("", opset)]
+    assert not {"Shape", "Cast"}.intersection(node.op_type for node in graph.graph.node)
+    for value in (*graph.graph.input, *graph.graph.output):
+        assert all(size.dim_value for size in value.type.tensor_type.shape.dim)

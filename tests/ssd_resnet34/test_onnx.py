@@ -87,3 +87,36 @@ def test_decoded_outputs(weights, model, images, tmp_path):
         boxes, scores = decode_outputs(model(images), make_anchors(RECIPE), RECIPE)
     torch.testing.assert_close(exported["boxes"], boxes, rtol=0, atol=1e-5)
     torch.testing.assert_close(exported["scores"], scores, rtol=0, atol=1e-5)
+
+
+def test_detections_of_a_fixed_batch(weights, model, images, tmp_path, capsys):
+    file = tmp_path / "detections.onnx"
+    flags = ["--outputs=detections", "--batch=2", "--opset=11"]
+    pthtar2onnx.main([f"--checkpoint={weights}", f"--output_file={file}", *flags])
+    said = capsys.readouterr().out
+    assert "with NMS, batch 2: 200 detections, 0 other than the 200 of torch; 200" in said
+    assert '--input_shape="image:2,3,300,300"' in said
+    graph = onnx.load(file)
+    assert graph.ir_version == 8
+    assert [(used.domain, used.version) for used in graph.opset_import] == [("", 11)]
+    assert "Shape" not in {node.op_type for node in graph.graph.node}
+    found = run(file, images)
+    with torch.no_grad():
+        own = detect(model(images), torch.tensor([[1, 1]] * 2), RECIPE)
+    for i in range(2):
+        torch.testing.assert_close(found["scores"][i], own[i].scores, rtol=0, atol=1e-5)
+        same = (found["boxes"][i] - own[i].boxes).abs().amax(dim=1) < 1e-4
+        assert (same & (found["labels"][i] == own[i].labels)).float().mean() > 0.9  # near ties swap
+
+
+def test_half_precision(weights, model, images, tmp_path):
+    file = tmp_path / "half.onnx"
+    flags = ["--half", "--opset=13", "--batch=2"]
+    pthtar2onnx.main([f"--checkpoint={weights}", f"--output_file={file}", *flags])
+    assert file.stat().st_size < 0.6 * weights.stat().st_size
+    exported = run(file, images)
+    with torch.no_grad():
+        outputs = model(images)
+    for expected, found in zip(outputs, exported.values(), strict=True):
+        assert found.dtype == torch.float32
+        assert 0 < (found - expected).abs().max() < 0.01 * expected.abs().max()

@@ -111,3 +111,20 @@ def test_decoded_outputs_and_the_notes_give_the_detections(
         expected = nms_by_the_notes(boxes[i], scores[i], notes)
         assert len(expected) > 20
         torch.testing.assert_close(found.scores, torch.tensor(expected), rtol=0, atol=1e-6)
+
+
+def test_detections_are_those_of_the_detector(weights, detector, photos, images, tmp_path, capsys):
+    flags = ("--outputs=detections", "--batch=2", "--opset=11")
+    graph, _ = export(weights, tmp_path / "detections.onnx", *flags)
+    assert "with NMS, batch 2: 200 detections, 0 other than" in capsys.readouterr().out
+    assert graph.ir_version == 8
+    assert [(used.domain, used.version) for used in graph.opset_import] == [("", 11)]
+    assert "Shape" not in {node.op_type for node in graph.graph.node}
+    exported = run_graph(graph, images)
+    for i, found in enumerate(detector(photos)):
+        height, width = photos[i].shape[:2]
+        boxes = exported["boxes"][i] * torch.tensor([width, height, width, height])
+        torch.testing.assert_close(exported["scores"][i], found.scores, rtol=0, atol=1e-5)
+        same = (boxes - found.boxes).abs().amax(dim=1) < 0.1
+        same &= exported["labels"][i] == found.labels
+        assert same.float().mean() > 0.9  # near ties swap
