@@ -30,6 +30,17 @@ class Level(NamedTuple):
     max_distance: float
 
 
+class Axis(NamedTuple):
+    """The columns, or the rows, of the points of all levels, level after level; all in pixels."""
+
+    coordinates: Tensor  # (K,) float32
+    # Of the level that each column or row belongs to, (K,) float32 like the coordinates.
+    stride: Tensor
+    min_distance: Tensor
+    max_distance: Tensor
+    counts: tuple[int, ...]  # how many belong to each level
+
+
 def map_sizes(recipe: Recipe, height: int, width: int) -> MapSizes:
     """Return the feature map sizes of all levels for an input of `height` x `width` pixels."""
     sizes = []
@@ -57,6 +68,35 @@ def make_levels(
         )
         levels.append(level)
     return tuple(levels)
+
+
+@functools.lru_cache(maxsize=REMEMBERED_SHAPES)
+def make_axes(
+    recipe: Recipe, sizes: MapSizes, device: torch.device | None = None
+) -> tuple[Axis, Axis]:
+    """Return the columns and the rows of the points of all levels."""
+    levels = make_levels(recipe, sizes, device)
+    columns = _make_axis(levels, [level.x for level in levels])
+    rows = _make_axis(levels, [level.y for level in levels])
+    return columns, rows
+
+
+def _make_axis(levels: tuple[Level, ...], coordinates: list[Tensor]) -> Axis:
+    """Return the axis of levels whose `coordinates` along it are given."""
+    strides = []
+    min_distances = []
+    max_distances = []
+    for level, of_level in zip(levels, coordinates, strict=True):
+        strides.append(torch.full_like(of_level, level.stride))
+        min_distances.append(torch.full_like(of_level, level.min_distance))
+        max_distances.append(torch.full_like(of_level, level.max_distance))
+    return Axis(
+        coordinates=torch.cat(coordinates),
+        stride=torch.cat(strides),
+        min_distance=torch.cat(min_distances),
+        max_distance=torch.cat(max_distances),
+        counts=tuple(len(of_level) for of_level in coordinates),
+    )
 
 
 def _coordinates(count: int, stride: int, device: torch.device | None) -> Tensor:
@@ -89,6 +129,7 @@ def point_strides(recipe: Recipe, sizes: MapSizes, device: torch.device) -> Tens
 def clear_caches() -> None:
     """Forget all points. An export that traces the network leaves symbols among them."""
     make_levels.cache_clear()
+    make_axes.cache_clear()
     make_anchors.cache_clear()
     point_strides.cache_clear()
 

@@ -3,6 +3,8 @@
 Source: residual learning paper, section 4. Attribute names are the keys of the published files.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,18 +19,48 @@ STAGES = {
 }
 
 
-def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> Tensor:
+class Affine(NamedTuple):
+    """What a batch norm with fixed statistics does to each of its C channels."""
+
+    scale: Tensor  # (C,)
+    shift: Tensor  # (C,)
+
+
+Affines = dict[nn.BatchNorm2d, Affine]
+
+
+def affines_of(norms: list[nn.BatchNorm2d], dtype: torch.dtype) -> Affines:
+    """Return what batch norms with fixed statistics do, in that dtype.
+
+    It is computed for all of them at once: one after the other they are 265 kernels in a ResNet-50.
+    It is computed in each step, so that weights may be loaded at any time.
+    """
+    weight = torch.cat([norm.weight for norm in norms])
+    bias = torch.cat([norm.bias for norm in norms])
+    mean = torch.cat([norm.running_mean for norm in norms])
+    variance = torch.cat([norm.running_var for norm in norms])
+    scale = weight * torch.rsqrt(variance + norms[0].eps)
+    shift = bias - mean * scale
+    channels = [norm.num_features for norm in norms]
+    scales = scale.to(dtype).split(channels)
+    shifts = shift.to(dtype).split(channels)
+    affines = {}
+    for i, norm in enumerate(norms):
+        affines[norm] = Affine(scales[i], shifts[i])
+    return affines
+
+
+def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, affines: Affines) -> Tensor:
     """Return the batch norm of a convolution.
 
-    With fixed statistics both together are one convolution with other weights, which saves a pass
-    over the feature map, forward and backward.
+    With fixed statistics, that is, where `affines` has the batch norm, both together are one
+    convolution with other weights. This saves a pass over the feature map, forward and backward.
     """
-    if bn.training:
+    if bn not in affines:
         return bn(conv(x))
-    scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
+    scale, shift = affines[bn]
     weight = conv.weight * scale.view(-1, 1, 1, 1)
-    bias = bn.bias - bn.running_mean * scale
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding)
+    return F.conv2d(x, weight, shift, conv.stride, conv.padding)
 
 
 class Bottleneck(nn.Module):
@@ -52,13 +84,13 @@ class Bottleneck(nn.Module):
                 nn.BatchNorm2d(out_channels),
             )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, affines: Affines) -> Tensor:
         shortcut = x
         if self.downsample is not None:
-            shortcut = conv_bn(x, self.downsample[0], self.downsample[1])
-        x = F.relu(conv_bn(x, self.conv1, self.bn1), inplace=True)
-        x = F.relu(conv_bn(x, self.conv2, self.bn2), inplace=True)
-        x = conv_bn(x, self.conv3, self.bn3)
+            shortcut = conv_bn(x, self.downsample[0], self.downsample[1], affines)
+        x = F.relu(conv_bn(x, self.conv1, self.bn1, affines), inplace=True)
+        x = F.relu(conv_bn(x, self.conv2, self.bn2, affines), inplace=True)
+        x = conv_bn(x, self.conv3, self.bn3, affines)
         x += shortcut
         return F.relu(x, inplace=True)
 
@@ -81,8 +113,11 @@ class ResNet(nn.Module):
         self.layer3 = make_stage(512, 256, depths[2], stride=2)
         self.layer4 = make_stage(1024, 512, depths[3], stride=2)
         self.channels = (256, 512, 1024, 2048)  # of C2 to C5
+        self.norms = []
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.BatchNorm2d):
+                self.norms.append(module)
+            elif isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, Bottleneck):
                 nn.init.zeros_(module.bn3.weight)
@@ -95,27 +130,31 @@ class ResNet(nn.Module):
         self.frozen = True
         for module in (self.conv1, self.bn1, self.layer1):
             module.requires_grad_(False)
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.requires_grad_(False)
+        for norm in self.norms:
+            norm.requires_grad_(False)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "ResNet":
         super().train(mode)
         if self.frozen:
-            for module in self.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.eval()
+            for norm in self.norms:
+                norm.eval()
         return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        x = F.relu(conv_bn(images, self.conv1, self.bn1), inplace=True)
+        affines = {}
+        if not self.bn1.training:
+            # Mixed precision may have cast the trained weights. Multiplied by fp32 they would be
+            # fp32 and be cast once more, each by itself.
+            affines = affines_of(self.norms, self.layer4[0].conv1.weight.dtype)
+        x = F.relu(conv_bn(images, self.conv1, self.bn1, affines), inplace=True)
         x = F.max_pool2d(x, 3, stride=2, padding=1)
-        c2 = self.layer1(x)
-        c3 = self.layer2(c2)
-        c4 = self.layer3(c3)
-        c5 = self.layer4(c4)
-        return [c2, c3, c4, c5]
+        features = []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in stage:
+                x = block(x, affines)
+            features.append(x)
+        return features
 
 
 def make_stage(in_channels: int, width: int, depth: int, stride: int) -> nn.Sequential:

@@ -177,7 +177,7 @@ def normalise(images: Tensor, resized_sizes: Tensor, recipe: Recipe) -> Tensor:
     width = resized_sizes[:, 1].view(-1, 1, 1, 1)
     row = torch.arange(planes.shape[2], device=device).view(-1, 1)
     column = torch.arange(planes.shape[3], device=device)
-    planes = torch.where((row < height) & (column < width), planes, 0.0)
+    planes.masked_fill_((row >= height) | (column >= width), 0)
     return planes.contiguous(memory_format=memory_format(device))
 
 

@@ -9,7 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcos.anchors import MapSizes, encode, make_anchors, make_levels, point_strides
+from common.npu.operators import constant
+from fcos.anchors import MapSizes, encode, make_anchors, make_axes, point_strides
 from fcos.config import Recipe
 from fcos.model import Outputs
 from fcos.targets import assign
@@ -19,6 +20,8 @@ MIN_TOTAL_CENTERNESS = 1e-6  # FCOSHead
 MIN_IOU = 1e-6  # IoULoss
 MIN_UNION = 1e-6  # square pixels or strides, IoULoss
 MIN_GIOU_AREA = 1e-7  # square pixels or strides, GIoULoss: union and enclosing box
+
+BACKGROUND = -1  # instead of a class
 
 
 class DetectionLoss(nn.Module):
@@ -35,6 +38,7 @@ class DetectionLoss(nn.Module):
     def __init__(self, recipe: Recipe, num_classes: int):
         super().__init__()
         self.recipe = recipe
+        self.register_buffer("classes", torch.arange(num_classes), persistent=False)
 
     def forward(
         self, outputs: Outputs, boxes: Tensor, labels: Tensor, valid: Tensor
@@ -44,17 +48,20 @@ class DetectionLoss(nn.Module):
         positive, label, target_distances = self.targets(map_sizes, boxes, labels, valid)
         # At other points distances mean nothing, and may be infinite. With the distance 1 in their
         # place, no term of the loss and no gradient is nan there.
-        target_distances = torch.where(positive.unsqueeze(-1), target_distances, 1.0)
-        distances = torch.where(positive.unsqueeze(-1), distances, 1.0)
-        target_centerness = torch.where(positive, centerness_of(target_distances), 0.0)
+        one = constant(1.0, distances.device)
+        target_distances = torch.where(positive.unsqueeze(-1), target_distances, one)
+        distances = torch.where(positive.unsqueeze(-1), distances, one)
+        is_positive = positive.float()
+        target_centerness = centerness_of(target_distances) * is_positive
 
-        num_positives = positive.sum(dtype=torch.int32).float()
+        num_positives = is_positive.sum()  # exact: a batch has fewer than 2^24 points
         total_centerness = target_centerness.sum()
         means = mean_over_ranks(torch.stack([num_positives, total_centerness]))
         class_divisor = means[0].clamp(min=1)
         box_divisor = means[1].clamp(min=MIN_TOTAL_CENTERNESS)
 
-        focal = focal_loss(logits, label, positive, self.recipe.focal_alpha)
+        is_target = label.unsqueeze(-1) == self.classes
+        focal = focal_loss(logits, is_target, self.recipe.focal_alpha)
         loss_cls = focal.sum() / class_divisor
 
         box_loss = giou_loss if self.recipe.box_loss == "giou" else iou_loss
@@ -62,9 +69,9 @@ class DetectionLoss(nn.Module):
         loss_bbox = weighted.sum() / box_divisor
 
         cross_entropy = F.binary_cross_entropy_with_logits(
-            centerness.squeeze(-1), target_centerness, reduction="none"
+            centerness.squeeze(-1), target_centerness, weight=is_positive, reduction="sum"
         )
-        loss_centerness = torch.where(positive, cross_entropy, 0.0).sum() / class_divisor
+        loss_centerness = cross_entropy / class_divisor
         return {
             "loss_cls": loss_cls,
             "loss_bbox": loss_bbox,
@@ -79,14 +86,14 @@ class DetectionLoss(nn.Module):
         """Return what each point should predict.
 
         The results are `positive` (N, P) bool, the class (N, P) int64, and the distances (N, P, 4)
-        in the unit of the outputs. Where `positive` is false, the class is 0 and the distances are
-        meaningless.
+        in the unit of the outputs. Where `positive` is false, the class is BACKGROUND and the
+        distances are meaningless.
         """
         recipe = self.recipe
         device = boxes.device
-        levels = make_levels(recipe, map_sizes, device)
-        positive, matched, label = assign(levels, boxes, labels, valid, recipe.center_radius)
-        label = torch.where(positive, label, 0)
+        axes = make_axes(recipe, map_sizes, device)
+        positive, matched, label = assign(axes, boxes, labels, valid, recipe.center_radius)
+        label = torch.where(positive, label, constant(BACKGROUND, device))
         matched_boxes = boxes.gather(1, matched.unsqueeze(-1).expand(-1, -1, 4))
         distances = encode(matched_boxes, make_anchors(recipe, map_sizes, device))
         if recipe.norm_on_bbox:
@@ -94,21 +101,21 @@ class DetectionLoss(nn.Module):
         return positive, label, distances
 
 
-def focal_loss(logits: Tensor, label: Tensor, positive: Tensor, alpha: float) -> Tensor:
+def focal_loss(logits: Tensor, is_target: Tensor, alpha: float) -> Tensor:
     """Return the focal loss (N, P, C) of logits (N, P, C), with gamma 2.
 
-    The target is 1 for the class `label` (N, P) of a point where `positive` (N, P), and 0 for all
-    other classes. Source: focal loss paper, equation 5.
+    `is_target` (N, P, C) bool says where the class of a point should have the probability 1; it
+    should be 0 elsewhere. Source: focal loss paper, equation 5.
     """
-    classes = torch.arange(logits.shape[2], device=logits.device)
-    is_target = (label.unsqueeze(-1) == classes) & positive.unsqueeze(-1)
-    sign = torch.where(is_target, -1.0, 1.0)
-    weight = torch.where(is_target, alpha, 1 - alpha)
-    # The logit of the wrong answer: the higher it is, the worse is the prediction.
-    wrong_logits = sign * logits
-    wrong = wrong_logits.sigmoid()  # 1 - p_t in the paper
-    cross_entropy = -F.logsigmoid(-wrong_logits)  # -log p_t; softplus has no gradient on an NPU
-    return weight * wrong.square() * cross_entropy
+    device = logits.device
+    sign = torch.where(is_target, constant(1.0, device), constant(-1.0, device))
+    # Below 0, since the logarithm of a probability is.
+    weight = torch.where(is_target, constant(-alpha, device), constant(alpha - 1, device))
+    # The logit of the right answer: the higher it is, the better is the prediction.
+    right_logits = sign * logits
+    wrong = (-right_logits).sigmoid()  # 1 - p_t in the paper
+    log_right = F.logsigmoid(right_logits)  # log p_t; softplus has no gradient on an NPU
+    return weight * wrong.square() * log_right
 
 
 def centerness_of(distances: Tensor) -> Tensor:

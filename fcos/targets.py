@@ -3,17 +3,20 @@
 Source: FCOS paper, section 3.1, with the details of MMDetection's FCOSHead.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fcos.anchors import Level
+from common.npu.operators import constant
+from fcos.anchors import Axis
 
 
 class AxisTest(NamedTuple):
-    """What the position along one axis says about K points and M boxes, each (N, M, K) bool."""
+    """What the position along one axis says about K columns or rows and M boxes.
+
+    Both are (N, M, K) bool.
+    """
 
     # The point is inside the box, and no further than the level's largest distance from its sides.
     fits: Tensor
@@ -22,7 +25,7 @@ class AxisTest(NamedTuple):
 
 
 def assign(
-    levels: Sequence[Level],
+    axes: tuple[Axis, Axis],
     gt_boxes: Tensor,
     labels: Tensor,
     valid: Tensor,
@@ -30,18 +33,28 @@ def assign(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return which ground truth each point learns.
 
-    The inputs are `gt_boxes` (N, M, 4) xyxy in pixels of the network input, `labels` (N, M) of
-    0-based classes and `valid` (N, M) bool. The results are `positive` (N, P) bool, `matched`
-    (N, P) int64, the column of each point's ground truth, and `label` (N, P), its class; `matched`
-    and `label` are meaningless where `positive` is false.
+    The inputs are the `axes` of the points, `gt_boxes` (N, M, 4) xyxy in pixels of the network
+    input, `labels` (N, M) of 0-based classes and `valid` (N, M) bool. The results are `positive`
+    (N, P) bool, `matched` (N, P) int64, the column of each point's ground truth, and `label`
+    (N, P), its class; `matched` and `label` are meaningless where `positive` is false.
 
     A point learns the smallest box (the first of equals) that it lies strictly inside and whose
     largest distance is in the range of its level, both ends included. With a `center_radius` above
     0 it must also lie strictly inside the square of that many strides around the box centre.
     """
     # An empty box has no inside, so padding never matches.
-    gt_boxes = torch.where(valid.unsqueeze(-1), gt_boxes, 0.0)
+    gt_boxes = torch.where(valid.unsqueeze(-1), gt_boxes, constant(0.0, gt_boxes.device))
     left, top, right, bottom = gt_boxes.unsqueeze(-1).unbind(2)  # (N, M, 1) each
+
+    # Nearly all conditions concern only the column or only the row of a point. So they are tested
+    # along the axes, of all levels at once, which is far less work than for every point.
+    columns, rows = axes
+    column_test = _test_axis(columns, left, right, center_radius)
+    row_test = _test_axis(rows, top, bottom, center_radius)
+    column_fits = column_test.fits.unsqueeze(2).split(columns.counts, dim=3)
+    column_reaches = column_test.reaches.unsqueeze(2).split(columns.counts, dim=3)
+    row_fits = row_test.fits.unsqueeze(3).split(rows.counts, dim=2)
+    row_reaches = row_test.reaches.unsqueeze(3).split(rows.counts, dim=2)
 
     # A box's number is its priority, from 1 on, times the number of boxes plus its column: the
     # largest number is that of the smallest box and says which it is. A point without a box gets 0.
@@ -49,17 +62,13 @@ def assign(
     column_of_box = torch.arange(max_boxes, device=valid.device, dtype=torch.int32)
     number = smallness_rank(gt_boxes) * max_boxes + column_of_box  # (N, M)
     number = number.unsqueeze(-1).unsqueeze(-1)
+    no_number = torch.zeros((), device=valid.device, dtype=torch.int32)
 
     best_numbers = []
-    for level in levels:
-        reach = center_radius * level.stride
-        # Nearly all conditions concern only the column or only the row of a point. So they are
-        # tested along the axes, which is far less work than for every point of the grid.
-        column = _test_axis(level.x, left, right, reach, level)
-        row = _test_axis(level.y, top, bottom, reach, level)
-        fits = column.fits.unsqueeze(2) & row.fits.unsqueeze(3)  # (N, M, rows, columns)
-        reaches = column.reaches.unsqueeze(2) | row.reaches.unsqueeze(3)
-        best_number = torch.where(fits & reaches, number, 0).amax(dim=1)
+    for level in range(len(columns.counts)):
+        fits = column_fits[level] & row_fits[level]  # (N, M, rows, columns)
+        reaches = column_reaches[level] | row_reaches[level]
+        best_number = torch.where(fits & reaches, number, no_number).amax(dim=1)
         best_numbers.append(best_number.flatten(1))
     best_number = torch.cat(best_numbers, dim=1)  # (N, P)
 
@@ -85,22 +94,22 @@ def smallness_rank(boxes_xyxy: Tensor) -> Tensor:
     return comes_before.sum(dim=2, dtype=torch.int32) + 1
 
 
-def _test_axis(
-    coordinates: Tensor, start: Tensor, end: Tensor, reach: float, level: Level
-) -> AxisTest:
-    """Test point coordinates (K,) against box sides `start` and `end` (N, M, 1) along one axis.
+def _test_axis(axis: Axis, start: Tensor, end: Tensor, center_radius: float) -> AxisTest:
+    """Test the points of an axis against box sides `start` and `end` (N, M, 1) along it.
 
-    `reach` is half the side of the square around the box centre in pixels, 0 for no such square.
+    `center_radius` is half the side of the square around the box centre in strides, 0 for no such
+    square.
     """
-    to_start = coordinates - start
-    to_end = end - coordinates
+    to_start = axis.coordinates - start
+    to_end = end - axis.coordinates
     largest_distance = torch.maximum(to_start, to_end)
-    if reach:
+    if center_radius:
         center = (start + end) / 2
-        to_start = coordinates - torch.maximum(center - reach, start)
-        to_end = torch.minimum(center + reach, end) - coordinates
+        reach = center_radius * axis.stride
+        to_start = axis.coordinates - torch.maximum(center - reach, start)
+        to_end = torch.minimum(center + reach, end) - axis.coordinates
     is_inside = torch.minimum(to_start, to_end) > 0
     return AxisTest(
-        fits=is_inside & (largest_distance <= level.max_distance),
-        reaches=largest_distance >= level.min_distance,
+        fits=is_inside & (largest_distance <= axis.max_distance),
+        reaches=largest_distance >= axis.min_distance,
     )

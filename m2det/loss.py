@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.npu.operators import descending
+from common.npu.operators import constant, descending
 from m2det.anchors import encode, make_anchors, to_cxcywh, to_xyxy
 from m2det.config import Recipe
 from m2det.targets import assign
@@ -44,14 +44,15 @@ class DetectionLoss(nn.Module):
         normaliser = num_positives.sum(dtype=torch.int32).clamp(min=1)
 
         box_loss = F.smooth_l1_loss(deltas, target_deltas, reduction="none").sum(dim=2)
-        loss_bbox = torch.where(positive, box_loss, 0.0).sum() / normaliser
+        zero = constant(0.0, deltas.device)
+        loss_bbox = torch.where(positive, box_loss, zero).sum() / normaliser
 
         # Flat, because a softmax over the middle one of three axes is much slower.
         flat_cross_entropy = F.cross_entropy(
             logits.flatten(0, 1), target_channels.flatten(), reduction="none"
         )
         cross_entropy = flat_cross_entropy.view_as(target_channels)
-        positive_loss = torch.where(positive, cross_entropy, 0.0).sum()
+        positive_loss = torch.where(positive, cross_entropy, zero).sum()
         negative_loss = self.hard_negatives(cross_entropy, positive, num_positives).sum()
         loss_cls = (positive_loss + negative_loss) / normaliser
 
@@ -65,11 +66,12 @@ class DetectionLoss(nn.Module):
         They are followed by zeros; columns are ranks, not anchors. `negative_ratio` negatives count
         for each positive.
         """
-        negative_loss = torch.where(positive, 0.0, cross_entropy)
+        zero = constant(0.0, cross_entropy.device)
+        negative_loss = torch.where(positive, zero, cross_entropy)
         hardest_first = descending(negative_loss)
         rank = torch.arange(hardest_first.shape[1], dtype=torch.int32, device=hardest_first.device)
         num_negatives = self.recipe.negative_ratio * num_positives
-        return torch.where(rank < num_negatives.unsqueeze(1), hardest_first, 0.0)
+        return torch.where(rank < num_negatives.unsqueeze(1), hardest_first, zero)
 
     @torch.no_grad()
     def targets(
@@ -82,6 +84,6 @@ class DetectionLoss(nn.Module):
         matched_boxes = to_cxcywh(boxes).gather(1, matched.unsqueeze(-1).expand(-1, -1, 4))
         deltas = encode(matched_boxes, self.anchors, self.recipe)
         # Anchors without a match may have been paired with padding, whose deltas can be infinite.
-        deltas = torch.where(positive.unsqueeze(-1), deltas, 0.0)
-        channels = torch.where(positive, label + 1, 0)
+        deltas = torch.where(positive.unsqueeze(-1), deltas, constant(0.0, deltas.device))
+        channels = torch.where(positive, label + 1, constant(0, label.device))
         return positive, deltas, channels

@@ -15,6 +15,20 @@ from m2det.config import Recipe
 COORDINATES = 4
 
 
+def batch_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """Return the batch norm of a feature map, without counting the batch: M2Det does."""
+    return F.batch_norm(
+        x,
+        norm.running_mean,
+        norm.running_var,
+        norm.weight,
+        norm.bias,
+        norm.training,
+        norm.momentum,
+        norm.eps,
+    )
+
+
 class BasicConv(nn.Module):
     """Convolution without bias, BN, ReLU."""
 
@@ -33,11 +47,11 @@ class BasicConv(nn.Module):
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)), inplace=True)
+        return F.relu(batch_norm(self.conv(x), self.bn), inplace=True)
 
 
 class Leach(BasicConv):
-    """The reduction of the base feature for all levels, computed once and counted `uses` times.
+    """The reduction of the base feature for all levels, computed once instead of `uses` times.
 
     The original has one such module, too, but computes it anew for each level, on the same input.
     So its running statistics move `uses` times a step towards the same values; a single step with a
@@ -47,12 +61,6 @@ class Leach(BasicConv):
     def __init__(self, in_channels: int, out_channels: int, uses: int, bn_momentum: float = 0.01):
         momentum_of_all_uses = 1 - (1 - bn_momentum) ** uses
         super().__init__(in_channels, out_channels, 1, bn_momentum=momentum_of_all_uses)
-        self.uses = uses
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            self.bn.num_batches_tracked.add_(self.uses - 1)
-        return super().forward(x)
 
 
 class TUM(nn.Module):
@@ -160,8 +168,14 @@ class M2Det(nn.Module):
         self.loc = _make_heads(head_channels, num_shapes, COORDINATES)
         self.conf = _make_heads(head_channels, num_shapes, self.logit_channels)
         self.sfam_module = SFAM(head_channels, scales) if recipe.sfam else None
+        self.norms = [self.Norm]
+        for module in self.modules():
+            if isinstance(module, BasicConv):
+                self.norms.append(module.bn)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        if self.training:
+            self.count_batch()
         deltas = []
         logits = []
         maps = self.pyramid(self.base_feature(images))
@@ -169,6 +183,15 @@ class M2Det(nn.Module):
             deltas.append(_rows_of_anchors(loc(feature_map), COORDINATES))
             logits.append(_rows_of_anchors(conf(feature_map), self.logit_channels))
         return torch.cat(deltas, dim=1), torch.cat(logits, dim=1)
+
+    def count_batch(self) -> None:
+        """Count a batch in every batch norm but the backbone's, which count for themselves.
+
+        Only the published checkpoints need these numbers. Each would be a kernel of its own.
+        """
+        torch._foreach_add_([norm.num_batches_tracked for norm in self.norms], 1)
+        # The original uses this one for each level.
+        self.leach[0].bn.num_batches_tracked.add_(self.num_levels - 1)
 
     def base_feature(self, images: Tensor) -> Tensor:
         """Return both maps of the backbone side by side, (N, 3 * planes, S/8, S/8).
@@ -195,7 +218,7 @@ class M2Det(nn.Module):
         maps.reverse()
         if self.sfam_module is not None:
             maps = self.sfam_module(maps)
-        maps[0] = self.Norm(maps[0])
+        maps[0] = batch_norm(maps[0], self.Norm)
         return maps
 
 

@@ -7,7 +7,7 @@ the operations here, in fp32, decides between them as in the original.
 import torch
 from torch import Tensor
 
-from common.npu.operators import first_max, write_claims
+from common.npu.operators import constant, first_max, write_claims
 
 
 def pairwise_iou(boxes_xyxy: Tensor, anchors_xyxy: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def assign(
     column = torch.arange(valid.shape[1], device=valid.device)
 
     # A box without area overlaps nothing, so padding never matches.
-    boxes_xyxy = torch.where(valid.unsqueeze(-1), boxes_xyxy, 0.0)
+    boxes_xyxy = torch.where(valid.unsqueeze(-1), boxes_xyxy, constant(0.0, boxes_xyxy.device))
     iou = pairwise_iou(boxes_xyxy, anchors_xyxy)
     best_iou, best_box = first_max(iou, dim=1)  # (N, P)
     _, best_anchor = first_max(iou, dim=2)  # (N, M)

@@ -11,8 +11,8 @@ LIMITS = {
     "ssd_mmdet": 343,
     "ssd_resnet34": 520,
     "ssd_resnet34_tfrecord": 474,
-    "m2det": 1486,
-    "fcos": 1561,
+    "m2det": 1347,
+    "fcos": 1042,
 }
 ROOM = 1.02
 

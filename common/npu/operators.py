@@ -83,5 +83,5 @@ def write_claims(claimed: Tensor, claims: Tensor, size: int) -> Tensor:
     claimant = torch.arange(num_claimants, dtype=torch.int32, device=claimed.device)
     claimant = claimant.expand(num_rows, num_claimants)
     nobody = torch.full((num_rows, columns), -1, dtype=torch.int32, device=claimed.device)
-    target = torch.where(claims, claimed, size)
+    target = torch.where(claims, claimed, constant(size, claimed.device))
     return nobody.scatter(1, target, claimant)[:, :size]

@@ -17,7 +17,7 @@ from common.npu.precision import Precision, build_sgd
 from fcos.anchors import make_anchors, map_sizes
 from fcos.config import RECIPES
 from fcos.data import TrainingSet, normalise, prepare_image, resized_size, scale_boxes
-from fcos.loss import DetectionLoss, centerness_of
+from fcos.loss import BACKGROUND, DetectionLoss, centerness_of
 from fcos.model import Outputs, build_model, param_groups
 from fcos.postprocess import detect, detect_resized
 from tests.golden.fill import probe
@@ -90,7 +90,7 @@ def test_targets(golden, real_truth, scale, name):
     expected = golden("targets")
     criterion = DetectionLoss(RECIPES["gn" if name == "base" else name], 80)
     positive, label, target = criterion.targets(SIZES[scale], *real_truth(scale))
-    assert label[~positive].eq(0).all()
+    assert label[~positive].eq(BACKGROUND).all()
     label = torch.where(positive, label, 80)  # the original's label of the background
     assert_array_equal(label, expected[f"{scale}.{name}.labels"])
     assert_array_equal(positive.nonzero(), expected[f"{scale}.{name}.pos"])

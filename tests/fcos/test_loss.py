@@ -10,25 +10,23 @@ from fcos.loss import DetectionLoss, focal_loss, giou_loss, iou_loss
 from fcos.model import Outputs
 
 
-def one_hot_focal(logits, label, positive, alpha=0.25):
+def paper_focal(logits, is_target, alpha=0.25):
     """The focal loss as its paper writes it."""
-    target = F.one_hot(label, logits.shape[2]) * positive.unsqueeze(-1)
     p = logits.sigmoid()
-    chance = torch.where(target == 1, p, 1 - p)
-    weight = torch.where(target == 1, alpha, 1 - alpha) * (1 - chance) ** 2
-    entropy = F.binary_cross_entropy_with_logits(logits, target.to(p.dtype), reduction="none")
+    chance = torch.where(is_target, p, 1 - p)
+    weight = torch.where(is_target, alpha, 1 - alpha) * (1 - chance) ** 2
+    entropy = F.binary_cross_entropy_with_logits(logits, is_target.to(p.dtype), reduction="none")
     return weight * entropy
 
 
 def test_focal_loss_equals_its_definition():
     random = torch.Generator().manual_seed(0)
     logits = 6 * torch.randn(2, 50, 9, generator=random, dtype=torch.float64)
-    label = torch.randint(0, 9, (2, 50), generator=random)
-    positive = torch.rand(2, 50, generator=random) < 0.3
+    is_target = torch.rand(2, 50, 9, generator=random) < 0.1
     values, grads = [], []
-    for function in (one_hot_focal, focal_loss):
+    for function in (paper_focal, focal_loss):
         x = logits.clone().requires_grad_()
-        value = function(x, label, positive, 0.25)
+        value = function(x, is_target, 0.25)
         (3 * value).sum().backward()
         values.append(value)
         grads.append(x.grad)
@@ -41,9 +39,8 @@ def test_focal_loss_of_extreme_logits_is_right(size):
     logits = torch.tensor([[[size, -size]]], requires_grad=True)
     for label, expected in ((0, 0.0), (1, (0.75 + 0.25) * size)):
         logits.grad = None
-        value = focal_loss(
-            logits, torch.tensor([[label]]), torch.ones(1, 1, dtype=torch.bool), 0.25
-        ).sum()
+        is_target = torch.arange(2) == torch.tensor([[[label]]])
+        value = focal_loss(logits, is_target, 0.25).sum()
         value.backward()
         assert value.item() == pytest.approx(expected, abs=1e-6)
         gradient = [0.0, 0.0] if label == 0 else [0.75, -0.25]

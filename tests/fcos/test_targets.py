@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fcos.anchors import make_levels, map_sizes
+from fcos.anchors import make_axes, make_levels, map_sizes
 from fcos.targets import assign
 
 CPU = torch.device("cpu")
@@ -9,6 +9,10 @@ CPU = torch.device("cpu")
 
 def levels_of(recipe, height=256, width=320):
     return make_levels(recipe, map_sizes(recipe, height, width), CPU)
+
+
+def axes_of(recipe, height=256, width=320):
+    return make_axes(recipe, map_sizes(recipe, height, width), CPU)
 
 
 def one_by_one(levels, boxes, labels, radius):
@@ -48,7 +52,8 @@ def test_equal_to_the_rule_in_plain_python(recipe, radius, seed):
     valid = torch.ones(2, 12, dtype=torch.bool)
     valid[1, 5:] = False
     levels = levels_of(recipe, 128, 192)
-    positive, matched, label = assign(levels, boxes, labels, valid, radius)
+    axes = axes_of(recipe, 128, 192)
+    positive, matched, label = assign(axes, boxes, labels, valid, radius)
     for i, count in enumerate((12, 5)):
         expected = one_by_one(levels, boxes[i, :count], labels[i], radius)
         assert positive[i].tolist() == (expected >= 0).tolist()
@@ -63,7 +68,7 @@ def test_both_ends_of_a_range_are_inclusive(recipe, level, center):
     levels = levels_of(recipe)
     box = torch.tensor([[[center - 64, center - 20, center + 64, center + 20]]])
     label, valid = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool)
-    positive = assign(levels, box, label, valid, 0.0)[0][0]
+    positive = assign(axes_of(recipe), box, label, valid, 0.0)[0][0]
     sizes = [len(x.y) * len(x.x) for x in levels]
     grid = levels[level]
     found = positive.split(sizes)[level].view(len(grid.y), len(grid.x))
@@ -80,4 +85,4 @@ def test_padding_matches_nothing(recipe):
     none = torch.zeros(1, 4, dtype=torch.bool)
     labels = torch.zeros(1, 4, dtype=torch.int64)
     for radius in (0.0, 1.5):
-        assert not assign(levels_of(recipe), boxes, labels, none, radius)[0].any()
+        assert not assign(axes_of(recipe), boxes, labels, none, radius)[0].any()

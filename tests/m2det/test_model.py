@@ -51,21 +51,36 @@ def test_every_trained_parameter_gets_a_gradient():
 
 def test_the_leach_module_once_is_the_originals_many_times():
     torch.manual_seed(0)
-    once = Leach(6, 4, uses=8).train()
-    many = BasicConv(6, 4, 1).train()
+    once = Leach(6, 4, uses=8).double().train()  # in fp32 the sums' order would matter
+    many = BasicConv(6, 4, 1).double().train()
     many.load_state_dict(once.state_dict())
     for _ in range(3):
-        x = torch.randn(2, 6, 5, 5)
+        x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
         single, repeated = once(x), [many(x) for _ in range(8)]
         assert_close(single, repeated[-1])
         gradients = [
             torch.autograd.grad(sum(o.square().sum() for o in outputs), module.conv.weight)[0]
             for outputs, module in (([single] * 8, once), (repeated, many))
         ]
-        assert_close(*gradients, rtol=1e-4, atol=1e-5)
-    for key, value in many.state_dict().items():
-        assert_close(once.state_dict()[key], value)
-    assert once.bn.num_batches_tracked == 24
+        assert_close(*gradients)
+    for key in ("bn.running_mean", "bn.running_var"):
+        assert_close(once.state_dict()[key], many.state_dict()[key])
+
+
+@pytest.mark.parametrize("backbone", ["vgg16_thin", "resnet50"])
+def test_every_batch_norm_counts_the_batches(backbone):
+    """One for each call of the original's module, as `nn.BatchNorm2d` does by itself."""
+    model = build_model(replace(SMALL, backbone=backbone), 3).train()
+    images = torch.randn(2, 3, 320, 320)
+    with torch.no_grad():
+        model(images)
+        model(images)
+        model.eval()(images)
+    counts = {k: v.item() for k, v in model.state_dict().items() if k.endswith("batches_tracked")}
+    assert len(counts) > 40
+    for key, count in counts.items():
+        calls = 3 if key.startswith("leach") else 1  # for each of three levels
+        assert count == 2 * calls, key
 
 
 def test_the_leach_module_is_computed_once():
