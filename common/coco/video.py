@@ -66,11 +66,16 @@ def find_videos(inputs: Sequence[str | Path], show_dir: Path) -> list[Video]:
         return cameras
     root = os.path.commonpath([os.path.dirname(file) for file in files])
     videos = []
-    for file in files:
+    names = set()
+    for file in dict.fromkeys(files):  # one that is given twice is read once
         path = Path(file)
         if path.is_relative_to(os.path.abspath(show_dir)):
             raise UserError(f"{file}: lies in --show_dir; give another folder")
-        videos.append(Video(file, path.relative_to(root).with_suffix(".mp4").as_posix()))
+        name = path.relative_to(root).with_suffix(".mp4").as_posix()
+        if name in names:
+            name = f"{path.relative_to(root).as_posix()}.mp4"  # a.avi beside a.mp4
+        names.add(name)
+        videos.append(Video(file, name))
     return cameras + videos
 
 

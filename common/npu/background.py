@@ -73,7 +73,9 @@ class BackgroundCall:
         if status != 0 or not content:
             ending = f"status {status}"
             if status < 0:
-                ending = f"signal {signal.Signals(-status).name}, often because memory is full"
+                ending = f"signal {signal.Signals(-status).name}"
+            if status == -signal.SIGKILL:
+                ending += ", often because memory is full"
             raise UserError(
                 f"{self._name}: its process ended with {ending}",
                 "a run goes on with --resume=auto, without --background_metrics if need be",
@@ -93,6 +95,9 @@ def _python_path() -> str:
 
 def main(outcome_descriptor: int, parent: int) -> None:
     threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    # They may reach every process of a job: the run waits for the metrics before it saves and ends.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     cores, function, arguments = pickle.load(sys.stdin.buffer)
     # Those of the thread that started this process may be one, see `overlap`.
     if hasattr(os, "sched_setaffinity"):

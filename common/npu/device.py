@@ -117,11 +117,18 @@ def _setup_accelerator(kind: str, index: int) -> torch.device:
             # Prebuilt kernels: one compilation less a shape. An Ascend 910A, the only one without
             # bf16, keeps torch_npu's mode: CANN 8.5 has no such convolutions for it any more.
             torch.npu.set_compile_mode(jit_compile=False)
-        # torch_npu may bind this thread to one core (CPU_AFFINITY_CONF=2), and those that it starts
-        # for the host's operators, which would wait for each other there, with it.
-        torch.set_num_threads(1)
     torch.backends.cudnn.benchmark = True  # shapes are few, see `many_shapes`
     return torch.device(kind, index)
+
+
+def use_one_host_thread(device: torch.device) -> None:
+    """Compute with one thread on the host of an NPU.
+
+    torch_npu may bind the main thread to one core (CPU_AFFINITY_CONF=2), and those that it starts
+    for the host's operators, which would wait for each other there, with it.
+    """
+    if device.type == "npu":
+        torch.set_num_threads(1)
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -82,9 +82,12 @@ class Ranks:
         self.any(False)
 
 
-def restarts() -> int:
-    """Return how often torchrun has started the processes anew, which --max_restarts allows."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+def may_be_restarted() -> bool:
+    """Return whether torchrun may have started the processes anew, as --max_restarts allows.
+
+    It counts only some of its restarts.
+    """
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
 
 
 def start(device: torch.device, ranks: Ranks, timeout_seconds: float = 1800) -> None:
@@ -113,8 +116,10 @@ def start(device: torch.device, ranks: Ranks, timeout_seconds: float = 1800) -> 
             # torch 2.6 takes it for CUDA alone; an NPU was chosen by set_device.
             device_id=device if device.type == "cuda" else None,
         )
-    except RuntimeError as error:  # torch's own errors of stores and backends among them
-        reason = str(error).strip().splitlines()[0]
+    except dist.DistBackendError:  # of NCCL or HCCL, which says what
+        raise
+    except RuntimeError as error:  # of a store or of gloo
+        reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"the ranks do not meet ({reason})",
             "see whether all of them run; each node must reach the --local_addr of the others",

@@ -99,16 +99,30 @@ def require_reachable(args: Namespace) -> None:
     this node's address: by themselves they take what the host name resolves to, often 127.0.1.1,
     which no other node reaches.
     """
-    if args.master_port in PORTS_OF_HCCL:
+    fewest, _, most = args.nnodes.partition(":")  # torchrun's default is "1:1"
+    if not fewest.isdecimal() or most not in ("", fewest):
         raise UserError(
-            f"--master_port={args.master_port}: HCCL takes {PORTS_OF_HCCL[0]} to "
-            f"{PORTS_OF_HCCL[-1]} for itself",
+            f"--nnodes={args.nnodes}: not a number",
+            "give that of the hosts; it stays, because another global batch is another training",
+        )
+    several = int(fewest) > 1
+    host = args.master_addr
+    port = args.master_port
+    if args.rdzv_endpoint:
+        host, _, port_of_endpoint = args.rdzv_endpoint.partition(":")
+        if not host or not port_of_endpoint.isdecimal():
+            raise UserError(f"--rdzv_endpoint={args.rdzv_endpoint}: not HOST:PORT", "give both")
+        port = int(port_of_endpoint)
+    elif args.rdzv_backend != "static":
+        raise UserError(
+            f"--rdzv_backend={args.rdzv_backend}: the nodes need a place to meet",
+            "give it with --rdzv_endpoint=HOST:PORT",
+        )
+    if port in PORTS_OF_HCCL:
+        raise UserError(
+            f"port {port}: HCCL takes {PORTS_OF_HCCL[0]} to {PORTS_OF_HCCL[-1]} for itself",
             "give another one",
         )
-    most_nodes = args.nnodes.rpartition(":")[-1]  # "2", or "1:2" for one or two
-    if not most_nodes.isdecimal():
-        raise UserError(f"--nnodes={args.nnodes}: not a number", "give that of the hosts")
-    several = int(most_nodes) > 1
     if several and not args.local_addr:
         raise UserError(
             f"--nnodes={args.nnodes}: the other nodes must reach this one",
@@ -117,15 +131,13 @@ def require_reachable(args: Namespace) -> None:
     if not args.local_addr:
         return
     interface = interface_of(args.local_addr)
-    master = args.rdzv_endpoint or args.master_addr
-    if several and is_loopback(master) and not is_loopback(args.local_addr):
+    if several and is_loopback(host) and not is_loopback(args.local_addr):
         raise UserError(
-            f"--nnodes={args.nnodes}: {master} is every node itself",
+            f"--nnodes={args.nnodes}: {host} is every node itself",
             "give the address of node 0 with --master_addr=IP, the same on every node",
         )
     if args.rdzv_backend == "c10d" and "is_host" not in args.rdzv_conf:
         # torch looks up this host's name for that, which need not lead to the address.
-        host = args.rdzv_endpoint.rpartition(":")[0]
         is_host = f"is_host={int(is_local(host))}"
         args.rdzv_conf = f"{args.rdzv_conf},{is_host}" if args.rdzv_conf else is_host
     os.environ["HCCL_IF_IP"] = args.local_addr

@@ -82,7 +82,7 @@ launch() {
         id=${id:-$((ranks * nodes))}
     fi
 
-    export ONESTAGE_LAUNCH_TIME=${ONESTAGE_LAUNCH_TIME:-$(date +%s)}
+    export ONESTAGE_LAUNCH_TIME=${ONESTAGE_LAUNCH_TIME:-$(date +%s.%N)}
     if [ "${etp_running_flag:-}" != true ]; then
         source "$folder/env_npu.sh"
     fi

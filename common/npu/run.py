@@ -28,6 +28,7 @@ from common.npu.device import (
     in_host_memory,
     obstacle_to_fused_sgd,
     setup_device,
+    use_one_host_thread,
 )
 from common.npu.distributed import Ranks
 from common.npu.entry import StopRequest
@@ -120,6 +121,7 @@ def start_process(
     if card is None:
         card = ranks.card(device_id)
     device, reason = setup_device(device_name, card)
+    use_one_host_thread(device)
     if deterministic:
         be_deterministic(device)
     if exact or deterministic:
@@ -202,9 +204,10 @@ class Run:
         resumed = None
         if ranks.main:
             resume = args.resume
-            if distributed.restarts() and checkpoint.written_since(args.started, args.output_dir):
+            has_own = checkpoint.written_since(args.started, args.output_dir)
+            if has_own and distributed.may_be_restarted():
                 resume = "auto"
-                log.warning(f"restarted by the launcher, for the {distributed.restarts()}. time")
+                log.warning("the launcher has started all ranks anew")
             resumed = checkpoint.load_resume_state(
                 resume, args.output_dir, recipe.model, weights_flag, warn=log.warning
             )
@@ -468,10 +471,22 @@ class RunState:
 
         A state that is not finite is never written: that raises UserError. With `--no-save` only
         this is checked. An evaluation of earlier steps ends first: a run that is resumed from this
-        state would not repeat it.
+        state would not repeat it. Where it fails in a run that is being stopped, the state is written
+        before the error is raised.
         """
+        failure = None
+        try:
+            self.finish_evaluation()
+        except UserError as error:
+            if not self.progress.interrupted:
+                raise
+            failure = error
+        self._write(name)
+        if failure is not None:
+            raise failure
+
+    def _write(self, name: str | None) -> None:
         run = self.run
-        self.finish_evaluation()
         if self.progress.goal_reached and name is None:
             return  # the state that reached it, of earlier steps, is the last one
         with self.progress.paused():

@@ -154,6 +154,7 @@ def test_a_port_in_use_is_one_line(monkeypatch):
 
 NODES = ["--nproc_per_node=8", "--nnodes=2", "--node_rank=1", "--master_port=23456"]
 MASTER = "--master_addr=10.77.0.1"
+C10D = ["--rdzv_backend=c10d", "--local_addr=10.77.0.2"]
 
 
 @pytest.fixture
@@ -174,6 +175,12 @@ def test_a_node_tells_hccl_and_gloo_its_address(started, own_address):
     assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
 
 
+@pytest.mark.parametrize(("host", "is_host"), [("10.77.0.1", 0), ("10.77.0.2", 1)])
+def test_c10d_is_told_which_node_has_the_store(started, own_address, host, is_host):
+    launch.main([*NODES, *C10D, f"--rdzv_endpoint={host}:29400", "--rdzv_conf=timeout=9", TRAIN])
+    assert started[0].rdzv_conf == f"timeout=9,is_host={is_host}"
+
+
 def test_the_users_interface_stays(started, own_address, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "bond0")
     launch.main([*NODES, MASTER, "--local_addr=10.77.0.3", TRAIN])
@@ -189,8 +196,12 @@ def test_the_users_interface_stays(started, own_address, monkeypatch):
         ([MASTER, "--local_addr=node1"], "--local_addr=node1: not an IP address; give one of"),
         ([MASTER, "--local_addr=10.77.0.3"], "--local_addr=10.77.0.3: not the first address of"),
         (["--local_addr=10.77.0.2"], "--nnodes=2: 127.0.0.1 is every node itself; give the"),
-        ([MASTER, "--nnodes=two"], "--nnodes=two: not a number"),
-        ([MASTER, "--master_port=60007"], "--master_port=60007: HCCL takes 60000 to 60015"),
+        ([MASTER, "--nnodes=1:2"], "--nnodes=1:2: not a number"),
+        ([MASTER, "--master_port=60007"], "port 60007: HCCL takes 60000 to 60015"),
+        ([*C10D, "--rdzv_endpoint=10.77.0.1:60007"], "port 60007: HCCL takes 60000 to 60015"),
+        ([*C10D, "--rdzv_endpoint=10.77.0.1"], "--rdzv_endpoint=10.77.0.1: not HOST:PORT"),
+        ([*C10D, "--rdzv_endpoint=localhost:29400"], "--nnodes=2: localhost is every node itself"),
+        (C10D, "--rdzv_backend=c10d: the nodes need a place to meet; give it with --rdzv_endpoint"),
     ],
 )
 def test_nodes_that_could_not_meet_are_refused(started, own_address, words, line):

@@ -57,6 +57,13 @@ def test_videos_of_one_name_have_pictures_of_two(clip, tmp_path):
     assert [one.name for one in found] == ["camera1.mp4", "in/clip.mp4", "other/clip.mp4"]
 
 
+def test_videos_that_differ_in_their_suffix_have_pictures_of_two(clip):
+    other = clip.with_suffix(".mov")
+    other.write_bytes(clip.read_bytes())
+    found = find_videos([clip, other, clip], clip.parent / "out")
+    assert [one.name for one in found] == ["clip.mp4", "clip.mov.mp4"]
+
+
 def test_what_is_no_video_is_one_line(clip, tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.mp4 does not exist"):
         find_videos(["nowhere.mp4"], tmp_path / "out")
