@@ -471,8 +471,8 @@ class RunState:
 
         A state that is not finite is never written: that raises UserError. With `--no-save` only
         this is checked. An evaluation of earlier steps ends first: a run that is resumed from this
-        state would not repeat it. Where it fails in a run that is being stopped, the state is written
-        before the error is raised.
+        state would not repeat it. Where it fails in a run that is being stopped, the state is
+        written before the error is raised.
         """
         failure = None
         try:
