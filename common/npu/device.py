@@ -27,13 +27,13 @@ FUSED_SGD_OF_CANN = "aclnnFusedSgd"
 BF16_PROCESSOR_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86 and Arm in /proc/cpuinfo
 
 
-def require_torch(oldest: tuple[int, int] = OLDEST_TORCH, purpose: str = "the programs") -> None:
-    """Raise UserError where torch is older than what a purpose, by default any program, needs."""
+def require_supported_torch() -> None:
+    """Raise UserError where torch is older than what the programs need."""
     major, minor = torch.__version__.split(".")[:2]
-    if (int(major), int(minor)) < oldest:
-        needed = ".".join(map(str, oldest))
+    if (int(major), int(minor)) < OLDEST_TORCH:
+        needed = ".".join(map(str, OLDEST_TORCH))
         raise UserError(
-            f"torch {torch.__version__} is too old: {needed} is the oldest for {purpose}",
+            f"torch {torch.__version__} is too old: {needed} is the oldest that works",
             f"pip install 'torch>={needed}' (on an NPU with the torch_npu of the same version)",
         )
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from common.errors import UserError, one_line
 from common.files import MORE_FILES, OPEN_FILES
-from common.npu.device import require_torch
+from common.npu.device import require_supported_torch
 from common.npu.distributed import Ranks
 from common.npu.output import release_output_folders
 from common.npu.terminal import drop_if_broken, make_output_last
@@ -85,7 +85,7 @@ def run(main: Callable[[], int | None]) -> None:
     allow_open_files()
     is_user_error = False
     try:
-        require_torch()
+        require_supported_torch()
         status = main()
         _leave_process_group()
         sys.stdout.flush()

@@ -148,7 +148,7 @@ def test_an_old_torch_is_told_before_anything_else(monkeypatch, version):
     monkeypatch.setattr(torch, "__version__", version)
     status = status_of(lambda: pytest.fail("started"))
     assert status.startswith(
-        f"error: torch {version} is too old: 2.6 is the oldest for the programs; pip"
+        f"error: torch {version} is too old: 2.6 is the oldest that works; pip"
     )
 
 
