@@ -141,7 +141,7 @@ def add_flags(parser: ArgumentParser, output_file: str, outputs: str) -> None:
 
 
 def require_packages() -> None:
-    """Raise UserError where a package that the export needs is not installed, or too old."""
+    """Raise UserError where a package that the export needs is not installed."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"the export needs more packages: pip install {' '.join(missing)}")

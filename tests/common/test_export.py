@@ -190,6 +190,14 @@ def test_a_missing_package_is_named(monkeypatch):
         export.require_packages()
 
 
+def test_torch_2_6_traces_what_it_cannot_export(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cpu")
+    export.require_packages()
+    monkeypatch.setattr(export, "export_program", None)  # is not called
+    graph = export.export_graph(Resized().eval(), (8, 8), "image", "abc", 17, batch=1)
+    assert [used.version for used in graph.opset_import] == [17]
+
+
 def test_images_to_check_with_are_repeated_up_to_the_number():
     inputs = export.inputs_to_check(None, lambda image: torch.tensor(image.shape), at_least=3)
     assert inputs.shape == (3, 3)
