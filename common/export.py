@@ -235,6 +235,7 @@ def export_graph(
             axes[0] = torch.export.Dim("batch", max=MAX_BATCH)
         graph = export_program(network, example, input_name, output_names, axes)
         if opset != HIGHEST_OPSET:
+            replace_splits(graph.graph)
             graph = onnx.version_converter.convert_version(graph, opset)
     graph = fold_constants(graph)
     tidy(graph, opset)
@@ -314,6 +315,42 @@ def trace(
             )
         )
     return graph
+
+
+def replace_splits(graph) -> None:
+    """Replace the Splits of an onnx.GraphProto by Slices: onnx does not convert them to 17.
+
+    Their sizes must be constants.
+    """
+    import onnx
+
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            constants[node.output[0]] = node.attribute[0].t
+    nodes = []
+    for node in graph.node:
+        if node.op_type != "Split" or len(node.input) < 2 or node.input[1] not in constants:
+            nodes.append(node)
+            continue
+        axis = 0
+        for attribute in node.attribute:
+            if attribute.name == "axis":
+                axis = attribute.i
+        start = 0
+        for size, output in zip(
+            onnx.numpy_helper.to_array(constants[node.input[1]]), node.output, strict=True
+        ):
+            inputs = [node.input[0]]
+            for name, number in (("start", start), ("end", start + size), ("axis", axis)):
+                value = np.array([number], np.int64)
+                constant = onnx.numpy_helper.from_array(value, f"{output}_{name}")
+                graph.initializer.append(constant)
+                inputs.append(constant.name)
+            nodes.append(onnx.helper.make_node("Slice", inputs, [output], name=f"{output}_slice"))
+            start += size
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def fold_constants(graph):

@@ -190,6 +190,20 @@ def test_a_missing_package_is_named(monkeypatch):
         export.require_packages()
 
 
+class Divided(nn.Module):
+    def forward(self, images):
+        return images.split([1, 2], dim=1)
+
+
+@pytest.mark.parametrize("opset", [18, 17, 15])
+def test_a_tensor_may_be_split(opset):
+    graph = export.export_graph(Divided().eval(), (4, 4), "image", "ab", opset)
+    images = torch.rand(2, 3, 4, 4)
+    exported = export.run_graph(graph, images)
+    assert torch.equal(exported["a"], images[:, :1])
+    assert torch.equal(exported["b"], images[:, 1:])
+
+
 def test_torch_2_6_traces_what_it_cannot_export(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.6.0+cpu")
     export.require_packages()
