@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Measure all models on one GPU in less than nine minutes, and write the tables for RESULTS.md.
+"""Measure all models on one GPU in at most 520 seconds, and write the tables for RESULTS.md.
 
     bash benchmarks/gpu.sh                                    gpu.md, on the first CUDA device
     python3 benchmarks/gpu.py --device cpu --tiny             the same course at sizes of a test
 
 Every part is a process of its own with a limit of time, so that one that fails or hangs takes
-nothing from the others: its share of what is left, by weight. The tables say which parts failed,
-and the exit status is 1 then.
+nothing from the others: its share of what is left, by weight. The tables say which parts failed
+(the exit status is 1 then) and which were left out for lack of time.
 """
 
 import sys

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measure all models on one GPU in less than nine minutes: bash benchmarks/gpu.sh [FILE]
+# Measure all models on one GPU in at most 520 seconds: bash benchmarks/gpu.sh [FILE]
 # The tables for RESULTS.md are in FILE (default: gpu.md). Further flags: gpu.py --help.
 set -euo pipefail
 

@@ -165,9 +165,12 @@ class Precision:
 class HalfWeights(nn.Module):
     """A network for training under autocast, whose weights are cast in groups instead of singly.
 
-    The results are autocast's, bit by bit. Autocast itself launches a kernel for each weight, and
-    one for each gradient on the way back. On a CUDA device a group takes one. On an NPU, whose
-    kernels for lists do not cast, it takes as many as autocast does.
+    The results are autocast's, bit by bit, where layers use the weights as they are. Where a
+    network multiplies them before, as that of fcos does by frozen batch norms, it multiplies half
+    weights: these and their gradients are rounded once more than with autocast. Autocast itself
+    launches a kernel for each weight, and one for each gradient on the way back. On a CUDA device a
+    group takes one. On an NPU, whose kernels for lists do not cast, it takes as many as autocast
+    does.
 
     The weights are those of `nn.Conv2d` and `nn.Linear` that are trained. Whatever else has weights
     is left to autocast: it may compute with them in fp32.
