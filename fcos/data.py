@@ -6,7 +6,6 @@ epoch), so that neither the number of workers nor a resumed run changes a sample
 padding follow on the device (augment.py).
 """
 
-import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -25,6 +24,7 @@ from common.errors import UserError
 from common.npu.device import compiles_each_shape, many_shapes, memory_format
 from common.npu.distributed import Ranks
 from common.npu.loading import loader_options
+from common.npu.operators import constant
 from fcos.config import Recipe
 
 CANVAS_MULTIPLE = 32  # pixels; the sides of a canvas are multiples of it
@@ -153,15 +153,6 @@ def lay_on_canvas(image: Tensor, canvas: Tensor) -> None:
     """Copy an image (h, w, 3) to the top left corner of an empty canvas (H, W, 3)."""
     height, width = image.shape[:2]
     canvas[:height, :width] = image
-
-
-@functools.cache
-def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return a tensor that is made once, and without a copy to the device, which would wait for it.
-
-    In compiled code it is not remembered.
-    """
-    return torch.stack([torch.full((), value, device=device) for value in values])
 
 
 def normalise(images: Tensor, resized_sizes: Tensor, recipe: Recipe) -> Tensor:

@@ -6,7 +6,6 @@ position in the epoch), so neither the number of workers or ranks nor a resumed 
 sample. Colour jitter and normalisation follow on the device (augment.py).
 """
 
-import functools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -26,6 +25,7 @@ from common.errors import UserError
 from common.npu.device import memory_format
 from common.npu.distributed import Ranks
 from common.npu.loading import loader_options
+from common.npu.operators import constant
 from m2det.config import Recipe
 from m2det.geometry import (
     Geometry,
@@ -148,15 +148,6 @@ def join_indexes(indexes: list[CocoIndex]) -> CocoIndex:
         table=table.view(np.recarray),
         report=report,
     )
-
-
-@functools.cache
-def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return a tensor that is made once, and without a copy to the device, which would wait for it.
-
-    In compiled code it is not remembered.
-    """
-    return torch.stack([torch.full((), value, device=device) for value in values])
 
 
 def normalise(images: Tensor, recipe: Recipe) -> Tensor:

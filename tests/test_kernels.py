@@ -11,8 +11,8 @@ LIMITS = {
     "ssd_mmdet": 343,
     "ssd_resnet34": 520,
     "ssd_resnet34_tfrecord": 474,
-    "m2det": 1347,
-    "fcos": 1042,
+    "m2det": 1344,
+    "fcos": 1039,
 }
 ROOM = 1.02
 
