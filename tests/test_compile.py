@@ -145,11 +145,18 @@ def assert_resumes_exactly(model, data, tmp_path):
     return log
 
 
-def assert_same_losses(one, other):
-    """Those of each step, within what rounding makes of them."""
+# What rounding makes of the losses of four steps. M2Det's first updates amplify it: with another
+# instruction set of the processor (ONEDNN_MAX_CPU_ISA=SSE41) the fourth loss differs by 3 %.
+ROUNDING = {"m2det": 1e-1}
+
+
+def assert_same_losses(model, one, other):
+    """Those of the first step, before any update, and of each later one within rounding."""
     expected = scripts.losses(one)
-    for step, losses in scripts.losses(other).items():
-        assert losses == pytest.approx(expected[step], rel=1e-2)
+    losses = scripts.losses(other)
+    assert losses[1] == pytest.approx(expected[1], rel=1e-4)
+    for step, of_step in losses.items():
+        assert of_step == pytest.approx(expected[step], rel=ROUNDING.get(model, 1e-2))
 
 
 @pytest.mark.slow
@@ -168,7 +175,7 @@ def test_a_compiled_run_is_the_same_run(model, data, tmp_path, quick_compiler):
     log = assert_resumes_exactly(model, data, tmp_path)
     assert "--compile took" in log
     run(model, data, tmp_path / "plain", "--seed=1")
-    assert_same_losses(tmp_path / "plain", tmp_path / "whole")
+    assert_same_losses(model, tmp_path / "plain", tmp_path / "whole")
     states = [checkpoint.load(tmp_path / name / "iter_4.pt") for name in ("plain", "whole")]
     assert list(states[0]["model"]) == list(states[1]["model"])
 
@@ -181,7 +188,7 @@ def test_a_run_with_torchs_own_compiler_resumes_exactly(model, data, tmp_path):
     assert "--compile took" in log
     torch._dynamo.reset()
     run(model, data, tmp_path / "plain", "--seed=1")
-    assert_same_losses(tmp_path / "plain", tmp_path / "whole")
+    assert_same_losses(model, tmp_path / "plain", tmp_path / "whole")
 
 
 @pytest.mark.slow
