@@ -3,6 +3,7 @@
 Run by the launcher this file is the program of one rank.
 """
 
+import gc
 import json
 import os
 import subprocess
@@ -148,6 +149,7 @@ def main(kind: str) -> None:
     }
     if ranks.main:
         print(json.dumps(found), flush=True)
+    gc.collect()  # as the programs do: torch 2.6 may hang where something keeps the group
     dist.destroy_process_group()
 
 
