@@ -643,6 +643,34 @@ def compare_detections(
     return "; ".join(counts)
 
 
+def check_outputs(graph, reference: nn.Module, images: Tensor, batch: int, half: bool) -> None:
+    """Compare a graph's outputs with torch's on images (N, 3, H, W), and print the differences.
+
+    `batch` is the graph's number of images, 0 for any. Raise UserError as `compare` does.
+    """
+    for inputs in batches_to_check(images, batch):
+        difference = compare(graph, reference, inputs, half)
+        print(f"onnxruntime against torch, {tuple(inputs.shape)}: {difference}")
+
+
+def with_checked_nms(
+    graph,
+    suppression: Suppression,
+    images: Tensor,
+    batch: int,
+    expected_detections: Callable[..., Detections],
+):
+    """Return a graph with an NMS inside, after comparing its detections with torch's.
+
+    `images`, `batch` as in `check_outputs`; `expected_detections` as in `compare_detections`, which
+    says what is printed and raised.
+    """
+    for inputs in batches_to_check(images, batch):
+        counts = compare_detections(graph, suppression, inputs, expected_detections)
+        print(f"with NMS, batch {len(inputs)}: {counts}")
+    return with_nms(graph, suppression)
+
+
 def count_without_counterpart(expected, exported, max_detections: int) -> int:
     """Return how many of two sets of detections of an image are in one of them only.
 

@@ -66,11 +66,11 @@ def main(argv: list[str] | None = None) -> int:
         videos = find_videos(inputs, args.show_dir)
         batches = chain(read_images(files, batch_size=1), read_videos(videos, batch_size=1))
         started = time.perf_counter()
-        for places, images in batches:
-            for place, image, detections in zip(
-                places, images, detector.detect_batch(images), strict=True
+        for names, images in batches:
+            for name, image, detections in zip(
+                names, images, detector.detect_batch(images), strict=True
             ):
-                output.add(place, image, detections)
+                output.add(name, image, detections)
         seconds = time.perf_counter() - started
     output.write(category_ids_of(state, detector.class_names) if args.coco else None)
     count = len(output)

@@ -36,14 +36,12 @@ from common.export import (
     HalfPrecision,
     Suppression,
     add_flags,
-    batches_to_check,
-    compare,
-    compare_detections,
+    check_outputs,
     describe,
     export_graph,
     inputs_to_check,
     require_packages,
-    with_nms,
+    with_checked_nms,
     write_graph,
 )
 from common.npu import entry
@@ -176,16 +174,11 @@ def main(argv: list[str] | None = None) -> None:
     for size in checked_sizes:
         prepare = functools.partial(fit, size=size, recipe=recipe)
         images = inputs_to_check(args.images, prepare, at_least=args.batch or 2)
-        for batch in batches_to_check(images, args.batch):
-            difference = compare(graph, reference, batch, args.half)
-            print(f"onnxruntime against torch, {tuple(batch.shape)}: {difference}")
+        check_outputs(graph, reference, images, args.batch, args.half)
     if args.outputs == "detections":
         suppression = suppression_of(recipe)
         expected = functools.partial(expected_detections, size=image_size, recipe=recipe)
-        for batch in batches_to_check(images, args.batch):
-            counts = compare_detections(graph, suppression, batch, expected)
-            print(f"with NMS, batch {len(batch)}: {counts}")
-        graph = with_nms(graph, suppression)
+        graph = with_checked_nms(graph, suppression, images, args.batch, expected)
     notes = deployment_notes(recipe, detector.class_names, image_size)
     describe(graph, notes, recipe, DEPLOYED_FIELDS)
     write_graph(graph, args.output_file, args.opset)

@@ -36,14 +36,12 @@ from common.export import (
     HalfPrecision,
     Suppression,
     add_flags,
-    batches_to_check,
-    compare,
-    compare_detections,
+    check_outputs,
     describe,
     export_graph,
     inputs_to_check,
     require_packages,
-    with_nms,
+    with_checked_nms,
     without_boundless,
     write_graph,
 )
@@ -151,17 +149,12 @@ def main(argv: list[str] | None = None) -> None:
     graph = export_graph(network, image_size, "image", network.output_names, args.opset, args.batch)
     prepare = functools.partial(prepare_image, recipe=recipe)
     images = inputs_to_check(args.images, prepare, at_least=args.batch or 3)
-    for batch in batches_to_check(images, args.batch):
-        difference = compare(graph, reference, batch, args.half)
-        print(f"onnxruntime against torch, batch {len(batch)}: {difference}")
+    check_outputs(graph, reference, images, args.batch, args.half)
     if args.outputs == "detections":
-        print("the NMS inside is the hard one: ONNX has no operator for soft-NMS")
+        print("the NMS inside is that of --nms=hard: ONNX has no operator for soft-NMS")
         suppression = suppression_of(recipe, len(detector.class_names))
         expected = functools.partial(expected_detections, recipe=recipe)
-        for batch in batches_to_check(images, args.batch):
-            counts = compare_detections(graph, suppression, batch, expected)
-            print(f"with NMS, against --nms=hard, batch {len(batch)}: {counts}")
-        graph = with_nms(graph, suppression)
+        graph = with_checked_nms(graph, suppression, images, args.batch, expected)
     describe(graph, deployment_notes(recipe, detector.class_names), recipe, DEPLOYED_FIELDS)
     write_graph(graph, args.output_file, args.opset)
 

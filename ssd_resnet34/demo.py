@@ -62,11 +62,11 @@ def main(argv: list[str] | None = None) -> int:
             read_videos(videos, batch_size=args.batch_size),
         )
         started = time.perf_counter()
-        for places, images in batches:
-            for place, image, detections in zip(
-                places, images, detector.detect_batch(images), strict=True
+        for names, images in batches:
+            for name, image, detections in zip(
+                names, images, detector.detect_batch(images), strict=True
             ):
-                output.add(place, image, detections)
+                output.add(name, image, detections)
         seconds = time.perf_counter() - started
     output.write(category_ids_of(state, detector.class_names) if args.coco else None)
     count = len(output)

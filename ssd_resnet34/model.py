@@ -78,9 +78,8 @@ class SSD(nn.Module):
         for feature_map, head in zip(feature_maps, self.mbox, strict=True):
             channels = self.num_channels + COORDINATES
             raw.append(head(feature_map).reshape(images.shape[0], channels, -1))
-        outputs = torch.cat(raw, dim=2)
-        # Slices, because ONNX has no conversion of a split to an older operator set.
-        return outputs[:, self.num_channels :], outputs[:, : self.num_channels]
+        logits, deltas = torch.cat(raw, dim=2).split([self.num_channels, COORDINATES], dim=1)
+        return deltas, logits
 
 
 def extra_blocks(backbone: str) -> list[ExtraBlock]:

@@ -17,7 +17,7 @@ from common.coco.draw import draw_boxes
 from common.coco.evaluation import save_results, to_result_rows
 from common.coco.images import read_image
 from common.coco.index import COCO_CATEGORY_IDS, COCO_CLASSES
-from common.coco.video import Frame, VideoWriter, is_video
+from common.coco.video import FrameName, VideoWriter, is_video
 from common.errors import UserError
 from common.files import cannot_be_written, encoded, write_atomically
 
@@ -136,7 +136,7 @@ class DemoOutput:
         self.min_score = min_score
         self.num_frames = 0
         self.results: dict[str, dict] = {}
-        self.found: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.detections: list[tuple[Tensor, Tensor, Tensor]] = []
         self.videos: dict[str, VideoWriter] = {}
 
     def __len__(self) -> int:
@@ -149,32 +149,32 @@ class DemoOutput:
         for video in self.videos.values():
             video.close()
 
-    def add(self, place: str | Frame, image: np.ndarray, detections: Detections) -> None:
+    def add(self, name: str | FrameName, image: np.ndarray, detections: Detections) -> None:
         """Draw the detections of an image (H, W, 3) uint8, as a picture or a frame of a video.
 
         A picture is saved under its name. Raise UserError where it cannot be written.
         """
-        self.found.append(tuple(detections))
+        self.detections.append(tuple(detections))
         size = image.shape[:2]
         boxes, scores, labels = visible(*detections, size, self.min_score)
-        self.results[str(place)] = {
+        self.results[str(name)] = {
             "boxes": boxes.double().round(decimals=2).tolist(),
             "scores": scores.double().round(decimals=4).tolist(),
             "classes": [self.class_names[label] for label in labels],
         }
         picture = draw_boxes(image, boxes, labels, self.class_names, scores)
-        if isinstance(place, Frame):
-            self._append(place, np.asarray(picture))
+        if isinstance(name, FrameName):
+            self._append(name, np.asarray(picture))
             self.num_frames += 1
         else:
-            self._save(place, picture)
+            self._save(name, picture)
 
-    def _append(self, place: Frame, picture: np.ndarray) -> None:
-        if place.video not in self.videos:
+    def _append(self, name: FrameName, picture: np.ndarray) -> None:
+        if name.video not in self.videos:
             height, width = picture.shape[:2]
-            path = self.show_dir / place.video
-            self.videos[place.video] = VideoWriter(path, place.rate, width, height)
-        self.videos[place.video].write(picture)
+            path = self.show_dir / name.video
+            self.videos[name.video] = VideoWriter(path, name.rate, width, height)
+        self.videos[name.video].write(picture)
 
     def _save(self, name: str, picture: Image.Image) -> None:
         path = self.show_dir / name
@@ -204,8 +204,9 @@ class DemoOutput:
         if category_ids is None:
             return
         rows = []
-        for image_id, found in zip(image_ids(self.results), self.found, strict=True):
-            rows.append(to_result_rows(image_id, *found, category_ids))
+        ids = image_ids(self.results)
+        for image_id, of_image in zip(ids, self.detections, strict=True):
+            rows.append(to_result_rows(image_id, *of_image, category_ids))
         save_results(self.show_dir / COCO_RESULTS_FILE, np.concatenate(rows))
 
 

@@ -19,8 +19,8 @@ USUAL_RATE = 25.0  # frames a second, where a video or a camera does not say
 CODEC = "mp4v"  # MPEG-4 part 2, which every build of OpenCV writes
 
 
-class Frame(NamedTuple):
-    """The place of a frame: the video that it is drawn in, its number from 1, frames a second."""
+class FrameName(NamedTuple):
+    """A frame: the name of the video that it is drawn in, its number from 1, frames a second."""
 
     video: str
     number: int
@@ -93,26 +93,26 @@ def opencv(source: str) -> ModuleType:
 
 def read_videos(
     videos: Sequence[Video], batch_size: int
-) -> Iterator[tuple[list[Frame], list[np.ndarray]]]:
-    """Yield places and frames (H, W, 3) uint8 RGB, up to `batch_size` of a video at a time.
+) -> Iterator[tuple[list[FrameName], list[np.ndarray]]]:
+    """Yield names and images (H, W, 3) uint8 RGB of up to `batch_size` frames of a video at a time.
 
     Ctrl-C ends a camera. Raise UserError for what OpenCV cannot read.
     """
     for video in videos:
-        places = []
+        names = []
         frames = []
-        for place, frame in _read_video(video):
-            places.append(place)
+        for name, frame in _read_video(video):
+            names.append(name)
             frames.append(frame)
             if len(frames) == batch_size:
-                yield places, frames
-                places = []
+                yield names, frames
+                names = []
                 frames = []
         if frames:
-            yield places, frames
+            yield names, frames
 
 
-def _read_video(video: Video) -> Iterator[tuple[Frame, np.ndarray]]:
+def _read_video(video: Video) -> Iterator[tuple[FrameName, np.ndarray]]:
     cv2 = opencv(video.source)
     is_camera = video.source.isdecimal()
     capture = cv2.VideoCapture(int(video.source) if is_camera else video.source)
@@ -138,7 +138,7 @@ def _read_video(video: Video) -> Iterator[tuple[Frame, np.ndarray]]:
                 break
             number += 1
             bar.update()
-            yield Frame(video.name, number, rate), cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+            yield FrameName(video.name, number, rate), cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
     finally:
         if is_camera:
             signal.signal(signal.SIGINT, before)

@@ -29,7 +29,7 @@ class Speed(NamedTuple):
     rounds: int
     images_per_second: float
     memory_mib: int  # the largest so far: of tensors on the device, of the process on a CPU
-    percentiles: dict[str, tuple[float, ...]]  # of PHASES, those of PERCENTILES
+    percentiles: dict[str, list[float]]  # of PHASES, those of PERCENTILES
 
 
 def measure_speed(
@@ -41,41 +41,37 @@ def measure_speed(
     the batch, because FCOS wants images of one size. The host waits for the device after each
     phase, so no phase hides another one.
     """
-    milliseconds = {phase: [] for phase in PHASES}
-    rounds = 0
-    begin = time.perf_counter()
-    while rounds < WARM_UP_ROUNDS + MOST_ROUNDS:
-        if rounds == WARM_UP_ROUNDS:
-            begin = time.perf_counter()
-        late = time.perf_counter() > begin + seconds
-        if late and rounds >= WARM_UP_ROUNDS + FEWEST_ROUNDS:
+    for i in range(WARM_UP_ROUNDS):
+        time_phases(detector, [images[i % len(images)]] * batch_size)
+    rounds = []  # the milliseconds of each phase
+    end = time.perf_counter() + seconds
+    while len(rounds) < MOST_ROUNDS:
+        if len(rounds) >= FEWEST_ROUNDS and time.perf_counter() > end:
             break
-        batch = [images[rounds % len(images)]] * batch_size
-        times = [time.perf_counter()]
-        inputs = detector.prepare(batch)
-        synchronize(detector.device)
-        times.append(time.perf_counter())
-        outputs = detector.run_network(inputs)
-        synchronize(detector.device)
-        times.append(time.perf_counter())
-        detector.finish(outputs, batch)
-        times.append(time.perf_counter())
-        if rounds >= WARM_UP_ROUNDS:
-            for phase, duration in zip(PHASES, np.diff(times), strict=True):
-                milliseconds[phase].append(1000 * duration)
-        rounds += 1
-    total_seconds = sum(map(sum, milliseconds.values())) / 1000
-    measured = rounds - WARM_UP_ROUNDS
-    percentiles = {}
-    for phase, durations in milliseconds.items():
-        percentiles[phase] = tuple(np.percentile(durations, PERCENTILES).tolist())
+        rounds.append(time_phases(detector, [images[len(rounds) % len(images)]] * batch_size))
+    milliseconds = np.array(rounds)  # (rounds, phases)
+    percentiles = np.percentile(milliseconds, PERCENTILES, axis=0)  # (percentiles, phases)
     return Speed(
         batch_size=batch_size,
-        rounds=measured,
-        images_per_second=measured * batch_size / total_seconds,
+        rounds=len(rounds),
+        images_per_second=1000 * len(rounds) * batch_size / milliseconds.sum(),
         memory_mib=memory_mib(detector.device),
-        percentiles=percentiles,
+        percentiles=dict(zip(PHASES, percentiles.T.tolist(), strict=True)),
     )
+
+
+def time_phases(detector, batch: list[np.ndarray]) -> np.ndarray:
+    """Return the milliseconds of each of PHASES for a batch of images."""
+    started = time.perf_counter()
+    inputs = detector.prepare(batch)
+    synchronize(detector.device)
+    prepared = time.perf_counter()
+    outputs = detector.run_network(inputs)
+    synchronize(detector.device)
+    computed = time.perf_counter()
+    detector.finish(outputs, batch)
+    finished = time.perf_counter()
+    return 1000 * np.diff([started, prepared, computed, finished])
 
 
 def report_speed(

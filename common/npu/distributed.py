@@ -85,7 +85,7 @@ class Ranks:
 def may_be_restarted() -> bool:
     """Return whether torchrun may have started the processes anew, as --max_restarts allows.
 
-    It counts only some of its restarts.
+    Its own count does not say so: it leaves out the restarts after a node has come or gone.
     """
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
 

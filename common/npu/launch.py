@@ -115,7 +115,7 @@ def require_reachable(args: Namespace) -> None:
         port = int(port_of_endpoint)
     elif args.rdzv_backend != "static":
         raise UserError(
-            f"--rdzv_backend={args.rdzv_backend}: the nodes need a place to meet",
+            f"--rdzv_backend={args.rdzv_backend}: the nodes need an address to meet at",
             "give it with --rdzv_endpoint=HOST:PORT",
         )
     if port in PORTS_OF_HCCL:

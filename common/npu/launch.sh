@@ -17,7 +17,7 @@ Flags of all launch scripts, as --name=value; any other flag goes through to the
   --nnodes=N --node_rank=K --master_addr=IP --master_port=PORT --local_addr=IP   several nodes
   --max_restarts=N       start all ranks anew, from the newest checkpoint, when one is lost
   --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT --rdzv_id=NAME --rdzv_conf=K=V,...   how nodes meet,
-                         instead of --node_rank and --master_addr: a lost node may come back
+                         instead of by --node_rank and --master_addr
 TEXT
 }
 

@@ -201,7 +201,10 @@ def test_the_users_interface_stays(started, own_address, monkeypatch):
         ([*C10D, "--rdzv_endpoint=10.77.0.1:60007"], "port 60007: HCCL takes 60000 to 60015"),
         ([*C10D, "--rdzv_endpoint=10.77.0.1"], "--rdzv_endpoint=10.77.0.1: not HOST:PORT"),
         ([*C10D, "--rdzv_endpoint=localhost:29400"], "--nnodes=2: localhost is every node itself"),
-        (C10D, "--rdzv_backend=c10d: the nodes need a place to meet; give it with --rdzv_endpoint"),
+        (
+            C10D,
+            "--rdzv_backend=c10d: the nodes need an address to meet at; give it with",
+        ),
     ],
 )
 def test_nodes_that_could_not_meet_are_refused(started, own_address, words, line):

@@ -1,12 +1,13 @@
 """Videos in and out of the demos."""
 
+import signal
 import sys
 
 import numpy as np
 import pytest
 
 from common.coco import video
-from common.coco.video import Frame, Video, VideoWriter, find_videos, is_video, read_videos
+from common.coco.video import FrameName, Video, VideoWriter, find_videos, is_video, read_videos
 from common.errors import UserError
 
 RATE = 10.0
@@ -37,9 +38,9 @@ def test_the_frames_come_in_batches(clip):
     (source,) = find_videos([clip], clip.parent / "out")
     assert source == Video(str(clip), "clip.mp4")
     batches = list(read_videos([source], batch_size=2))
-    places = [[place.number for place in places] for places, _ in batches]
-    assert places == [[1, 2], [3, 4], [5]]
-    assert batches[0][0][0] == Frame("clip.mp4", 1, RATE)
+    names = [[name.number for name in names] for names, _ in batches]
+    assert names == [[1, 2], [3, 4], [5]]
+    assert batches[0][0][0] == FrameName("clip.mp4", 1, RATE)
     assert str(batches[0][0][0]) == "clip.mp4/000001"
     frames = [frame for _, frames in batches for frame in frames]
     for shade, frame in zip(SHADES, frames, strict=True):
@@ -87,10 +88,10 @@ def test_ctrl_c_ends_a_camera(clip, monkeypatch):
     capture_class = cv2.VideoCapture
     monkeypatch.setattr(cv2, "VideoCapture", lambda number: capture_class(str(clip)))
     numbers = []
-    for places, _ in read_videos([Video("0", "camera0.mp4")], batch_size=1):
-        numbers.append(places[0].number)
+    for names, _ in read_videos([Video("0", "camera0.mp4")], batch_size=1):
+        numbers.append(names[0].number)
         if len(numbers) == 3:
-            video.signal.raise_signal(video.signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
     assert numbers == [1, 2, 3]
     with pytest.raises(KeyboardInterrupt):  # what was before is back
-        video.signal.raise_signal(video.signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)

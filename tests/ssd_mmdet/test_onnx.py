@@ -61,7 +61,7 @@ def test_detections_and_the_flags_of_the_port(weights, model, images, tmp_path, 
     pthtar2onnx.main([*given, *old.split(), "--input-img", *map(str, PHOTOS)])
     said = capsys.readouterr().out
     assert "--config has no effect: the checkpoint shows its network" in said
-    assert "batch 3: decoded_boxes differ by" in said
+    assert "(3, 3, 300, 300): decoded_boxes differ by" in said
     assert f"Successfully exported ONNX model: {file}" in said
     found = run(file, images)
     with torch.no_grad():

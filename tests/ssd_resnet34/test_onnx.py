@@ -53,7 +53,7 @@ def test_raw_outputs_lead_to_the_same_detections(weights, model, images, tmp_pat
     file = tmp_path / "new" / "raw.onnx"
     given = map(str, PHOTOS)
     pthtar2onnx.main([f"--checkpoint={weights}", f"--output_file={file}", "--images", *given])
-    assert "batch 3: offsets differ by" in capsys.readouterr().out
+    assert "(3, 3, 300, 300): offsets differ by" in capsys.readouterr().out
 
     exported = run(file, images)
     assert list(exported) == ["offsets", "logits"]
