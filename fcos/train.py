@@ -18,7 +18,6 @@ import common.npu.interpreter  # noqa: F401 before torch
 
 from dataclasses import replace
 
-import torch
 from torch import nn
 
 from common import flags
@@ -167,7 +166,7 @@ def main(argv: list[str] | None = None) -> int | None:
             gradient_norm = run.precision.step(optimizer, recipe.clip_norm)
             if recipe.clip_norm:
                 # A dynamic scale that overflowed skips its step: that is no reason to stop.
-                losses["grad_norm"] = torch.where(gradient_norm.isfinite(), gradient_norm, 0.0)
+                losses["grad_norm"] = gradient_norm.nan_to_num(0.0, posinf=0.0)
             progress.add(step, losses, batch.image_ids)
             if progress.first_epoch_done():
                 run.log.warn_of("data", turned_images(reader, len(train_set), run.ranks))

@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from common.coco.index import read_index
+from common.npu import checkpoint
 from tests.downloads import TOOLS, Server
+from tests.small_models import ALL, module, run_state, small_recipe
 
 TINY = Path(__file__).parent / "data" / "tiny_coco"
 
@@ -82,6 +84,19 @@ def foreign(monkeypatch):
     for one in (ConfigDict, Config, HistoryBuffer, HistoryBuffer.mean):
         one.__module__ = "mmlike"
     return module
+
+
+@pytest.fixture(scope="session")
+def detectors(tmp_path_factory):
+    """`detectors[model]`: the checkpoint of a small detector of three classes."""
+    folder = tmp_path_factory.mktemp("detectors")
+    paths = {}
+    for model in ALL:
+        torch.manual_seed(0)
+        network = module(model, "model").build_model(small_recipe(model), 3)
+        paths[model] = folder / model.replace("/", "_") / "iter_1.pt"
+        checkpoint.save(paths[model], run_state(model, network.state_dict()))
+    return paths
 
 
 def _ip(*words):

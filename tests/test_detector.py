@@ -13,13 +13,13 @@ from PIL import Image
 
 from common.errors import UserError
 from tests.scripts import ROOT, TINY, subset
-from tests.test_weights import ALL, MODELS, detectors, module  # noqa: F401 a fixture
+from tests.small_models import ALL, MODELS, module
 
 NOT_NEEDED = ("tensorboard", "matplotlib", "pycocotools", "tqdm", "torchvision", "onnx")
 PHOTOGRAPHS = sorted(str(path) for path in (TINY / "val2017").glob("*.jpg"))[:4]
 
 
-def load(model, detectors, **options):  # noqa: F811
+def load(model, detectors, **options):
     """A detector that has learned nothing, so that any threshold finds what it may."""
     detector_class = module(model, "detector").Detector
     return detector_class.load(detectors[model], device="cpu", **options)
@@ -31,7 +31,7 @@ def assert_same(some, others):
 
 
 @pytest.mark.parametrize("model", ALL)
-def test_paths_pictures_and_arrays_are_the_same_image(model, detectors):  # noqa: F811
+def test_paths_pictures_and_arrays_are_the_same_image(model, detectors):
     detector = load(model, detectors, score_threshold=1e-4)
     path = PHOTOGRAPHS[0]
     picture = Image.open(path).convert("RGB")
@@ -45,7 +45,7 @@ def test_paths_pictures_and_arrays_are_the_same_image(model, detectors):  # noqa
 
 
 @pytest.mark.parametrize("model", ALL)
-def test_what_is_found_has_names_and_can_be_drawn(model, detectors):  # noqa: F811
+def test_what_is_found_has_names_and_can_be_drawn(model, detectors):
     found = load(model, detectors, score_threshold=1e-4)(PHOTOGRAPHS[0])
     boxes, scores, labels = found
     assert boxes.shape == (len(found), 4)
@@ -60,13 +60,13 @@ def test_what_is_found_has_names_and_can_be_drawn(model, detectors):  # noqa: F8
 
 
 @pytest.mark.parametrize("model", ALL)
-def test_the_score_threshold_is_taken(model, detectors):  # noqa: F811
+def test_the_score_threshold_is_taken(model, detectors):
     assert len(load(model, detectors, score_threshold=1e-4)(PHOTOGRAPHS[0])) > 0
     assert len(load(model, detectors, score_threshold=1.0)(PHOTOGRAPHS[0])) == 0
 
 
 @pytest.mark.parametrize("model", ALL)
-def test_precision_is_that_of_the_network(model, detectors):  # noqa: F811
+def test_precision_is_that_of_the_network(model, detectors):
     detector = load(model, detectors, precision="bf16")
     dtypes = set()
     for layer in detector.model.modules():
@@ -81,7 +81,7 @@ def test_precision_is_that_of_the_network(model, detectors):  # noqa: F811
 
 
 @pytest.mark.parametrize("model", ALL)
-def test_threads_find_what_one_finds(model, detectors):  # noqa: F811
+def test_threads_find_what_one_finds(model, detectors):
     detector = load(model, detectors, score_threshold=1e-3)
     alone = [detector(path) for path in PHOTOGRAPHS]
     found = {}
@@ -99,7 +99,7 @@ def test_threads_find_what_one_finds(model, detectors):  # noqa: F811
 
 
 @pytest.mark.parametrize("model", ALL)
-def test_nothing_of_training_is_needed(model, detectors):  # noqa: F811
+def test_nothing_of_training_is_needed(model, detectors):
     program = f"""
 import sys
 for name in {NOT_NEEDED!r}:
@@ -117,7 +117,7 @@ print(len(Detector.load({str(detectors[model])!r}, device="cpu")({PHOTOGRAPHS[0]
 @pytest.mark.parametrize("model", MODELS)
 def test_the_speed_is_measured_instead_of_accuracy(
     model,
-    detectors,  # noqa: F811
+    detectors,
     tmp_path,
     monkeypatch,
     capsys,

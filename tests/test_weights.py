@@ -1,6 +1,5 @@
 """Checkpoints of all models and of other projects, through the programs of each model."""
 
-import importlib
 import json
 import re
 import sys
@@ -18,18 +17,8 @@ from common.npu import checkpoint
 from common.npu.identify import model_of
 from common.npu.weights import tensors_of as tensors_of_checkpoint
 from tests.scripts import TINY
+from tests.small_models import ALL, MODELS, SMALL, TFRECORD, module, run_state, small_recipe
 
-TFRECORD = "ssd_resnet34/tfrecord"
-MODELS = ("ssd_mmdet", "ssd_resnet34", "m2det", "fcos")
-ALL = (*MODELS, TFRECORD)
-# A preset, what is changed in it for a small network, and a tensor that only this model has.
-SMALL = {
-    "ssd_mmdet": ("ssd512", {"width": 1 / 16}, "bbox_head.cls_convs.0.weight"),
-    "ssd_resnet34": ("quickstart", {}, "mbox.0.weight"),
-    "m2det": ("quickstart", {"planes": 16}, "unet1.layers.0.conv.weight"),
-    "fcos": ("quickstart", {"channels": 32, "tower_convs": 1}, "bbox_head.conv_centerness.weight"),
-    TFRECORD: ("small", {}, "class_net.0.weight"),
-}
 # A flag that a checkpoint of the small network contradicts, and what it says itself.
 CONTRADICTION = {
     "ssd_mmdet": ("--width=0.5", "--width 0.5: FILE was trained with 0.0625; omit it"),
@@ -44,43 +33,6 @@ CONTRADICTION = {
         "--backbone resnet18: FILE was trained with resnet10; omit it",
     ),
 }
-
-
-def module(model, name):
-    return importlib.import_module(f"{model.replace('/', '.')}.{name}")
-
-
-def small_recipe(model):
-    preset, changes, _ = SMALL[model]
-    return replace(module(model, "config").RECIPES[preset], **changes)
-
-
-def run_state(model, weights, **changes):
-    """What `RunState` writes beside the weights."""
-    recipe = small_recipe(model)
-    return {
-        "model": weights,
-        "written_by": recipe.model,
-        "recipe": asdict(recipe),
-        "classes": ["person", "cat", "dog"],
-        "category_ids": [1, 17, 18],
-        "run": {"seed": 0},
-        "iteration": 1,
-        **changes,
-    }
-
-
-@pytest.fixture(scope="module")
-def detectors(tmp_path_factory):
-    """`detectors[model]`: the checkpoint of a small detector of three classes."""
-    folder = tmp_path_factory.mktemp("detectors")
-    paths = {}
-    for model in ALL:
-        torch.manual_seed(0)
-        network = module(model, "model").build_model(small_recipe(model), 3)
-        paths[model] = folder / model.replace("/", "_") / "iter_1.pt"
-        checkpoint.save(paths[model], run_state(model, network.state_dict()))
-    return paths
 
 
 EXPORTS = {"fcos": "pthtar2onx"}
