@@ -114,11 +114,10 @@ def draw_examples(
     candidates = np.flatnonzero(np.diff(records.offsets))
     if len(candidates) == 0:
         candidates = np.arange(len(records))
-    spread = np.linspace(0, len(candidates) - 1, count, dtype=int)
     label_of = {category_id: label for label, category_id in enumerate(records.category_ids)}
     reader = ImageReader(records, turns_if_both_fit)
     examples = []
-    for i in candidates[np.unique(spread)]:
+    for i in candidates[spread_over(len(candidates), count)]:
         ground_truth = records.annotations(i)
         rows = result_rows[result_rows[:, 0] == records.image_ids[i]]
         labels = [label_of[category_id] for category_id in rows[:, 6]]
@@ -135,13 +134,16 @@ def draw_examples(
     draw_sheet(path, examples, records.class_names)
 
 
-def example_images(
-    records: CocoIndex, turns_if_both_fit: bool, count: int = 16
-) -> list[np.ndarray]:
-    """Return up to `count` images (H, W, 3) uint8 RGB, spread over the set."""
+def example_images(records: CocoIndex, turns_if_both_fit: bool) -> list[np.ndarray]:
+    """Return a few images (H, W, 3) uint8 RGB, spread over the set."""
     reader = ImageReader(records, turns_if_both_fit)
-    spread = np.linspace(0, len(records) - 1, count, dtype=int)
-    return [reader.read(i) for i in np.unique(spread)]
+    return [reader.read(i) for i in spread_over(len(records))]
+
+
+def spread_over(count: int, examples: int = 16) -> list[int]:
+    """Return up to `examples` of the positions below `count`, evenly spread."""
+    spread = np.linspace(0, count - 1, examples, dtype=int)
+    return np.unique(spread).tolist()
 
 
 def to_xyxy(boxes_xywh: np.ndarray) -> np.ndarray:

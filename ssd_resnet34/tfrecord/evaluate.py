@@ -4,7 +4,7 @@
     python3 evaluate.py --validation_file_pattern='tfrecord/val2017*' \\
         --val_json_file=instances_val2017.json --model_dir=result_npu
 
-The metrics are COCO's, under the names of the TensorFlow port.
+The metrics are COCO's, under the names of the TensorFlow port. `--benchmark` measures the speed.
 """
 
 import sys
@@ -32,9 +32,10 @@ from common.coco.evaluation import (
     to_result_rows,
 )
 from common.coco.index import CocoIndex, read_annotations
-from common.coco.report import report_results
+from common.coco.report import METRICS_FILE, report_results, spread_over
 from common.errors import UserError
 from common.files import require_writable
+from common.fps.benchmark import DEFAULT_BATCH_SIZES, report_speed
 from common.fps.runlog import RunLog
 from common.npu import checkpoint, entry
 from common.npu.device import in_host_memory
@@ -111,6 +112,14 @@ def main(argv: list[str] | None = None) -> None:
         for line in notes_on_class_names(state, detector.class_names):
             log.info(line)
         log.warn_of(args.val_json_file, notes)
+        if hasattr(args, "benchmark"):  # the flag was given
+            if ranks.main:
+                detector.precision = precision
+                images = [records.pixels(records.read(i), i) for i in spread_over(len(records))]
+                batch_sizes = args.benchmark or DEFAULT_BATCH_SIZES
+                metrics_file = args.model_dir / EVALUATION_FOLDER / METRICS_FILE
+                report_speed(detector, images, batch_sizes, metrics_file, log.info)
+            return
         steps = state.get("iteration")
         if not isinstance(steps, int):
             log.info(f"{state['path']}: does not say its step: the metrics are logged without one")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from common import flags
 from common.errors import UserError
+from common.fps.benchmark import DEFAULT_BATCH_SIZES
 from common.npu.distributed import Ranks
 from ssd_resnet34.tfrecord.config import RECIPES
 
@@ -57,6 +58,13 @@ def parse(argv: list[str] | None, description: str) -> Namespace:
     flags.add(group, "--keep --keep-checkpoint-max", 32, "checkpoints to keep")
     flags.add(group, "--check-data", False, "only read every record and image, then stop")
     flags.add(group, "--eval-samples", 5000, "accepted, without effect: every record is evaluated")
+    flags.add(
+        group,
+        "--benchmark",
+        DEFAULT_BATCH_SIZES,
+        "with --mode=eval: measure the speed of an image instead of accuracy, at these batch sizes",
+        only_if_given=True,
+    )
     for flag in flags.FLAGS:
         if flag.names in SHARED_FLAGS:
             flags.add(group, flag.names, flag.default, flag.help, flag.choices)

@@ -70,6 +70,11 @@ def main(argv: list[str] | None = None) -> int | None:
         raise UserError(
             "--mode=eval: train.py does not evaluate; use tfrecord/evaluate.py or ssd_main.py"
         )
+    if hasattr(args, "benchmark"):
+        raise UserError(
+            "--benchmark: train.py does not measure a trained detector",
+            "use tfrecord/evaluate.py, or ssd_main.py with --mode=eval",
+        )
     require_files(args, args.mode)
     require_ranks()
 

@@ -1,7 +1,9 @@
 """A detector as users call it, its evaluation in half precision, and what a resumed run checks."""
 
 import dataclasses
+import functools
 import json
+import re
 import sys
 
 import numpy as np
@@ -171,6 +173,29 @@ def test_what_an_evaluation_needs_is_there_before_it_detects(
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
     with pytest.raises(UserError, match="pip install pycocotools faster-coco-eval"):
         evaluate.main(flags)
+
+
+def test_the_speed_is_measured_instead_of_accuracy(
+    run_folder, golden_dir, tmp_path, monkeypatch, capsys
+):
+    brief = functools.partial(evaluate.report_speed, seconds=0.1)
+    monkeypatch.setattr(evaluate, "report_speed", brief)
+    (tmp_path / "iter_1.pt").symlink_to(run_folder / "iter_1.pt")
+    flags = [
+        f"--validation_file_pattern={golden_dir}/train2017*",
+        f"--val_json_file={golden_dir}/instances_train6.json",
+        f"--model_dir={tmp_path}",
+        "--device=cpu",
+        "--benchmark=1,2",
+    ]
+    with pytest.raises(UserError, match=r"--benchmark: train\.py does not measure"):
+        train.main(flags)
+    evaluate.main(flags)
+    table = capsys.readouterr().out.splitlines()[-2:]
+    assert [re.split(" INFO - +", line)[1].split()[0] for line in table] == ["1", "2"]
+    speed = json.loads((tmp_path / "eval/metrics.json").read_text())["benchmark"]
+    assert speed["flops"] > 0
+    assert [row["batch_size"] for row in speed["batches"]] == [1, 2]
 
 
 def test_a_resumed_run_has_the_same_categories(golden_dir, tmp_path):
