@@ -1,4 +1,4 @@
-"""COCO evaluation of boxes: result rows, submission files, the 12 metrics, precision-recall curves.
+"""COCO evaluation of boxes: result rows, submission files, the 12 metrics, figures of each class.
 
 A result row is [image_id, x, y, width, height, score, category_id] in float64, with the box in
 pixels of the original image.
@@ -15,6 +15,15 @@ from typing import NamedTuple
 import numpy as np
 
 from common.coco.index import CocoIndex, read_annotations
+from common.coco.matching import (
+    NO_MATCH,
+    RECALLS,
+    class_order,
+    detections_that_count,
+    ground_truth_boxes,
+    match,
+    overlapping_pairs,
+)
 from common.errors import UserError
 from common.files import write_atomically
 
@@ -46,14 +55,38 @@ MAX_100_DETECTIONS = 2
 # Positions among its IoU thresholds 0.50, 0.55, ... 0.95, and its recalls.
 IOU_50 = 0
 IOU_75 = 5
-RECALLS = np.linspace(0, 1, 101)
+POINT_IOU = 0.5  # at which a detection of an operating point is right
+ABSENT = -1.0  # in the place of a figure that there is no ground truth for
 
 
 class EvaluationOptions(NamedTuple):
     """How detections are evaluated and reported."""
 
-    per_class: bool  # report the AP of every class
+    per_class: bool  # report the figures of every class
     faster: bool  # evaluate with faster-coco-eval instead of pycocotools
+
+
+class OperatingPoint(NamedTuple):
+    """The score at which F1 is highest, and the figures of all detections from there, at IoU 0.5.
+
+    The score is -1 where no detection is right; all is -1 where there is no ground truth.
+    """
+
+    score: float
+    precision: float
+    recall: float
+    f1: float
+
+
+class ClassMetrics(NamedTuple):
+    """The figures of a class; -1 where it has no ground truth."""
+
+    name: str
+    ap: float
+    ap50: float
+    ar: float  # AR100
+    num_boxes: int  # of the ground truth, without crowd regions
+    best: OperatingPoint
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +95,8 @@ class Evaluation:
 
     stats: dict[str, float]  # keys of STATS
     text: str  # the 12 lines that pycocotools prints; a 13th where masks have no areas
-    per_class: list[tuple[str, float]]  # name and AP, by category id
+    classes: list[ClassMetrics]  # by category id
+    best: OperatingPoint  # of all classes together
     precision: np.ndarray  # (10 IoU thresholds, 101 recalls, classes) for all areas
 
     def mmdet(self) -> dict[str, float | str]:
@@ -158,10 +192,13 @@ def evaluate(
             "area: AP and AR by size take the box's"
         )
     precision = evaluator.eval["precision"][..., ALL_AREAS, MAX_100_DETECTIONS]
+    recall = evaluator.eval["recall"][..., ALL_AREAS, MAX_100_DETECTIONS]
+    points = operating_points(ground_truth, result_rows)
     return Evaluation(
         stats=dict(zip(STATS, evaluator.stats.tolist(), strict=True)),
         text="\n".join(lines),
-        per_class=_per_class_ap(ground_truth, precision),
+        classes=_class_metrics(ground_truth, precision, recall, points.classes),
+        best=points.pooled,
         precision=precision,
     )
 
@@ -245,11 +282,90 @@ def _to_coco_dataset(index: CocoIndex, has_area: np.ndarray) -> dict:
     }
 
 
-def _per_class_ap(ground_truth: CocoIndex, precision: np.ndarray) -> list[tuple[str, float]]:
-    """Return name and AP of every class by category id, which is the order in `precision`."""
-    by_category_id = np.argsort(ground_truth.category_ids)
-    names = [ground_truth.class_names[label] for label in by_category_id]
-    return list(zip(names, precision.mean(axis=(0, 1)).tolist(), strict=True))
+class OperatingPoints(NamedTuple):
+    """The best operating points of a set of detections."""
+
+    classes: list[OperatingPoint]  # by category id
+    pooled: OperatingPoint  # of all classes together
+
+
+def operating_points(ground_truth: CocoIndex, result_rows: np.ndarray) -> OperatingPoints:
+    """Return the operating points with the highest F1, of each class and of all together.
+
+    The matches are those of COCO's evaluation at IoU 0.5; faster-coco-eval does not give its own.
+    `ground_truth` is an index of all annotations.
+    """
+    boxes = ground_truth_boxes(ground_truth)
+    detected = detections_that_count(ground_truth, result_rows)
+    pairs = overlapping_pairs(detected, boxes, POINT_IOU)
+    matches = match(detected, boxes, pairs, POINT_IOU)
+    counted = ~matches.ignored
+    label = detected.label[counted]
+    score = detected.score[counted]
+    is_right = matches.box[counted] != NO_MATCH
+    num_classes = len(ground_truth.category_ids)
+    num_boxes = np.bincount(boxes.label[~boxes.crowd], minlength=num_classes)
+    by_label = np.argsort(label, kind="stable")
+    first = np.searchsorted(label[by_label], np.arange(num_classes + 1))
+    classes = []
+    for k in range(num_classes):
+        of_class = by_label[first[k] : first[k + 1]]
+        classes.append(best_point(score[of_class], is_right[of_class], int(num_boxes[k])))
+    return OperatingPoints(classes, best_point(score, is_right, int(num_boxes.sum())))
+
+
+def best_point(score: np.ndarray, is_right: np.ndarray, num_boxes: int) -> OperatingPoint:
+    """Return the point with the highest F1 of detections, score and is_right (n,).
+
+    Detections of one score stay together; of points with the same F1 the one with the highest
+    score is taken.
+    """
+    if num_boxes == 0:
+        return OperatingPoint(ABSENT, ABSENT, ABSENT, ABSENT)
+    if not is_right.any():
+        return OperatingPoint(ABSENT, 0.0, 0.0, 0.0)
+    order = np.argsort(-score, kind="stable")
+    score = score[order]
+    is_last_of_score = np.append(score[1:] != score[:-1], True)
+    num_right = np.cumsum(is_right[order])[is_last_of_score]
+    num_detected = np.arange(1, 1 + len(score))[is_last_of_score]
+    f1 = 2 * num_right / (num_detected + num_boxes)
+    best = int(np.argmax(f1))
+    return OperatingPoint(
+        score=float(score[is_last_of_score][best]),
+        precision=float(num_right[best] / num_detected[best]),
+        recall=float(num_right[best] / num_boxes),
+        f1=float(f1[best]),
+    )
+
+
+def _class_metrics(
+    ground_truth: CocoIndex,
+    precision: np.ndarray,
+    recall: np.ndarray,
+    points: list[OperatingPoint],
+) -> list[ClassMetrics]:
+    """Return the figures of every class by category id, which is the order of all arrays.
+
+    precision (10 IoU thresholds, 101 recalls, C), recall (10 IoU thresholds, C).
+    """
+    counts = np.bincount(
+        ground_truth.table.label[~ground_truth.table.crowd],
+        minlength=len(ground_truth.class_names),
+    )
+    classes = []
+    for k, label in enumerate(class_order(ground_truth).tolist()):
+        classes.append(
+            ClassMetrics(
+                name=ground_truth.class_names[label],
+                ap=float(precision[:, :, k].mean()),
+                ap50=float(precision[IOU_50, :, k].mean()),
+                ar=float(recall[:, k].mean()),
+                num_boxes=int(counts[label]),
+                best=points[k],
+            )
+        )
+    return classes
 
 
 def draw_pr_curves(path: Path, evaluation: Evaluation) -> None:

@@ -94,8 +94,8 @@ def turned_images(reader: ImageReader, num_images: int, ranks: Ranks) -> list[st
 
 def per_class_lines(evaluation: Evaluation) -> str:
     """Return the AP of every class, a line each, in columns."""
-    width = max(len(name) for name, _ in evaluation.per_class)
-    lines = [f"{name:<{width}}  AP {ap:.3f}" for name, ap in evaluation.per_class]
+    width = max(len(metrics.name) for metrics in evaluation.classes)
+    lines = [f"{metrics.name:<{width}}  AP {metrics.ap:.3f}" for metrics in evaluation.classes]
     return "\n".join(lines)
 
 

@@ -89,10 +89,33 @@ def test_perfect_detections_and_per_class():
         )
     evaluation = evaluate(VAL, np.concatenate(rows))
     assert evaluation.stats["AP"] == pytest.approx(1)
-    assert len(evaluation.per_class) == 80
+    assert len(evaluation.classes) == 80
     present = {index.class_names[k] for k in index.table.label[~index.table.crowd]}
-    for name, ap in evaluation.per_class:
-        assert ap == (pytest.approx(1) if name in present else -1)
+    for metrics in evaluation.classes:
+        expected = 1 if metrics.name in present else -1
+        assert [metrics.ap, metrics.ap50, metrics.ar] == pytest.approx([expected] * 3)
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_the_figures_of_a_class_are_pycocotools(faster):
+    if faster:
+        pytest.importorskip("faster_coco_eval")
+    rows = np.concatenate(detections(0))
+    evaluation = evaluate(VAL, rows, faster=faster)
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(VAL)
+        run = COCOeval(truth, truth.loadRes(rows), "bbox")
+        for metrics, category_id in zip(evaluation.classes, sorted(truth.getCatIds()), strict=True):
+            run.params.catIds = [category_id]
+            run.evaluate()
+            run.accumulate()
+            run.summarize()
+            expected = [run.stats[0], run.stats[1], run.stats[8]]
+            actual = [metrics.ap, metrics.ap50, metrics.ar]
+            assert actual == pytest.approx(expected, abs=1e-12)
+            assert metrics.name == truth.cats[category_id]["name"]
+            boxes = truth.loadAnns(truth.getAnnIds(catIds=[category_id], iscrowd=False))
+            assert metrics.num_boxes == len(boxes)
 
 
 @pytest.mark.parametrize("faster", [False, True])

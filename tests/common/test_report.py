@@ -97,7 +97,7 @@ def test_the_ap_of_every_class_comes_in_columns(result_rows, tmp_path):
     assert len(lines) == 2
     table = lines[1].splitlines()
     assert len(table) == 80
-    assert table[0] == f"person          AP {evaluation.per_class[0][1]:.3f}"
+    assert table[0] == f"person          AP {evaluation.classes[0].ap:.3f}"
     assert len({line.index("  AP ") for line in table if "  AP " in line}) == 1
 
 
