@@ -97,7 +97,12 @@ FLAGS = (
     Flag("run", "--save-interval", 0, "steps between checkpoints; 0: an epoch"),
     Flag("run", "--keep", 2, "checkpoints to keep besides the best"),
     Flag("run", "--save", True, "write checkpoints"),
-    Flag("run", "--check-data", False, "only check annotations and images, then stop"),
+    Flag(
+        "run",
+        "--check-data",
+        False,
+        "only check annotations and images, say which boxes this preset sees, then stop",
+    ),
     Flag("run", "--fake-input", False, "repeat the first batch: speed without the loader"),
     Flag("run", "--kind", "acc", "perf: no evaluation at the end", choices=("acc", "perf")),
     Flag(

@@ -78,6 +78,29 @@ def assign(
     return positive, matched, label
 
 
+def has_point(axes: tuple[Axis, Axis], boxes_xyxy: Tensor, center_radius: float) -> Tensor:
+    """Return which boxes (N, M, 4) have a point that would learn them, (N, M) bool.
+
+    It is the rule of `assign` for each box as if it were the only one of its image.
+    """
+    columns, rows = axes
+    left, top, right, bottom = boxes_xyxy.unsqueeze(-1).unbind(2)  # (N, M, 1) each
+    column_test = _test_axis(columns, left, right, center_radius)
+    row_test = _test_axis(rows, top, bottom, center_radius)
+    column_fits = column_test.fits.split(columns.counts, dim=2)
+    column_reaches = (column_test.fits & column_test.reaches).split(columns.counts, dim=2)
+    row_fits = row_test.fits.split(rows.counts, dim=2)
+    row_reaches = (row_test.fits & row_test.reaches).split(rows.counts, dim=2)
+
+    # A point is a column and a row of the same level, which both fit and of which one reaches.
+    found = torch.zeros(boxes_xyxy.shape[:2], dtype=torch.bool, device=boxes_xyxy.device)
+    for level in range(len(columns.counts)):
+        by_column = column_reaches[level].any(dim=2) & row_fits[level].any(dim=2)
+        by_row = column_fits[level].any(dim=2) & row_reaches[level].any(dim=2)
+        found |= by_column | by_row
+    return found
+
+
 def smallness_rank(boxes_xyxy: Tensor) -> Tensor:
     """Return the rank of each box (N, M, 4) by falling area, (N, M) int32, 1 for the largest.
 

@@ -24,6 +24,7 @@ from torch import nn
 
 from common import flags
 from common.coco.check import check_data
+from common.coco.coverage import Presets
 from common.coco.index import CocoIndex
 from common.coco.layout import Files
 from common.coco.report import turned_images
@@ -40,6 +41,7 @@ from common.npu.run import Run, RunState
 from common.npu.weights import named_classes
 from m2det.augment import augment
 from m2det.config import RECIPES, Recipe
+from m2det.coverage import MATCHING
 from m2det.data import (
     TURNS_IF_BOTH_FIT,
     build_loader,
@@ -75,6 +77,7 @@ def main(argv: list[str] | None = None) -> int | None:
             partial(untrained_boxes, recipe=recipe),
             TURNS_IF_BOTH_FIT,
             args.output_dir,
+            Presets(args.recipe, recipe, RECIPES, MATCHING),
         )
 
     # All that the run needs is read and built first. A former run's folder is moved only after

@@ -23,6 +23,7 @@ from torch import nn
 
 from common import flags
 from common.coco.check import check_data
+from common.coco.coverage import Presets
 from common.coco.index import CocoIndex, read_index
 from common.coco.layout import Files, find_coco
 from common.coco.report import turned_images
@@ -37,6 +38,7 @@ from common.npu.run import Run, RunState
 from common.npu.weights import named_classes
 from ssd_mmdet.augment import augment
 from ssd_mmdet.config import RECIPES, Recipe
+from ssd_mmdet.coverage import MATCHING
 from ssd_mmdet.data import (
     TURNS_IF_BOTH_FIT,
     build_loader,
@@ -61,7 +63,12 @@ def main(argv: list[str] | None = None) -> int | None:
     val_files = find_coco(args.data, "val", args.val_annotations, args.val_images)
     if args.check_data:
         return check_data(
-            [train_files], [val_files], untrained_boxes, TURNS_IF_BOTH_FIT, args.output_dir
+            [train_files],
+            [val_files],
+            untrained_boxes,
+            TURNS_IF_BOTH_FIT,
+            args.output_dir,
+            Presets(args.recipe, recipe, RECIPES, MATCHING),
         )
 
     # All that the run needs is read and built first. A former run's folder is moved only after

@@ -22,6 +22,7 @@ from torch import nn
 
 from common import flags
 from common.coco.check import check_data
+from common.coco.coverage import Presets
 from common.coco.index import CocoIndex, read_index
 from common.coco.layout import Files, find_coco
 from common.coco.report import turned_images
@@ -36,6 +37,7 @@ from common.npu.run import Run, RunState
 from common.npu.weights import named_classes
 from ssd_resnet34.augment import augment
 from ssd_resnet34.config import RECIPES, Recipe
+from ssd_resnet34.coverage import MATCHING
 from ssd_resnet34.data import (
     TURNS_IF_BOTH_FIT,
     build_loader,
@@ -63,7 +65,12 @@ def main(argv: list[str] | None = None) -> int | None:
     val_files = find_coco(args.data, "val", args.val_annotations, args.val_images)
     if args.check_data:
         return check_data(
-            [train_files], [val_files], untrained_boxes, TURNS_IF_BOTH_FIT, args.output_dir
+            [train_files],
+            [val_files],
+            untrained_boxes,
+            TURNS_IF_BOTH_FIT,
+            args.output_dir,
+            Presets(args.recipe, recipe, RECIPES, MATCHING),
         )
 
     # All that the run needs is read and built first. A former run's folder is moved only after

@@ -324,10 +324,15 @@ def test_check_data_counts(model, tmp_path, capsys):
     save(tmp_path / "data/train2017/1.jpg", orientation=6)
     data = write(tmp_path / "data", *entries(2))
     program = module(model, "train")
-    assert not program.main([*SMALL[model], f"--data={data}", "--check_data"])
+    command = [*SMALL[model], f"--data={data}", f"--output_dir={tmp_path}/run", "--check_data"]
+    assert not program.main(command)
     printed = capsys.readouterr().out
     assert "1 of 2 images were turned by their EXIF orientation" in printed
     assert "2 of 2 boxes are trained on" in printed
+    assert "boxes an image: 1 to 1, median 1" in printed
+    *_, last = printed.splitlines()
+    assert last.startswith("advice: ")
+    assert (tmp_path / "run_check_data.png").is_file()
 
 
 # ---- classes

@@ -1,4 +1,8 @@
-"""`--check_data`: every rule of an annotation file (index.py), and every image decoded."""
+"""`--check_data`: every rule of an annotation file (index.py), and every image decoded.
+
+What the training set holds is counted (counts.py), and the boxes that the chosen preset sees
+(coverage.py); lines and a picture (data_picture.py) say it.
+"""
 
 import os
 from collections.abc import Callable, Sequence
@@ -8,6 +12,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from common.coco.counts import TrainingBoxes, count_lines, join_boxes, training_boxes
+from common.coco.coverage import Presets, report_coverage
+from common.coco.data_picture import draw_data
 from common.coco.images import ImageReader, turned_images_line
 from common.coco.index import (
     CocoIndex,
@@ -35,13 +42,17 @@ def check_data(
     untrained_boxes: Callable[[CocoIndex], dict[str, np.ndarray]],
     turns_if_both_fit: bool,
     output_dir: Path,
+    presets: Presets,
 ) -> int:
     """Check annotation files and their image folders, and print what is wrong with each.
 
+    After that print what the training set holds and what of it `presets` see, and draw it, unless
+    there are errors in it.
+
     The classes of the first file are the ones that all may have. `untrained_boxes` gives, by
     reason, the boxes (A,) of an index that are not trained on. Findings that the terminal does not
-    show are written to a file beside `output_dir`. Return the exit status: 1 where there are
-    errors.
+    show are written to a file beside `output_dir`, and so is the picture. Return the exit status: 1
+    where there are errors.
     """
     folder = output_dir.absolute()
     report_file = folder.with_name(f"{folder.name}_check_data.txt")
@@ -49,6 +60,7 @@ def check_data(
     class_names = None
     whole_report = []
     is_shortened = False
+    trained = []
     for files in [*training, *validation]:
         index = read_annotations(files.annotation_file, files.image_dir, class_names, examples=None)
         if class_names is None:
@@ -78,16 +90,39 @@ def check_data(
             status = 1
         elif files in training:
             usable = index.without_unusable()
+            untrained = untrained_boxes(usable)
             try:
-                print(f"  {trained_boxes_line(usable, untrained_boxes(usable))}")
+                print(f"  {trained_boxes_line(usable, untrained)}")
             except UserError as error:
                 print(f"  error: {error}")
                 status = 1
+            else:
+                trained.append(training_boxes(usable, untrained, class_names))
     if is_shortened:
         text = "\n".join(whole_report) + "\n"
         write_atomically(report_file, encoded(text))
         print(f"all of them: {report_file}")
+    if len(trained) == len(training):
+        look_at_boxes(join_boxes(trained), presets, output_dir)
+    else:
+        print("the boxes are counted once the training set has no error")
     return status
+
+
+def look_at_boxes(boxes: TrainingBoxes, presets: Presets, output_dir: Path) -> None:
+    """Print what a training set holds and what of it is seen; draw it beside `output_dir`."""
+    folder = output_dir.absolute()
+    picture_file = folder.with_name(f"{folder.name}_check_data.png")
+    report = report_coverage(boxes, presets)
+    print("training set:")
+    for line in count_lines(boxes):
+        print(f"  {line}")
+    *table, advice = report.lines
+    for line in table:
+        print(f"  {line}")
+    draw_data(picture_file, boxes, report.chosen)
+    print(f"  picture: {picture_file}")
+    print(advice)
 
 
 def _bad_image_files(reader: ImageReader) -> list[str]:

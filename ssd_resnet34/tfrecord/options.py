@@ -56,7 +56,12 @@ def parse(argv: list[str] | None, description: str) -> Namespace:
     flags.add(group, "--log-interval", 100, "steps between log lines")
     flags.add(group, "--save-interval", 5000, "steps between checkpoints")
     flags.add(group, "--keep --keep-checkpoint-max", 32, "checkpoints to keep")
-    flags.add(group, "--check-data", False, "only read every record and image, then stop")
+    flags.add(
+        group,
+        "--check-data",
+        False,
+        "only read every record and image, say which boxes the network sees, then stop",
+    )
     flags.add(group, "--eval-samples", 5000, "accepted, without effect: every record is evaluated")
     flags.add(
         group,

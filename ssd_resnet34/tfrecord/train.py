@@ -22,6 +22,7 @@ from dataclasses import replace
 from torch import nn
 
 from common import flags
+from common.coco.coverage import Presets
 from common.errors import UserError
 from common.fps.network_size import size_line
 from common.fps.progress import Progress
@@ -34,6 +35,7 @@ from ssd_resnet34.tfrecord.augment import augment
 from ssd_resnet34.tfrecord.categories import find_categories, require_known_categories
 from ssd_resnet34.tfrecord.check import check_data
 from ssd_resnet34.tfrecord.config import RECIPES, Recipe
+from ssd_resnet34.tfrecord.coverage import MATCHING
 from ssd_resnet34.tfrecord.data import build_loader, trained_records_line, training_records
 from ssd_resnet34.tfrecord.evaluate import detect_all, evaluate_and_save, validation_records
 from ssd_resnet34.tfrecord.index import RecordIndex, read_index
@@ -65,6 +67,8 @@ def main(argv: list[str] | None = None) -> int | None:
             args.validation_file_pattern,
             args.val_json_file,
             category_ids,
+            args.output_dir,
+            Presets(args.recipe, recipe, RECIPES, MATCHING),
         )
     if args.mode == "eval":
         raise UserError(

@@ -2,10 +2,12 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from common.coco.check import check_data
+from common.coco.coverage import Matching, Presets
 from common.coco.index import read_annotations, read_index
 from common.coco.layout import Files
 from common.errors import UserError
@@ -212,19 +214,37 @@ def test_polygons_do_not_matter(tmp_path):
     assert index.table.crowd.tolist() == [*[False] * 5, True]
 
 
-def check(training, *validation, folder=Path(), untrained=lambda index: {}):
+# A model that sees every box.
+ALL_SEEN = Matching(
+    kind="anchors",
+    fields=(),
+    input_size=lambda recipe: "any",
+    boxes_in_input=lambda boxes, image_sizes, recipe: boxes,
+    seen_boxes=lambda boxes, recipe: np.ones(len(boxes), dtype=bool),
+    seen="it is there",
+    unseen="none",
+)
+
+
+def check(training, *validation, folder, untrained=lambda index: {}):
     """Check a training set and others, each an annotation file and an image folder."""
     named = [Files(*pair, "as named") for pair in (training, *validation)]
-    return check_data(
-        named[:1], named[1:], untrained, turns_if_both_fit=True, output_dir=folder / "output"
-    )
+    presets = Presets("all", None, {}, ALL_SEEN)
+    output_dir = folder / "output"
+    return check_data(named[:1], named[1:], untrained, True, output_dir, presets)
 
 
-def test_real_data_are_clean(capsys):
+def found(capsys):
+    """The lines printed before the boxes are counted."""
+    lines = capsys.readouterr().out.splitlines()
+    counted = [number for number, line in enumerate(lines) if line == "training set:"]
+    return lines[: counted[0]] if counted else lines
+
+
+def test_real_data_are_clean(tmp_path, capsys):
     files = str(TINY / "annotations/instances_val2017.json"), str(TINY / "val2017")
-    assert check(files) == 0
-    printed = capsys.readouterr().out.splitlines()
-    assert printed == [
+    assert check(files, folder=tmp_path) == 0
+    assert found(capsys) == [
         f"{Files(*files, 'as named')}: 0 errors, 0 notes",
         "  382 of 382 boxes are trained on",
     ]
@@ -259,7 +279,13 @@ def test_check_data_lists_everything(tmp_path, capsys):
     ]
     # How many bytes are left depends on the noise.
     printed = re.sub(r"\d+ bytes not processed", "0 bytes not processed", capsys.readouterr().out)
-    assert printed.splitlines() == [*lines, *lines, f"all of them: {report_file}"]
+    assert printed.splitlines() == [
+        *lines,
+        *lines,
+        f"all of them: {report_file}",
+        "the boxes are counted once the training set has no error",
+    ]
+    assert not (tmp_path / "output_check_data.png").exists()
     report = report_file.read_text()
     assert report.count(headline) == 2
     assert report.count(f"box that is not 4 finite numbers: 30 ({'; '.join(broken)})") == 2
@@ -273,13 +299,15 @@ def test_turned_images_and_trained_boxes_are_counted(tmp_path, capsys):
     Image.new("RGB", (IMAGE["height"], IMAGE["width"])).save(folder / "1.jpg", exif=exif)
     path = write(tmp_path, [BOX, {**BOX, "id": 2, "iscrowd": 1}], [{**IMAGE, "file_name": "1.jpg"}])
     files = path, str(folder)
-    assert check(files, untrained=lambda index: {"iscrowd": index.table.crowd}) == 0
-    assert capsys.readouterr().out.splitlines() == [
+    crowds = lambda index: {"iscrowd": index.table.crowd}  # noqa: E731
+    assert check(files, folder=tmp_path, untrained=crowds) == 0
+    assert found(capsys) == [
         f"{Files(path, folder, 'as named')}: 0 errors, 0 notes",
         "  1 of 1 images were turned by their EXIF orientation, as their annotated sizes ask",
         "  1 of 2 boxes are trained on; left out: 1 iscrowd",
     ]
-    assert check(files, untrained=lambda index: {"any": index.table.id > 0}) == 1
+    everything = lambda index: {"any": index.table.id > 0}  # noqa: E731
+    assert check(files, folder=tmp_path, untrained=everything) == 1
     assert "  error: " in capsys.readouterr().out
 
 
@@ -294,7 +322,7 @@ def test_check_data_compares_the_classes(tmp_path, capsys):
         used = {**BOX, "category_id": categories[-1]["id"]}
         paths.append(write(tmp_path / str(number), [used], images, categories))
     folder = str(tmp_path / "images")
-    assert check((paths[1], folder), (paths[0], folder)) == 0
-    assert check((paths[0], folder), (paths[1], folder)) == 1
+    assert check((paths[1], folder), (paths[0], folder), folder=tmp_path) == 0
+    assert check((paths[0], folder), (paths[1], folder), folder=tmp_path) == 1
     printed = capsys.readouterr().out
     assert "error: category not among the 1 classes trained on: 1 ('cat')" in printed

@@ -89,7 +89,7 @@ def test_a_wrong_flag_is_one_line_and_starts_nothing(started, capsys, words, lin
 
 
 def test_data_is_checked_once(started, capsys, tmp_path):
-    where = [f"--data={ROOT}/tests/data/tiny_coco", f"--output_dir={tmp_path}"]
+    where = [f"--data={ROOT}/tests/data/tiny_coco", f"--output_dir={tmp_path}/run"]
     assert not launch.main([*RANKS, TRAIN, "--check_data", *where])
     assert capsys.readouterr().out.count("instances_train2017.json, images in") == 1
     assert started == []

@@ -14,13 +14,13 @@ from common.errors import UserError
 from common.npu import checkpoint
 from ssd_resnet34.tfrecord import evaluate, train
 from ssd_resnet34.tfrecord.categories import find_categories, require_known_categories
-from ssd_resnet34.tfrecord.check import check_data
 from ssd_resnet34.tfrecord.coco_to_tfrecord import convert
 from ssd_resnet34.tfrecord.config import COCO_CATEGORY_IDS
 from ssd_resnet34.tfrecord.data import build_loader
 from ssd_resnet34.tfrecord.example import encode
 from ssd_resnet34.tfrecord.index import names_of_categories, read_index
 from ssd_resnet34.tfrecord.records import RecordWriter
+from tests.ssd_resnet34_tfrecord.checks import check
 from tests.ssd_resnet34_tfrecord.test_example import GOOD
 
 FLAG = "--training_file_pattern"
@@ -170,18 +170,18 @@ def test_check_data_takes_own_ids(tmp_path, capsys):
     annotation_file(tmp_path / "own.json")
     convert(tmp_path, tmp_path / "own.json", tmp_path / "records/own", num_shards=1)
     pattern = f"{tmp_path}/records/own*"
-    assert check_data(pattern, "", "", category_ids=None) == 0
+    assert check(tmp_path, pattern, "", "", category_ids=None) == 0
     printed = capsys.readouterr().out
     assert "2 classes, from the records: 2 buoy, 40 boat" in printed
     assert "2 of 2 boxes are trained on" in printed
-    assert check_data(pattern, "", "", category_ids=(2,)) == 1
+    assert check(tmp_path, pattern, "", "", category_ids=(2,)) == 1
     assert "category 40 is none of the recipe's; give the ids" in capsys.readouterr().err
 
 
 def test_records_without_a_box_are_nothing_to_train_on(tmp_path, capsys):
     with RecordWriter(tmp_path / "records") as writer:
         writer.write(encode({"image/encoded": (bytes, [picture()])}))
-    assert check_data(f"{tmp_path}/records", "", "", category_ids=None) == 1
+    assert check(tmp_path, f"{tmp_path}/records", "", "", category_ids=None) == 1
     printed = capsys.readouterr()
     assert "0 of 0 boxes are trained on" in printed.err
     assert "1 errors" in printed.out
@@ -254,7 +254,7 @@ def test_where_a_record_says_no_size_the_image_is_measured(tmp_path, recipe, cap
     complaint = "its image is 60 x 40 pixels, 61 x 40 in the annotation file; give the file that"
     with pytest.raises(UserError, match=complaint):
         next(iter(build_loader(recipe, wrong, training=False)))
-    assert check_data("", f"{tmp_path}/records", file, category_ids=None) == 1
+    assert check(tmp_path, "", f"{tmp_path}/records", file, category_ids=None) == 1
     assert complaint in capsys.readouterr().err
 
 
@@ -276,7 +276,7 @@ def test_what_is_noticed_in_a_val_file_is_said(own_set, tmp_path, capsys):
     capsys.readouterr()
     evaluate.main(flags)
     assert f"{file}: {zero_size}" in "".join(capsys.readouterr())
-    assert check_data(pattern, pattern, file, category_ids=None) == 0
+    assert check(tmp_path, pattern, pattern, file, category_ids=None) == 0
     assert f"{file}: {zero_size}" in capsys.readouterr().out
 
 
@@ -314,7 +314,7 @@ def test_the_check_shows_all_of_a_broken_val_file(own_set, tmp_path, capsys):
     flags = [f"{FLAG}={pattern}", f"--model_dir={tmp_path}/run", "--device=cpu", "--mode=train"]
     with pytest.raises(UserError, match=r"train\.py --check_data lists them in full$"):
         train.main([*flags, f"--val_json_file={file}", "--recipe=small", "--num_workers=0"])
-    assert check_data(pattern, "", file, category_ids=None) == 1
+    assert check(tmp_path, pattern, "", file, category_ids=None) == 1
     printed = capsys.readouterr().out
     assert printed.count("image 1 annotation ") == 7
     assert "7 errors" in printed

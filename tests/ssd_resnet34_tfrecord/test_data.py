@@ -15,7 +15,6 @@ from common.coco.images import decode_image
 from common.errors import UserError
 from common.npu.distributed import Ranks
 from ssd_resnet34.tfrecord.augment import augment, jitter_colours
-from ssd_resnet34.tfrecord.check import check_data
 from ssd_resnet34.tfrecord.config import COCO_CATEGORY_IDS
 from ssd_resnet34.tfrecord.data import (
     Batch,
@@ -35,6 +34,7 @@ from ssd_resnet34.tfrecord.example import encode
 from ssd_resnet34.tfrecord.index import read_index
 from ssd_resnet34.tfrecord.records import RecordWriter
 from tests.golden.fill import probe
+from tests.ssd_resnet34_tfrecord.checks import check
 from tests.ssd_resnet34_tfrecord.test_example import GOOD
 from tests.ssd_resnet34_tfrecord.test_golden import YXYX, check_probe
 
@@ -210,7 +210,7 @@ def test_a_record_that_says_another_size_is_named(tmp_path, recipe, capsys):
         TrainingSet(records, recipe, seed=0)[0, 0, 0]
     with pytest.raises(UserError, match=complaint):
         next(iter(build_loader(recipe, records, training=False)))
-    assert check_data(str(tmp_path / "records"), "", "", COCO_CATEGORY_IDS) == 1
+    assert check(tmp_path, str(tmp_path / "records"), "", "", COCO_CATEGORY_IDS) == 1
     printed = capsys.readouterr()
     assert re.search(complaint, printed.err)
     assert "1 errors" in printed.out
