@@ -227,7 +227,12 @@ def export_graph(
         raise UserError(
             f"--opset {opset}: height and width are free from {LOWEST_CONVERTED_OPSET} on"
         )
-    if opset < LOWEST_CONVERTED_OPSET or (is_old_torch() and not free_axes):
+    if free_axes and is_old_torch():
+        raise UserError(
+            f"torch {torch.__version__} cannot export a network of free height and width",
+            "give a fixed size, or use torch 2.8 or a later one",
+        )
+    if opset < LOWEST_CONVERTED_OPSET or is_old_torch():
         graph = trace(network, example, input_name, output_names, opset, batch)
     else:
         axes = dict(free_axes or {})
