@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from common.arithmetic import ceil_div
 from common.files import write_atomically
@@ -17,6 +17,10 @@ GAP = 18
 TITLE_HEIGHT = 20
 TITLE_FONT_SIZE = 14
 PAIRS_ABREAST = 2
+
+# A box with a smaller side has a thin outline and a tag in small letters, so that it stays visible.
+SMALL_BOX = 1 / 8  # of the shorter side of the picture
+TAG_OPACITY = 200  # of 255: what lies under a tag can be seen through it
 
 MIN_SCORE = 0.3
 GT_TITLE = "ground truth"
@@ -38,30 +42,118 @@ def draw_boxes(image_uint8_hwc, boxes_xyxy, labels, class_names, scores=None) ->
     """Return a copy of the image (H, W, 3) with boxes (n, 4) in pixels and labels (n,) drawn in it.
 
     Boxes are cut at the border, and boxes outside of it are left out. With scores (n,), those are
-    written beside the class names and the best boxes lie on top.
+    written beside the class names and the best boxes lie on top. A tag stands outside its box where
+    the picture has room, and where it covers the least of other boxes and tags.
     """
     picture = Image.fromarray(image_uint8_hwc)
-    draw = ImageDraw.Draw(picture)
-    line_width = max(2, round(min(picture.size) / 200))
-    font = ImageFont.load_default(max(11, round(min(picture.size) / 30)))
     last_column = picture.width - 1
     last_row = picture.height - 1
     boxes = np.asarray(boxes_xyxy, np.float64).reshape(-1, 4)
     boxes = boxes.clip(0, (last_column, last_row, last_column, last_row))
-    boxes = boxes.round().astype(int).tolist()
+    boxes = boxes.round().astype(int)
     labels = np.asarray(labels).tolist()
-    tags = [class_names[label] for label in labels]
-    order = range(len(labels))
+    names = [class_names[label] for label in labels]
+    from_best = np.arange(len(labels))
     if scores is not None:
-        tags = [f"{tag} {score:.2f}" for tag, score in zip(tags, scores, strict=True)]
-        order = np.argsort(np.asarray(scores), kind="stable")
-    for i in order:
-        left, top, right, bottom = boxes[i]
-        if right > left and bottom > top:
-            colour = _class_colour(labels[i])
-            draw.rectangle(boxes[i], outline=colour, width=line_width)
-            _draw_tag(picture, tags[i], left, top, colour, font)
+        names = [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)]
+        from_best = np.argsort(-np.asarray(scores), kind="stable")
+    else:
+        from_best = from_best[::-1]  # the last one lies on top
+    is_inside = (boxes[:, :2] < boxes[:, 2:]).all(axis=1)
+    from_best = [i for i in from_best.tolist() if is_inside[i]]
+
+    style = _Style.of(picture)
+    tags = {}
+    for i in from_best:
+        taken = [boxes[other] for other in from_best if other != i]
+        taken += [tag.box for tag in tags.values()]
+        is_small = (boxes[i, 2:] - boxes[i, :2]).min() < style.small_side
+        font = style.small_font if is_small else style.font
+        tags[i] = _place_tag(picture, names[i], font, boxes[i], np.array(taken).reshape(-1, 4))
+    draw = ImageDraw.Draw(picture, "RGBA")  # in which colours may be half transparent
+    for i in reversed(from_best):
+        is_small = (boxes[i, 2:] - boxes[i, :2]).min() < style.small_side
+        width = 1 if is_small else style.line_width
+        draw.rectangle(boxes[i].tolist(), outline=_class_colour(labels[i]), width=width)
+    for i in reversed(from_best):
+        tag = tags[i]
+        colour = ImageColor.getrgb(_class_colour(labels[i]))
+        left, top = tag.box[:2]
+        draw.rectangle(tag.box, fill=(*colour, TAG_OPACITY))
+        draw.text((left + 2, top + 1), tag.text, fill="black", font=tag.font)
     return picture
+
+
+class _Style(NamedTuple):
+    """How large lines and letters are in a picture."""
+
+    line_width: int
+    small_side: float  # boxes with a smaller side have thin lines and small letters
+    font: ImageFont.ImageFont
+    small_font: ImageFont.ImageFont
+
+    @staticmethod
+    def of(picture: Image.Image) -> "_Style":
+        shorter_side = min(picture.size)
+        font_size = max(11, round(shorter_side / 30))
+        return _Style(
+            line_width=max(2, round(shorter_side / 200)),
+            small_side=shorter_side * SMALL_BOX,
+            font=ImageFont.load_default(font_size),
+            small_font=ImageFont.load_default(max(9, round(font_size * 0.7))),
+        )
+
+
+class _Tag(NamedTuple):
+    """A text and the rectangle (left, top, right, bottom) that it fills, in pixels."""
+
+    text: str
+    font: ImageFont.ImageFont
+    box: tuple[int, int, int, int]
+
+
+def _place_tag(
+    picture: Image.Image,
+    text: str,
+    font: ImageFont.ImageFont,
+    box: np.ndarray,
+    taken: np.ndarray,
+) -> _Tag:
+    """Return the tag of a box (4,), where it covers the least of the boxes `taken` (m, 4).
+
+    The places are above, below, at the right and at the left of the box. It lies in the box only
+    where none of them has room in the picture.
+    """
+    draw = ImageDraw.Draw(picture)
+    width, height = draw.textbbox((4, 3), text, font=font)[2:]  # with a margin
+    width = int(width)
+    height = int(height)
+    left, top, right, bottom = box.tolist()
+    start = max(0, min(left, picture.width - 1 - width))  # of a tag above or below
+    corners = [(start, top - height - 1), (start, bottom + 1), (right + 1, top)]
+    corners += [(left - width - 1, top)]
+    best = None
+    least = np.inf
+    for x, y in corners:
+        end_x = x + width
+        end_y = y + height
+        if x < 0 or y < 0 or end_x >= picture.width or end_y >= picture.height:
+            continue
+        covered = _covered_share((x, y, end_x, end_y), taken)
+        if covered < least:
+            least = covered
+            best = (x, y)
+    x, y = best or (start, top)
+    return _Tag(text, font, (x, y, x + width, y + height))
+
+
+def _covered_share(box: tuple[int, int, int, int], others: np.ndarray) -> float:
+    """Return how much a box covers of others (m, 4): the sum of the covered shares of each."""
+    top_left = np.maximum(others[:, :2], box[:2])
+    bottom_right = np.minimum(others[:, 2:], box[2:])
+    overlap = (bottom_right - top_left).clip(0).prod(axis=1)
+    areas = (others[:, 2:] - others[:, :2]).prod(axis=1)
+    return float((overlap / areas).sum())
 
 
 def _class_colour(label: int) -> str:
@@ -72,19 +164,6 @@ def _class_colour(label: int) -> str:
     hue = label * 222.5 % 360
     lightness = 60 + label % 2 * 12
     return f"hsl({hue}, 95%, {lightness}%)"
-
-
-def _draw_tag(
-    picture: Image.Image, text: str, left: int, top: int, colour: str, font: ImageFont.ImageFont
-) -> None:
-    """Draw a tag that stands on its box, or lies in it where it would leave the picture."""
-    draw = ImageDraw.Draw(picture)
-    width, height = draw.textbbox((4, 3), text, font=font)[2:]  # with a margin
-    left = max(0, min(left, picture.width - width))
-    if top >= height:
-        top -= height
-    draw.rectangle((left, top, left + width, top + height), fill=colour)
-    draw.text((left + 2, top + 1), text, fill="black", font=font)
 
 
 def draw_sheet(path: Path, examples: Sequence[Example], class_names: Sequence[str]) -> None:

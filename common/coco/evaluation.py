@@ -100,11 +100,11 @@ class Evaluation:
     precision: np.ndarray  # (10 IoU thresholds, 101 recalls, classes) for all areas
 
     def mmdet(self) -> dict[str, float | str]:
-        """Return the keys of MMDetection's log, rounded to 3 decimals."""
+        """Return the keys of MMDetection's log: 4 decimals, and 3 in the text to copy, as there."""
         entries = {}
         for stat, name in MMDET_NAMES.items():
-            entries[name] = round(self.stats[stat], 3)
-        copypaste = " ".join(f"{value:.3f}" for value in entries.values())
+            entries[name] = round(self.stats[stat], 4)
+        copypaste = " ".join(f"{self.stats[stat]:.3f}" for stat in MMDET_NAMES)
         return {**entries, "bbox_mAP_copypaste": copypaste}
 
 
@@ -385,8 +385,10 @@ def draw_pr_curves(path: Path, evaluation: Evaluation) -> None:
     axes = figure.subplots()
     for stat, curve in curves.items():
         axes.plot(RECALLS, curve, label=f"{stat} {evaluation.stats[stat]:.3f}")
-    axes.set(xlabel="recall", ylabel="precision", title=f"mean of {num_present} classes")
-    axes.legend(loc="lower left")
+    # The same axes for every run, so that pictures compare.
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1))
+    axes.set_title(f"mean of {num_present} classes")
+    figure.legend(loc="outside lower center", ncols=len(curves))
     axes.grid(alpha=0.3)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)

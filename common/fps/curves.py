@@ -7,14 +7,18 @@ from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from common.files import write_atomically
 from common.fps.calc_fps import read_json_log
 
-WIDTH = 9.0  # of the picture, in inches
+WIDTH = 10.0  # of the picture, in inches
 PANEL_HEIGHT = 2.2
-MARGIN = 0.6
+MARGIN = 0.8
 DOTS_PER_INCH = 110
+# Up to so many points a curve has a dot for each, which is all there is to see of a single one.
+MOST_DOTS = 60
+ROUND_STEPS = (1, 2, 5, 10)  # between two ticks, times a power of ten
 
 
 class Panel(NamedTuple):
@@ -25,12 +29,14 @@ class Panel(NamedTuple):
     keys: list[str]  # what is drawn of each
     scale: str = "linear"
     from_zero: bool = False
+    dots: bool = False  # a dot for each point, however many there are
 
 
 def draw_curves(log_json_paths: Sequence[str | Path], out_png: str | Path) -> None:
     """Draw losses, learning rate, FPS and (where evaluated) AP over the steps of the run.
 
-    The logs of a resumed run are joined; of entries for the same step the last one counts.
+    The logs of a resumed run are joined; of entries for the same step the last one counts. Epochs
+    are at the upper edge, where the run has begun a second one or was evaluated.
     """
     panels = read_panels(log_json_paths)
     height = MARGIN + PANEL_HEIGHT * len(panels)
@@ -39,6 +45,11 @@ def draw_curves(log_json_paths: Sequence[str | Path], out_png: str | Path) -> No
     for ax, panel in zip(axes, panels, strict=True):
         draw_panel(ax, panel)
     axes[-1].set_xlabel("iteration")
+    axes[-1].set_xlim(left=0)
+    axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=10, steps=ROUND_STEPS, integer=True))
+    steps_per_epoch = find_steps_per_epoch(panels)
+    if steps_per_epoch is not None:
+        draw_epochs(axes[0], steps_per_epoch)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     write_atomically(out_png, picture.getvalue())
@@ -61,7 +72,7 @@ def read_panels(log_json_paths: Sequence[str | Path]) -> list[Panel]:
     ]
     if val:
         scores = ["bbox_mAP", "bbox_mAP_50", "bbox_mAP_75"]
-        panels.append(Panel("COCO AP", val, scores, from_zero=True))
+        panels.append(Panel("COCO AP", val, scores, from_zero=True, dots=True))
     return panels
 
 
@@ -79,14 +90,45 @@ def loss_terms(train: dict[int, dict]) -> list[str]:
     return sorted(names)
 
 
+def find_steps_per_epoch(panels: list[Panel]) -> int | None:
+    """Return the steps of an epoch, None where the logs do not tell: within the first epoch."""
+    for panel in panels:
+        for step, entry in panel.entries.items():
+            if entry["mode"] == "val":  # its "iter" is the length of the epoch
+                return entry["iter"]
+            if entry["epoch"] > 1:
+                return (step - entry["iter"]) // (entry["epoch"] - 1)
+    return None
+
+
 def draw_panel(ax: Axes, panel: Panel) -> None:
-    """Draw a curve for each key of a panel."""
+    """Draw a curve for each key of a panel, with the legend beside the axes: it hides no point."""
     steps = sorted(panel.entries)
+    marker = ""
+    if panel.dots or len(steps) <= MOST_DOTS:
+        marker = "o"
+    largest = 0.0
     for key in panel.keys:
         values = [panel.entries[step][key] for step in steps]
-        ax.plot(steps, values, ".-", markersize=3, label=key)
+        largest = max([largest, *values])
+        ax.plot(steps, values, marker=marker, markersize=4, label=key)
     ax.set(ylabel=panel.title, yscale=panel.scale)
+    if panel.scale == "log":
+        # Also within a decade, which a short run does not leave.
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_locator(NullLocator())
     ax.grid(alpha=0.3)
-    ax.legend(fontsize="small", ncols=4)
+    ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
     if panel.from_zero:
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.1 * largest if largest > 0 else 1)
+
+
+def draw_epochs(ax: Axes, steps_per_epoch: int) -> None:
+    """Draw an axis of epochs at the upper edge."""
+    epochs = ax.secondary_xaxis(
+        "top",
+        functions=(lambda step: step / steps_per_epoch, lambda epoch: epoch * steps_per_epoch),
+    )
+    epochs.set_xlabel("epoch")
+    epochs.xaxis.set_major_locator(MaxNLocator(nbins=10, steps=ROUND_STEPS))

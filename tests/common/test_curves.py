@@ -57,6 +57,59 @@ def test_a_run_is_drawn_whole(tmp_path, figure):
     assert {a.get_xlim() for a in (losses, rate, fps)} == {ap.get_xlim()}
 
 
+def test_no_legend_hides_a_point(tmp_path, figure):
+    log = write_log(tmp_path / "a.log.json", range(10, 401, 10), val_epochs=[1, 2])
+    draw_curves([log], tmp_path / "curves.png")
+    figure[0].canvas.draw()
+    for ax in figure[0].axes:
+        legend = ax.get_legend().get_window_extent()
+        assert legend.x0 > ax.get_window_extent().x1
+
+
+def test_curves_from_zero_leave_their_largest_point_inside(tmp_path, figure):
+    log = write_log(tmp_path / "a.log.json", range(10, 401, 10), val_epochs=[1, 2])
+    draw_curves([log], tmp_path / "curves.png")
+    _, _, fps, ap = figure[0].axes
+    for ax in (fps, ap):
+        largest = max(max(line.get_ydata()) for line in ax.lines)
+        low, high = ax.get_ylim()
+        assert low == 0 < largest < high
+
+
+def test_a_single_point_and_evaluations_have_dots(tmp_path, figure):
+    draw_curves([write_log(tmp_path / "1.log.json", [50])], tmp_path / "curves.png")
+    assert figure[0].axes[0].lines[0].get_marker() == "o"
+    log = write_log(tmp_path / "2.log.json", range(10, 1001, 10), val_epochs=[1, 2])
+    draw_curves([log], tmp_path / "curves.png")
+    losses, _, _, ap = figure[1].axes
+    assert losses.lines[0].get_marker() == ""
+    assert ap.lines[0].get_marker() == "o"
+
+
+def test_epochs_are_at_the_upper_edge(tmp_path, figure):
+    log = write_log(tmp_path / "a.log.json", range(10, 1001, 10), val_epochs=[1, 2])
+    draw_curves([log], tmp_path / "curves.png")
+    (epochs,) = figure[0].axes[0].child_axes
+    assert epochs.get_xlabel() == "epoch"
+    steps = np.array(figure[0].axes[0].get_xlim())
+    np.testing.assert_allclose(epochs.get_xlim(), steps / 200)
+    # Within the first epoch nothing tells how long it is.
+    draw_curves([write_log(tmp_path / "b.log.json", [10, 20])], tmp_path / "curves.png")
+    assert not figure[1].axes[0].child_axes
+
+
+def test_the_length_of_an_epoch_is_in_the_lines_of_the_second(tmp_path, figure):
+    line = {"mode": "train", "lr": 0.1, "loss": 1.0, "fps": 5.0}
+    entries = [{**line, "epoch": 1, "iter": 90, "step": 90}]
+    entries.append({**line, "epoch": 3, "iter": 20, "step": 220})
+    log = tmp_path / "a.log.json"
+    log.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    draw_curves([log], tmp_path / "curves.png")
+    (epochs,) = figure[0].axes[0].child_axes
+    steps = np.array(figure[0].axes[0].get_xlim())
+    np.testing.assert_allclose(epochs.get_xlim(), steps / 100)
+
+
 def test_an_evaluation_stands_at_its_step(tmp_path, figure):
     log = write_log(tmp_path / "a.log.json", range(10, 151, 10))
     scores = {"bbox_mAP": 0.1, "bbox_mAP_50": 0.2, "bbox_mAP_75": 0.1}

@@ -47,7 +47,41 @@ def test_the_best_lie_on_top():
     boxes = np.array([[50, 40, 150, 100], [50, 40, 150, 100.0]])
     best = drawn(boxes[:1], [3], NAMES)[1]
     both = drawn(boxes, [3, 1], NAMES, np.array([0.9, 0.8]))[1]
-    np.testing.assert_array_equal(both[42:, 50:], best[42:, 50:])
+    on_box = (slice(40, 101), slice(50, 151))
+    np.testing.assert_array_equal(both[on_box], best[on_box])
+
+
+@pytest.mark.parametrize(
+    "box", [[90, 60, 98, 66], [2, 2, 9, 9], [190, 110, 199, 118], [0, 60, 6, 66], [90, 0, 97, 5]]
+)
+def test_the_tag_of_a_small_box_leaves_it_visible(box):
+    changed, _ = drawn(np.array([box], np.float32), [0], NAMES)
+    left, top, right, bottom = box
+    assert not changed[top + 1 : bottom, left + 1 : right].any()
+    tag = changed.copy()
+    tag[top : bottom + 1, left : right + 1] = False
+    assert tag.any()
+
+
+def test_a_tag_avoids_other_boxes():
+    """The place above the large box has a small one; the tag goes below."""
+    boxes = np.array([[60, 30, 140, 90], [60, 18, 70, 26.0]])
+    changed, _ = drawn(boxes, [0, 1], NAMES)
+    assert not changed[19:26, 61:70].any()
+    assert changed[92:, 60:80].any()
+
+
+def test_a_box_without_room_beside_it_has_its_tag_inside():
+    changed, _ = drawn(np.array([[0, 0, 199, 119.0]]), [0], NAMES)
+    assert changed[3:12, 3:20].any()
+
+
+def test_what_is_under_a_tag_shines_through():
+    stripes = GREY.copy()
+    stripes[:, ::2] = 0
+    picture = np.asarray(draw_boxes(stripes, np.array([[50, 60, 150, 100.0]]), [0], NAMES))
+    tag = picture[48:58, 51:70].astype(int)
+    assert np.abs(tag[:, 1:] - tag[:, :-1]).max(axis=2).mean() > 5
 
 
 def test_labels_and_scores_of_other_lengths_are_refused():

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -201,7 +202,7 @@ def test_mmdet_keys():
         *(f"bbox_mAP{suffix}" for suffix in ("", "_50", "_75", "_s", "_m", "_l")),
         "bbox_mAP_copypaste",
     ]
-    assert log["bbox_mAP_s"] == round(stats["APsmall"], 3)
+    assert log["bbox_mAP_s"] == round(stats["APsmall"], 4)
     assert log["bbox_mAP_copypaste"].split()[1] == f"{stats['AP50']:.3f}"
 
 
@@ -262,6 +263,18 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
         save_results(path, np.array([[1, 0, 0, 1, 1, np.nan, 1]]))
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_pr_curves_of_all_runs_have_the_same_axes(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **options: figures.append(self))
+    draw_pr_curves(tmp_path / "pr.png", evaluate(VAL, np.concatenate(detections(0))))
+    (figure,) = figures
+    (axes,) = figure.axes
+    assert axes.get_xlim() == axes.get_ylim() == (0, 1)
+    assert axes.get_legend() is None
+    (legend,) = figure.legends  # below the axes
+    assert [text.get_text().split()[0] for text in legend.get_texts()] == ["AP50", "AP75", "AP"]
 
 
 def test_pr_curves(tmp_path):

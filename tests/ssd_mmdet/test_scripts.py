@@ -123,7 +123,8 @@ def test_the_json_log_is_what_mmdetections_tools_read(trained):
     assert (xs, ys) == analyze_logs_of_3x(lines)
     for log in epochs.values():
         (score,) = log["bbox_mAP"]
-        assert log["bbox_mAP_copypaste"][0].split()[0] == f"{score:.3f}"
+        copied = float(log["bbox_mAP_copypaste"][0].split()[0])
+        assert copied == pytest.approx(score, abs=0.00055)  # 3 decimals of 4
     for log in train:
         assert log["loss"] == pytest.approx(log["loss_cls"] + log["loss_bbox"], abs=2e-5)
 
