@@ -103,6 +103,14 @@ FLAGS = (
         False,
         "only check annotations and images, say which boxes this preset sees, then stop",
     ),
+    Flag("run", "--look", 0, "only draw this many training samples as the network gets them"),
+    Flag("run", "--epoch", 1, "with --look: the epoch, from 1, whose first samples are drawn"),
+    Flag(
+        "run",
+        "--replay",
+        0,
+        "only draw the batch of this step, from 1, of the run in --output-dir again",
+    ),
     Flag("run", "--fake-input", False, "repeat the first batch: speed without the loader"),
     Flag("run", "--kind", "acc", "perf: no evaluation at the end", choices=("acc", "perf")),
     Flag(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 # Flags for which -1 has a meaning, and those of which there must be one at least; all other numbers
 # are at least 0.
 MAY_BE_MINUS_ONE = ("num_workers", "local_rank")
-AT_LEAST_ONE = ("batch_size", "eval_batch_size")
+AT_LEAST_ONE = ("batch_size", "eval_batch_size", "epoch")
 MAX_INTEGER = 2**63
 INDEXED_DEVICE = re.compile(r"(npu|cuda):(\d+)")
 
@@ -98,13 +98,14 @@ class Parser(argparse.ArgumentParser):
 
     `--batch_size` and `--batch-size` are the same flag, `--device npu:1` is
     `--device npu --device_id 1`, `--steps=3,5` is `--steps 3 5`, and `old_flags` work or are
-    answered.
+    answered. The parsed arguments have `command`, the words that start this process.
     """
 
     old_flags: tuple[OldFlag, ...] = ()
 
     def parse_args(self, argv=None, namespace=None):
         words = sys.argv[1:] if argv is None else list(argv)
+        command = (sys.executable, sys.argv[0], *words)
         words = [_with_dashes(word) for word in words]
         words = self._replace_old_flags(words)
         words = _split_device_index(words)
@@ -113,6 +114,7 @@ class Parser(argparse.ArgumentParser):
         if unknown_words:
             self.error(explain_unknown(unknown_words))
         self._check_ranges(args)
+        args.command = command
         return args
 
     def error(self, message: str):

@@ -30,6 +30,7 @@ from common.coco.trained import trained_boxes_line
 from common.errors import UserError
 from common.fps.network_size import size_line
 from common.fps.progress import Progress
+from common.fps.replay import Pipeline, draw_batches
 from common.npu import distributed, entry
 from common.npu.device import memory_format
 from common.npu.loading import repeat_first_batch, require_memory_for_batch
@@ -50,6 +51,7 @@ from fcos.data import (
     untrained_boxes,
 )
 from fcos.evaluate import detect_all, evaluate_and_save
+from fcos.look import samples_of_batch
 from fcos.loss import DetectionLoss
 from fcos.model import build_model, param_groups
 from fcos.old_flags import OLD_FLAGS
@@ -115,10 +117,15 @@ def main(argv: list[str] | None = None) -> int | None:
             "weights: random: nothing is frozen, batch norm trains; for --pretrained: "
             "bash download_weights.sh fcos"
         )
-    if run.ranks.main:
+    if run.ranks.main and not run.only_draws:
         run.log.info(size_line(model, *canvas))
     model.to(run.device, memory_format=memory_format(run.device))
     criterion = run.compiled(DetectionLoss(recipe, num_classes).to(run.device))
+    if run.only_draws:
+        pipeline = Pipeline(recipe, train_set, build_loader, augment, samples_of_batch, criterion)
+        steps_per_epoch = iterations_per_epoch(train_set, recipe, run.drawn_world_size)
+        draw_batches(run, pipeline, model, steps_per_epoch, recipe.epochs * steps_per_epoch)
+        return None
     augment_batch = run.compiled(augment)
     optimizer = build_sgd(
         param_groups(model, recipe),

@@ -32,6 +32,7 @@ from common.coco.trained import trained_boxes_line
 from common.errors import UserError
 from common.fps.network_size import size_line
 from common.fps.progress import Progress
+from common.fps.replay import Pipeline, draw_batches
 from common.npu import distributed, entry
 from common.npu.checkpoint import load as load_checkpoint
 from common.npu.device import memory_format
@@ -51,6 +52,7 @@ from m2det.data import (
     untrained_boxes,
 )
 from m2det.evaluate import detect_all, evaluate_and_save
+from m2det.look import samples_of_batch
 from m2det.loss import DetectionLoss
 from m2det.model import build_model
 from m2det.old_flags import OLD_FLAGS
@@ -113,10 +115,15 @@ def main(argv: list[str] | None = None) -> int | None:
         run.log.info(f"{checkpoint['path']}: {report}")
     if not weights and run.resumed is None:
         run.log.info("weights: random; for --pretrained: bash download_weights.sh m2det")
-    if run.ranks.main:
+    if run.ranks.main and not run.only_draws:
         run.log.info(size_line(model, recipe.image_size, recipe.image_size))
     model.to(run.device, memory_format=memory_format(run.device))
     criterion = run.compiled(DetectionLoss(recipe, num_classes).to(run.device))
+    if run.only_draws:
+        pipeline = Pipeline(recipe, train_set, build_loader, augment, samples_of_batch, criterion)
+        steps_per_epoch = iterations_per_epoch(train_set, recipe, run.drawn_world_size)
+        draw_batches(run, pipeline, model, steps_per_epoch, recipe.epochs * steps_per_epoch)
+        return None
     augment_batch = run.compiled(augment)
     optimizer = build_sgd(
         list(model.parameters()),

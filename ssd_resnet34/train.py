@@ -29,6 +29,7 @@ from common.coco.report import turned_images
 from common.coco.trained import trained_boxes_line
 from common.fps.network_size import size_line
 from common.fps.progress import Progress
+from common.fps.replay import Pipeline, draw_batches
 from common.npu import distributed, entry
 from common.npu.device import memory_format
 from common.npu.loading import repeat_first_batch, require_memory_for_batch
@@ -46,6 +47,7 @@ from ssd_resnet34.data import (
     untrained_boxes,
 )
 from ssd_resnet34.evaluate import detect_all, evaluate_and_save
+from ssd_resnet34.look import samples_of_batch
 from ssd_resnet34.loss import DetectionLoss
 from ssd_resnet34.model import build_model
 from ssd_resnet34.old_flags import OLD_FLAGS
@@ -100,10 +102,15 @@ def main(argv: list[str] | None = None) -> int | None:
         run.log.info(f"{checkpoint['path']}: {report}")
     if not weights and run.resumed is None:
         run.log.info("weights: random; for --pretrained: bash download_weights.sh ssd_resnet34")
-    if run.ranks.main:
+    if run.ranks.main and not run.only_draws:
         run.log.info(size_line(model, recipe.image_size, recipe.image_size))
     model.to(run.device, memory_format=memory_format(run.device))
     criterion = run.compiled(DetectionLoss(recipe, num_classes).to(run.device))
+    if run.only_draws:
+        pipeline = Pipeline(recipe, train_set, build_loader, augment, samples_of_batch, criterion)
+        steps_per_epoch = iterations_per_epoch(train_set, recipe, run.drawn_world_size)
+        draw_batches(run, pipeline, model, steps_per_epoch, recipe.epochs * steps_per_epoch)
+        return None
     augment_batch = run.compiled(augment)
     optimizer = build_sgd(
         list(model.parameters()),

@@ -43,7 +43,8 @@ def draw_boxes(image_uint8_hwc, boxes_xyxy, labels, class_names, scores=None) ->
 
     Boxes are cut at the border, and boxes outside of it are left out. With scores (n,), those are
     written beside the class names and the best boxes lie on top. A tag stands outside its box where
-    the picture has room, and where it covers the least of other boxes and tags.
+    the picture has room, and where it covers the least of other boxes and tags. An empty name has
+    no tag.
     """
     picture = Image.fromarray(image_uint8_hwc)
     last_column = picture.width - 1
@@ -65,6 +66,8 @@ def draw_boxes(image_uint8_hwc, boxes_xyxy, labels, class_names, scores=None) ->
     style = _Style.of(picture)
     tags = {}
     for i in from_best:
+        if not names[i]:
+            continue
         taken = [boxes[other] for other in from_best if other != i]
         taken += [tag.box for tag in tags.values()]
         is_small = (boxes[i, 2:] - boxes[i, :2]).min() < style.small_side
@@ -74,10 +77,10 @@ def draw_boxes(image_uint8_hwc, boxes_xyxy, labels, class_names, scores=None) ->
     for i in reversed(from_best):
         is_small = (boxes[i, 2:] - boxes[i, :2]).min() < style.small_side
         width = 1 if is_small else style.line_width
-        draw.rectangle(boxes[i].tolist(), outline=_class_colour(labels[i]), width=width)
-    for i in reversed(from_best):
+        draw.rectangle(boxes[i].tolist(), outline=class_colour(labels[i]), width=width)
+    for i in reversed(tags):
         tag = tags[i]
-        colour = ImageColor.getrgb(_class_colour(labels[i]))
+        colour = ImageColor.getrgb(class_colour(labels[i]))
         left, top = tag.box[:2]
         draw.rectangle(tag.box, fill=(*colour, TAG_OPACITY))
         draw.text((left + 2, top + 1), tag.text, fill="black", font=tag.font)
@@ -156,7 +159,7 @@ def _covered_share(box: tuple[int, int, int, int], others: np.ndarray) -> float:
     return float((overlap / areas).sum())
 
 
-def _class_colour(label: int) -> str:
+def class_colour(label: int) -> str:
     """Return the colour of a class.
 
     Neighbouring classes lie far apart in hue, and all are bright enough for black letters.

@@ -231,10 +231,12 @@ class Progress:
         rank, (step, term, image_ids) = first
         checkpoints = checkpoints_newest_first(self.run.output_dir)
         epoch = step // self.steps_per_epoch + 1
+        number = step + 1  # as the log counts steps, and --replay does
         raise UserError(
-            f"{term} is not finite, first at iteration {step} (epoch {epoch}) on rank {rank}, "
+            f"{term} is not finite, first at iteration {number} (epoch {epoch}) on rank {rank}, "
             f"learning rate {self.lr(step):g}, images {image_ids}; "
-            f"last good checkpoint: {checkpoints[0] if checkpoints else 'none'}; {self.remedy}"
+            f"last good checkpoint: {checkpoints[0] if checkpoints else 'none'}; {self.remedy}; "
+            f"to draw the images of this step: {self.run.replay_command(number)}"
         )
 
     def begin_evaluation(self) -> int:

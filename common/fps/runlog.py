@@ -76,9 +76,9 @@ class RunLog:
             self._events = SummaryWriter(str(folder), purge_step=purge_step)
 
     def header(self, **about: str | int) -> None:
-        """Write the first JSON line: env_info, config, seed, exp_name.
+        """Write the first JSON line: env_info, config, seed, exp_name, ranks, first_step.
 
-        Readers of the log skip it because it has no `mode`.
+        Readers of the log skip it because it has no `mode`. `header_of_step` reads it.
         """
         self._record(about, step=0)
         self.info("\n".join(f"{key}: {value}" for key, value in about.items()))
@@ -204,6 +204,25 @@ class RunLog:
                 if isinstance(value, float):
                     self._events.add_scalar(f"{entry['mode']}/{key}", value, step)
             self._events.flush()
+
+
+def header_of_step(folder: Path, step: int) -> dict | None:
+    """Return the header of the process of a run that did a step, from 1, as `header` wrote it.
+
+    Of several, as of a run that was resumed from an earlier step, it is the last one. Return None
+    where the folder has no log of it.
+    """
+    newest = None
+    for path in sorted(folder.glob("*.log.json")):
+        with path.open(encoding="utf-8") as file:
+            line = file.readline()
+        try:
+            about = json.loads(line)
+        except ValueError:  # of a process that was killed while it wrote
+            continue
+        if isinstance(about, dict) and about.get("first_step", 1) <= step:
+            newest = about
+    return newest
 
 
 def _append(path: Path, line: str) -> None:

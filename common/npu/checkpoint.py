@@ -226,6 +226,38 @@ def load_resume_state(
     return state
 
 
+def load_state_up_to(
+    last_step: int,
+    resume: str,
+    folder: Path,
+    model: str,
+    weights_flag: str = "--checkpoint_path",
+    warn: Callable[[str], None] = print,
+) -> dict | None:
+    """Load the newest whole state of a run with at most `last_step` steps, None without one.
+
+    It is looked for among the checkpoints of the folder, then in the file of `--resume`, from which
+    the run may have gone on. `warn` of each that cannot be used. Raise UserError as
+    `load_resume_state` does for the file of `--resume`.
+    """
+    candidates = checkpoints_newest_first(folder, last_step)
+    best = folder / BEST
+    if best.is_file():
+        candidates.append(best)
+    for path in candidates:
+        try:
+            state = load_resume_state(str(path), folder, model, weights_flag)
+        except UserError as error:
+            warn(f"skipping {error}")
+            continue
+        if state["iteration"] <= last_step:
+            return state
+    if resume in ("none", "auto"):
+        return None
+    state = load_resume_state(resume, folder, model, weights_flag)
+    return state if state["iteration"] <= last_step else None
+
+
 def set_aside_later(folder: Path, last_step: int) -> list[Path]:
     """Rename the checkpoints after `last_step`, from which a resumed run goes on; return them.
 

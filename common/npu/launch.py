@@ -6,9 +6,9 @@
     ... --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --local_addr=10.0.0.1 fcos/train.py ...
 
 The program's flags are read before a process is started, so that `--help` and a mistyped flag are
-answered once; `--check_data` needs no more than this process. A run that is stopped ends with 130
-for Ctrl-C or 143 for SIGTERM, a run that fails with the status of the process that failed: the
-processes have said why.
+answered once; `--check_data`, `--look` and `--replay` need no more than this process. A run that is
+stopped ends with 130 for Ctrl-C or 143 for SIGTERM, a run that fails with the status of the process
+that failed: the processes have said why.
 """
 
 import sys
@@ -42,6 +42,7 @@ from common.npu import entry
 from common.npu.addresses import PORTS_OF_HCCL, is_local, local_addresses
 
 PROGRAMS = ("train.py", "evaluate.py")  # of each model, for several devices
+ALONE = ("check_data", "look", "replay")  # flags of what this process does by itself
 SECONDS_TO_STOP = 300  # for the step that runs, an evaluation at most, and the checkpoint
 
 
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int | None:
     args = torchrun.parse_args(argv)
     program = find_program(Path(args.training_script))
     program_args = parse_flags(program, args.training_script, args.training_script_args)
-    if vars(program_args).get("check_data"):
+    if any(vars(program_args).get(flag) for flag in ALONE):
         return program.main(args.training_script_args)
     require_reachable(args)
     prepare(args)

@@ -1,6 +1,7 @@
 """A process of a training run: its start, what it stands on, and the state that it saves."""
 
 import dataclasses
+import shlex
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from common import flags
 from common.coco.evaluation import EvaluationOptions, require_evaluator
 from common.coco.layout import Files
 from common.errors import UserError, one_line
-from common.fps.runlog import RunLog
+from common.fps.runlog import RunLog, header_of_step
 from common.npu import checkpoint, distributed
 from common.npu.background import BackgroundCall
 from common.npu.compiling import Compiler, Function
@@ -142,6 +143,18 @@ class RunSettings:
     save: bool  # write checkpoints at all
     evaluate: bool  # whether accuracy counts, not only speed
     background_metrics: bool  # compute them in a process while training goes on
+    look: int = 0  # draw this many samples of an epoch, and train nothing
+    epoch: int = 1  # that epoch, from 1
+
+
+class ReplayedStep(NamedTuple):
+    """A step whose batch is drawn again, and what the run's log says of the process that did it."""
+
+    number: int  # from 1
+    index_of_batch: int  # of the batch in the order of the run, from 0
+    world_size: int
+    seed: int | None  # None where the log does not say it
+    config: str | None  # the recipe's `listing`, None where the log does not say it
 
 
 @dataclass
@@ -163,6 +176,8 @@ class Run:
     evaluation_options: EvaluationOptions
     resumed: dict | None  # the checkpoint that the run goes on from
     inputs: tuple[str, ...] = ()  # files and folders that the flags name
+    command: tuple[str, ...] = ()  # the words of the command line
+    replayed: ReplayedStep | None = None  # the step of `--replay`
 
     @staticmethod
     def start(
@@ -180,6 +195,11 @@ class Run:
         ranks, device, reason = start_process(
             args.device, args.device_id, args.timeout, args.deterministic, args.exact, card
         )
+        only_draws = args.look > 0 or args.replay > 0
+        if only_draws and ranks.world_size > 1:
+            raise UserError(
+                "--look and --replay need one process", "start it with python3, without torchrun"
+            )
         evaluation_options = flags.evaluation_options(args)
         evaluates = args.kind == "acc"
         if evaluates:
@@ -193,7 +213,7 @@ class Run:
         precision = Precision(device, level, recipe.loss_scale, args.amp_dtype, args.amp_backend)
         if args.compile and precision.apex is not None:
             raise UserError("--compile: not with --amp_backend apex", "omit one of them")
-        compiler = Compiler(device, args.compile)
+        compiler = Compiler(device, args.compile and not only_draws)
         workers = workers_per_rank(args.num_workers, ranks)
         log = RunLog(ranks, workers)
         log.info(reason)
@@ -202,7 +222,18 @@ class Run:
         if obstacle is not None:
             log.info(f"optimizer: SGD over lists of tensors, not fused: {obstacle}")
         resumed = None
-        if ranks.main:
+        replayed = None
+        if args.replay:
+            resumed = checkpoint.load_state_up_to(
+                args.replay - 1,
+                args.resume,
+                args.output_dir,
+                recipe.model,
+                weights_flag,
+                warn=log.warning,
+            )
+            replayed = _replayed_step(args, resumed)
+        elif ranks.main:
             resume = args.resume
             has_own = checkpoint.written_since(args.started, args.output_dir)
             if has_own and distributed.may_be_restarted():
@@ -244,10 +275,14 @@ class Run:
                 save=args.save,
                 evaluate=evaluates,
                 background_metrics=args.background_metrics,
+                look=args.look,
+                epoch=args.epoch,
             ),
             evaluation_options=evaluation_options,
             resumed=ranks.from_main(resumed),
             inputs=flags.inputs(args),
+            command=args.command,
+            replayed=replayed,
         )
 
     @property
@@ -256,6 +291,26 @@ class Run:
         if self.resumed is None:
             return None
         return tuple(self.resumed["classes"])
+
+    @property
+    def only_draws(self) -> bool:
+        """Whether `--look` or `--replay` asks for pictures of samples instead of training."""
+        return self.settings.look > 0 or self.replayed is not None
+
+    @property
+    def drawn_world_size(self) -> int:
+        """The number of ranks whose batches `--look` or `--replay` draws."""
+        if self.replayed is None:
+            return 1
+        return self.replayed.world_size
+
+    def replay_command(self, step: int) -> str:
+        """Return the command line that draws the batch of a step, from 1, of this run."""
+        words = [*self.command, f"--replay={step}"]
+        if self.ranks.world_size > 1:
+            # Launch scripts give the number of devices as --device_id, which names the log then.
+            words.append("--device_id=0")
+        return shlex.join(words)
 
     @property
     def goes_on_in_its_folder(self) -> bool:
@@ -316,14 +371,18 @@ class Run:
                 messages.append(f"{path} is later than the resumed state: set aside")
         self.ranks.barrier()
         first_step = 1
-        if self.goes_on_in_its_folder:
+        if self.resumed is not None:
             first_step = self.resumed["iteration"] + 1
-        self.log.open(self.output_dir, self.log_name, first_step)
+        self.log.open(
+            self.output_dir, self.log_name, first_step if self.goes_on_in_its_folder else 1
+        )
         self.log.header(
             env_info=environment(),
             config=recipe.listing(),
             seed=self.seed,
             exp_name=f"{self.tag}{recipe.name}",
+            ranks=self.ranks.world_size,
+            first_step=first_step,
         )
         for message in messages:
             self.log.info(message)
@@ -365,6 +424,41 @@ def _differences(before: dict, now: dict) -> list[Difference]:
         if name in before and before[name] != value:
             differences.append(Difference(name, before[name], value))
     return differences
+
+
+def _replayed_step(args: Namespace, state: dict | None) -> ReplayedStep:
+    """Return the step of `--replay`, with what the log in `--output_dir` says of it.
+
+    A log of an earlier version does not say on how many ranks the step was done; then `state`, the
+    checkpoint before it, does. Raise UserError where there is neither.
+    """
+    header = header_of_step(args.output_dir, args.replay)
+    if header is None and state is None:
+        raise UserError(
+            f"--replay {args.replay}: {args.output_dir} has neither a log nor a checkpoint before "
+            "that step",
+            "name the folder of the run with --output_dir",
+        )
+    header = header or {}
+    world_size = header.get("ranks")
+    if world_size is None and state is not None:
+        world_size = len(state["windows"])
+    if world_size is None:
+        raise UserError(
+            f"--replay {args.replay}: the log in {args.output_dir} does not say on how many ranks "
+            "the run was, and there is no checkpoint before that step",
+            "replay a later step",
+        )
+    index_of_batch = args.replay - 1
+    if vars(args).get("fake_input"):  # the first batch of the process was repeated
+        index_of_batch = header.get("first_step", 1) - 1
+    return ReplayedStep(
+        number=args.replay,
+        index_of_batch=index_of_batch,
+        world_size=world_size,
+        seed=header.get("seed"),
+        config=header.get("config"),
+    )
 
 
 def _newest_of_renamed_runs(folder: Path) -> Path | None:

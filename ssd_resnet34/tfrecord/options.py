@@ -24,6 +24,9 @@ SHARED_FLAGS = (
     "--amp-backend",
     "--background-metrics",
     "--compile",
+    "--look",
+    "--epoch",
+    "--replay",
 )
 
 

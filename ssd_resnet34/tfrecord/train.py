@@ -26,6 +26,7 @@ from common.coco.coverage import Presets
 from common.errors import UserError
 from common.fps.network_size import size_line
 from common.fps.progress import Progress
+from common.fps.replay import Pipeline, draw_batches
 from common.npu import distributed, entry
 from common.npu.device import memory_format
 from common.npu.loading import require_memory_for_batch
@@ -39,6 +40,7 @@ from ssd_resnet34.tfrecord.coverage import MATCHING
 from ssd_resnet34.tfrecord.data import build_loader, trained_records_line, training_records
 from ssd_resnet34.tfrecord.evaluate import detect_all, evaluate_and_save, validation_records
 from ssd_resnet34.tfrecord.index import RecordIndex, read_index
+from ssd_resnet34.tfrecord.look import samples_of_batch
 from ssd_resnet34.tfrecord.loss import DetectionLoss, decay_term
 from ssd_resnet34.tfrecord.model import build_model
 from ssd_resnet34.tfrecord.options import parse, require_files, require_ranks
@@ -127,10 +129,16 @@ def main(argv: list[str] | None = None) -> int | None:
         run.log.info(f"{args.resnet_checkpoint}: {report}")
     elif not run.resumed:
         run.log.warning("weights: random; --resnet_checkpoint gives the backbone's")
-    if run.ranks.main:
+    if run.ranks.main and not run.only_draws:
         run.log.info(size_line(model, recipe.image_size, recipe.image_size))
     model.to(run.device, memory_format=memory_format(run.device))
     criterion = run.compiled(DetectionLoss(recipe, num_classes).to(run.device))
+    if run.only_draws:
+        pipeline = Pipeline(recipe, train_set, build_loader, augment, samples_of_batch, criterion)
+        steps_per_epoch = recipe.iters_per_epoch(run.drawn_world_size)
+        total_steps = recipe.total_steps(run.drawn_world_size)
+        draw_batches(run, pipeline, model, steps_per_epoch, total_steps)
+        return None
     augment_batch = run.compiled(augment)
     optimizer = build_sgd(
         list(model.parameters()),
