@@ -24,8 +24,8 @@ LINE_HEIGHT = 21
 SWATCH_SIDE = 11
 SPACE = 14  # between two entries of a line
 LINES_OF_BOXES = 4  # under a pair; further boxes are counted in a last entry
-# Boxes have tags unless there are more of them, or their shorter side is below so many pixels of the
-# panel: then only the colour under the picture tells the class.
+# Boxes have tags unless there are more of them or their shorter side has fewer pixels on the page:
+# then only the colour under the picture tells the class.
 MOST_TAGGED_BOXES = 12
 SMALLEST_TAGGED_SIDE = 20
 POINT_RADIUS = 1.5

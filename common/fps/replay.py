@@ -100,6 +100,7 @@ def _replay(
     model.train()
 
     not_finite = []
+    not_finite_alone = []
 
     def samples() -> Iterator[Sample]:
         first = run.replayed.index_of_batch
@@ -109,19 +110,26 @@ def _replay(
                 of_batch, of_images = _losses(run, pipeline, model, batch)
                 terms = ", ".join(f"{name} {value:.4g}" for name, value in of_batch.items())
                 print(f"rank {rank}: {len(batch.samples)} images; losses of its batch: {terms}")
+                if not all(map(_are_finite, of_images)):
+                    not_finite_alone.extend(_not_finite_alone(run, pipeline, model, batch))
                 for sample, losses in zip(batch.samples, of_images, strict=True):
                     sample = sample._replace(losses=losses)
-                    if not all(map(math.isfinite, losses.values())):
+                    if not _are_finite(losses):
                         not_finite.append(sample.image_id)
                     print(sample.line(pipeline.train_set.class_names))
                     yield sample
 
     _write_pages(run, pipeline, samples(), f"step_{number}")
     print(OWN_NORMALISER)
-    if not_finite:
-        print(f"losses that are not finite: images {not_finite}")
-    else:
+    if not not_finite:
         print("the losses of every image are finite under these weights")
+        return
+    print(f"losses that are not finite: images {not_finite}")
+    if not_finite_alone != not_finite:
+        print(
+            "batch normalisation mixes the images of a batch; with its running statistics, an "
+            f"image alone, these are not finite: {not_finite_alone}"
+        )
 
 
 def _drawn_batches(
@@ -156,8 +164,11 @@ def _losses(
     """Return the loss terms of a batch, and those of each of its images."""
     labels = drawn.batch.labels
     valid = drawn.batch.valid
+    # In the training mode an image that is not finite would spoil the running statistics.
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with run.precision.autocast():
         outputs = model(drawn.images)
+    model.load_state_dict(buffers, strict=False)
     of_batch = _values(pipeline.criterion(outputs, drawn.boxes, labels, valid))
     of_images = []
     for i in range(len(drawn.images)):
@@ -168,6 +179,33 @@ def _losses(
         )
         of_images.append(_values(losses))
     return of_batch, of_images
+
+
+@torch.no_grad()
+def _not_finite_alone(
+    run: Run, pipeline: Pipeline, model: nn.Module, drawn: DrawnBatch
+) -> list[int]:
+    """Return the ids of the images whose losses are not finite in the evaluation mode.
+
+    In it the other images of a batch have no influence.
+    """
+    image_ids = []
+    model.eval()
+    for i, sample in enumerate(drawn.samples):
+        image = slice(i, i + 1)
+        with run.precision.autocast():
+            outputs = model(drawn.images[image])
+        losses = pipeline.criterion(
+            outputs, drawn.boxes[image], drawn.batch.labels[image], drawn.batch.valid[image]
+        )
+        if not _are_finite(_values(losses)):
+            image_ids.append(sample.image_id)
+    model.train()
+    return image_ids
+
+
+def _are_finite(losses: dict[str, float]) -> bool:
+    return all(math.isfinite(value) for value in losses.values())
 
 
 def _values(losses: dict[str, Tensor]) -> dict[str, float]:

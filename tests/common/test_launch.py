@@ -95,6 +95,14 @@ def test_data_is_checked_once(started, capsys, tmp_path):
     assert started == []
 
 
+def test_samples_are_drawn_by_the_launcher_itself(started, capsys, tmp_path):
+    where = [f"--data={ROOT}/tests/data/tiny_coco", f"--output_dir={tmp_path}/run"]
+    small = ["--recipe=quickstart", "--num_workers=0", "--device=cpu"]
+    assert not launch.main([*RANKS, TRAIN, "--look=1", *where, *small])
+    assert f"written: {tmp_path}/run_look/epoch_1_1.jpg" in capsys.readouterr().out
+    assert started == []
+
+
 def test_a_number_that_a_recipe_refuses_starts_nothing(started):
     with pytest.raises(UserError, match="--head_norm bn: not one of gn, none"):
         launch.main([*RANKS, TRAIN, "--head_norm=bn"])

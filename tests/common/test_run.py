@@ -1,7 +1,9 @@
 """A run's start, its state and the course of its steps, without a model of the product."""
 
+import json
 import os
 import re
+import shlex
 import signal
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -22,8 +24,10 @@ from common.coco.layout import Files
 from common.errors import UserError
 from common.fps.progress import Progress
 from common.npu import checkpoint
+from common.npu import run as run_module
+from common.npu.distributed import Ranks
 from common.npu.precision import build_sgd
-from common.npu.run import MAY_CHANGE, Run, RunState, start_process
+from common.npu.run import MAY_CHANGE, Process, Run, RunState, start_process
 from tests import scripts
 
 MODEL_RECIPES = (
@@ -353,9 +357,66 @@ def test_a_loss_that_is_not_finite_is_never_saved(tmp_path):
     with pytest.raises(UserError) as error:
         train(run, state, progress, batches)
     message = str(error.value)
-    assert message.startswith("loss_cls is not finite, first at iteration 2 (epoch 1) on rank 0")
+    assert message.startswith("loss_cls is not finite, first at iteration 3 (epoch 1) on rank 0")
     assert "images [10, 11]" in message
-    assert f"last good checkpoint: {tmp_path}/iter_2.pt; lower --lr" in message
+    assert f"last good checkpoint: {tmp_path}/iter_2.pt; lower --lr; to draw the " in message
+    command = shlex.split(message.partition("to draw the images of this step: ")[2])
+    assert command[:2] == [sys.executable, sys.argv[0]]
+    assert command[2] == f"--output_dir={tmp_path}"
+    assert command[-2:] == ["--save_interval=1", "--replay=3"]
+
+
+def test_the_command_of_several_ranks_runs_on_the_first_card(tmp_path):
+    run = start(tmp_path, "--tag=a b", "--device_id=8")
+    run.ranks = Ranks(rank=3, world_size=8)
+    command = run.replay_command(5)
+    assert command.endswith(" '--tag=a b' --device_id=8 --replay=5 --device_id=0")
+
+
+@pytest.mark.parametrize("flag", ["--look=1", "--replay=1"])
+def test_samples_are_drawn_by_one_process(flag, tmp_path, monkeypatch):
+    process = Process(Ranks(world_size=2), CPU, "")
+    monkeypatch.setattr(run_module, "start_process", lambda *arguments: process)
+    with pytest.raises(UserError, match="--look and --replay need one process; start it with"):
+        start(tmp_path, flag)
+
+
+def test_the_step_of_a_replay_is_that_of_the_last_process_that_did_it(tmp_path):
+    run = start(tmp_path, "--max_iters=6", "--kind=perf", "--save_interval=2")
+    train(run, *parts_of(run))
+    resumed = start(tmp_path, "--max_iters=8", "--kind=perf", f"--resume={tmp_path}/iter_4.pt")
+    resumed.ranks = Ranks(world_size=1)
+    state, progress = parts_of(resumed)
+    state.restore()
+    train(resumed, state, progress)
+    logs = sorted(tmp_path.glob("*.log.json"))
+    header = json.loads(logs[-1].read_text().partition("\n")[0])
+    assert header["first_step"] == 5
+    changed = json.dumps({**header, "ranks": 4})
+    logs[-1].write_text(changed + logs[-1].read_text()[len(json.dumps(header)) :])
+
+    for step, world_size, steps_of_weights in ((4, 1, 2), (5, 4, 4), (8, 4, 6)):
+        replayed = start(tmp_path, f"--replay={step}")
+        assert replayed.only_draws
+        assert replayed.drawn_world_size == world_size
+        assert replayed.replayed.index_of_batch == step - 1
+        assert replayed.resumed["iteration"] == steps_of_weights
+    repeated = start(tmp_path, "--replay=8", "--fake_input")
+    assert repeated.replayed.index_of_batch == 4
+
+
+def test_a_log_of_an_earlier_version_leaves_the_ranks_to_the_checkpoint(tmp_path):
+    run = start(tmp_path, "--max_iters=4", "--kind=perf", "--save_interval=2")
+    train(run, *parts_of(run))
+    [log] = tmp_path.glob("*.log.json")
+    log.write_text('{"env_info": "", "seed": 1}\n')
+    assert start(tmp_path, "--replay=3").drawn_world_size == 1
+    with pytest.raises(UserError, match="does not say on how many ranks the run was, and there is"):
+        start(tmp_path, "--replay=2")
+    log.unlink()
+    assert start(tmp_path, "--replay=3").replayed.seed is None
+    with pytest.raises(UserError, match="has neither a log nor a checkpoint before that step"):
+        start(tmp_path, "--replay=2")
 
 
 def test_an_evaluation_is_due_after_its_epochs_and_at_the_end(tmp_path):
