@@ -386,33 +386,37 @@ def test_a_step_that_cannot_be_drawn_again_is_refused(words, message, finished, 
 def test_the_command_of_the_message_shows_the_image_that_spoils_the_loss(model, data, tmp_path):
     [bad, other] = ids_of_order(model, data, step=2, world_size=1)
     program = Path(poisoned.__file__)
-    output = tmp_path / "the run"  # the command quotes it
+    output = tmp_path / "the run"  # the command quotes it, and goes to the folder
     environment = {
         **scripts.environment(),
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
         poisoned.MODEL: model,
         poisoned.IMAGE: str(bad),
     }
-    words = flags_of(model, data, f"--output_dir={output}", "--save_interval=1", "--epochs=1")
+    words = flags_of(model, data, "--output_dir=the run", "--save_interval=1", "--epochs=1")
     done = subprocess.run(
-        [sys.executable, program, *words], env=environment, capture_output=True, text=True
+        [sys.executable, program, *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     assert done.returncode == 1
     message = done.stderr.splitlines()[-1]
     assert "is not finite, first at iteration 2 (epoch 1) on rank 0, learning rate" in message
     assert f"images [{bad}, {other}]" in message
-    assert f"last good checkpoint: {output}/iter_1.pt" in message
+    assert "last good checkpoint: the run/iter_1.pt" in message
     log = next(output.glob("train_*.log")).read_text()
     [command] = re.findall(r"to draw the images of this step: (.+)", log)
     assert message.endswith(command)
     assert command.endswith(" --replay=2")
 
     done = subprocess.run(
-        ["bash", "-c", command], env=environment, capture_output=True, text=True, cwd=tmp_path
+        ["bash", "-c", command], env=environment, capture_output=True, text=True, cwd="/"
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert f"weights: {output}/iter_1.pt, those of the step" in lines
+    assert "weights: the run/iter_1.pt, those of the step" in lines
     [line_of_bad] = [line for line in lines if line.startswith(f"image {bad}; ")]
     assert "loss nan not finite" in line_of_bad
     [line_of_other] = [line for line in lines if line.startswith(f"image {other}; ")]

@@ -24,10 +24,7 @@ LINE_HEIGHT = 21
 SWATCH_SIDE = 11
 SPACE = 14  # between two entries of a line
 LINES_OF_BOXES = 4  # under a pair; further boxes are counted in a last entry
-# Boxes have tags unless there are more of them or their shorter side has fewer pixels on the page:
-# then only the colour under the picture tells the class.
-MOST_TAGGED_BOXES = 12
-SMALLEST_TAGGED_SIDE = 20
+MOST_TAGGED_BOXES = 12  # of more boxes, only the colours under the picture tell the classes
 POINT_RADIUS = 1.5
 DIMMED = 0.5  # brightness of the image under anchors and points
 MATCHES_OPACITY = 0.65  # their boxes stand out
@@ -172,13 +169,11 @@ def draw_pair(sample: Sample, class_names: Sequence[str]) -> Image.Image:
     panel = Image.fromarray(sample.image).resize(panel_size, Image.Resampling.LANCZOS)
     boxes = sample.boxes_xyxy * scale
     numbers = np.arange(len(boxes))
-    names = []
-    counts = []
-    for number, (left, top, right, bottom) in enumerate(boxes.tolist()):
-        is_large = min(right - left, bottom - top) >= SMALLEST_TAGGED_SIDE
-        is_tagged = is_large and len(boxes) <= MOST_TAGGED_BOXES
-        names.append(class_names[sample.labels[number]] if is_tagged else "")
-        counts.append(str(len(sample.matches[number])) if is_tagged else "")
+    names = [class_names[label] for label in sample.labels.tolist()]
+    counts = [str(len(matches)) for matches in sample.matches]
+    if len(boxes) > MOST_TAGGED_BOXES:
+        names = [""] * len(boxes)
+        counts = names
 
     left_panel = draw_boxes(np.asarray(panel), boxes, numbers, names)
     dimmed = panel.point(lambda value: value * DIMMED)

@@ -232,11 +232,13 @@ class Progress:
         checkpoints = checkpoints_newest_first(self.run.output_dir)
         epoch = step // self.steps_per_epoch + 1
         number = step + 1  # as the log counts steps, and --replay does
+        # Only the main rank is sure to stand where the paths of the flags lead to the run.
+        command = self.run.ranks.from_main(self.run.replay_command(number))
         raise UserError(
             f"{term} is not finite, first at iteration {number} (epoch {epoch}) on rank {rank}, "
             f"learning rate {self.lr(step):g}, images {image_ids}; "
             f"last good checkpoint: {checkpoints[0] if checkpoints else 'none'}; {self.remedy}; "
-            f"to draw the images of this step: {self.run.replay_command(number)}"
+            f"to draw the images of this step: {command}"
         )
 
     def begin_evaluation(self) -> int:

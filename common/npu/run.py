@@ -1,6 +1,7 @@
 """A process of a training run: its start, what it stands on, and the state that it saves."""
 
 import dataclasses
+import os
 import shlex
 from argparse import Namespace
 from collections.abc import Callable, Iterable
@@ -305,12 +306,15 @@ class Run:
         return self.replayed.world_size
 
     def replay_command(self, step: int) -> str:
-        """Return the command line that draws the batch of a step, from 1, of this run."""
+        """Return the command line that draws the batch of a step, from 1, of this run.
+
+        It is that of this process, and may be given in any folder.
+        """
         words = [*self.command, f"--replay={step}"]
         if self.ranks.world_size > 1:
             # Launch scripts give the number of devices as --device_id, which names the log then.
             words.append("--device_id=0")
-        return shlex.join(words)
+        return f"cd {shlex.quote(os.getcwd())} && {shlex.join(words)}"
 
     @property
     def goes_on_in_its_folder(self) -> bool:
