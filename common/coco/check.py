@@ -61,7 +61,7 @@ def check_data(
     whole_report = []
     is_shortened = False
     trained = []
-    for files in [*training, *validation]:
+    for number, files in enumerate([*training, *validation]):
         index = read_annotations(files.annotation_file, files.image_dir, class_names, examples=None)
         if class_names is None:
             class_names = index.class_names
@@ -88,7 +88,7 @@ def check_data(
             print(f"  {turned_images_line(num_turned, len(index))}")
         if num_errors:
             status = 1
-        elif files in training:
+        elif number < len(training):
             usable = index.without_unusable()
             untrained = untrained_boxes(usable)
             try:

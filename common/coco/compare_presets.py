@@ -99,6 +99,8 @@ def _meanings(models: dict[str, Presets]) -> list[str]:
     lines = []
     for meaning, names in models_of_meaning.items():
         lines.append(f"seen by {', '.join(names)}: {meaning}")
+    if len(lines) > 1:
+        lines.append("the conditions differ: only shares of detectors with the same one compare")
     return lines
 
 

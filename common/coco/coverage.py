@@ -329,8 +329,8 @@ def advise(
     else:
         sentence = (
             f"only {percent(chosen.share)} of the boxes are seen, and neither another preset nor "
-            "tiles help: the shapes of the boxes fit no anchor, so look at the other models with "
-            "compare.py --data"
+            "tiles help: the boxes are too small or of shapes that no anchor has, so look at the "
+            "other models with compare.py --data"
         )
     if num_rare:
         sentence += (

@@ -21,6 +21,7 @@ UNSEEN_COLOUR = "tab:orange"
 def draw_data(path: Path, boxes: TrainingBoxes, coverage: Coverage) -> None:
     """Write a PNG that shows what a training set holds, and what of it a preset sees."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(14, 8), dpi=110, layout="constrained")
     panels = figure.subplot_mosaic(
@@ -33,6 +34,8 @@ def draw_data(path: Path, boxes: TrainingBoxes, coverage: Coverage) -> None:
     _draw_images(panels["images"], boxes)
     _draw_ratios(panels["ratios"], boxes)
     _draw_centers(panels["map"], boxes)
+    for axis in (panels["classes"].xaxis, panels["images"].xaxis, panels["images"].yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     write_atomically(path, picture.getvalue())

@@ -250,6 +250,14 @@ def test_real_data_are_clean(tmp_path, capsys):
     ]
 
 
+def test_the_same_files_may_be_both_sets(tmp_path, capsys):
+    files = str(TINY / "annotations/instances_val2017.json"), str(TINY / "val2017")
+    assert check(files, files, folder=tmp_path) == 0
+    headline = f"{Files(*files, 'as named')}: 0 errors, 0 notes"
+    assert found(capsys) == [headline, "  382 of 382 boxes are trained on", headline]
+    assert (tmp_path / "output_check_data.png").is_file()
+
+
 def test_check_data_lists_everything(tmp_path, capsys):
     folder = tmp_path / "images"
     folder.mkdir()

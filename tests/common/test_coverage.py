@@ -123,8 +123,9 @@ def test_the_table_has_a_line_for_each_preset_that_sees_other_boxes():
         (
             [1] * 20,
             (500, 600),
-            "only 0% of the boxes are seen, and neither another preset nor tiles help: the shapes "
-            "of the boxes fit no anchor, so look at the other models with compare.py --data.",
+            "only 0% of the boxes are seen, and neither another preset nor tiles help: the boxes "
+            "are too small or of shapes that no anchor has, so look at the other models with "
+            "compare.py --data.",
         ),
     ],
 )
