@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.coco.evaluation import EvaluationOptions
+from common.coco.metrics import BEST
 from common.errors import UserError
 from common.npu import checkpoint
 from common.npu.device import DEVICES
@@ -61,7 +62,14 @@ FLAGS = (
         "weights to start from; by default the newest checkpoint (train: none)",
     ),
     # How results are reported.
-    Flag("evaluation", "--per-class", False, "print the AP of every class"),
+    Flag("evaluation", "--per-class", False, "print the figures of every class"),
+    Flag(
+        "evaluation",
+        "--analysis",
+        True,
+        "explain what went wrong, of a run at its end: costs of errors, worst images, suspect "
+        "labels",
+    ),
     Flag(
         "evaluation",
         "--eval-backend",
@@ -279,7 +287,14 @@ def parse_demo(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--img", nargs="+", default=[], metavar="IMAGE|FOLDER", help="the same")
     add(parser, "--show-dir", Path("demo_output"), "folder of the pictures")
-    add(parser, "--min-score --score-thr", 0.3, "lowest score that is drawn")
+    parser.add_argument(
+        "--min-score",
+        "--score-thr",
+        type=score_or_best,
+        default=0.3,
+        help="lowest score that is drawn; best: of each class the one with the best F1, from the "
+        "metrics.json beside the checkpoint (default: 0.3)",
+    )
     add(parser, "--coco", False, "write all detections in COCO's format for results as well")
     add(parser, "--show", False, "no effect: pictures are written, see --show-dir")
     args = parser.parse_args(argv)
@@ -297,6 +312,11 @@ def parse_demo(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
         args.checkpoint = weights[0]
         args.inputs.remove(weights[0])
     return args
+
+
+def score_or_best(text: str) -> float | str:
+    """Return the value of `--min_score`: a number, or BEST as it is."""
+    return BEST if text == BEST else float(text)
 
 
 def chosen_recipe(args: argparse.Namespace, recipes: dict):
@@ -350,7 +370,11 @@ def inputs(args: argparse.Namespace) -> tuple[str, ...]:
 
 def evaluation_options(args: argparse.Namespace) -> EvaluationOptions:
     """Return what the flags of the group "evaluation" ask for."""
-    return EvaluationOptions(per_class=args.per_class, faster=args.eval_backend == "faster")
+    return EvaluationOptions(
+        per_class=args.per_class,
+        faster=args.eval_backend == "faster",
+        analysis=args.analysis,
+    )
 
 
 def ap_goal(args: argparse.Namespace, checkpoint: dict) -> float:

@@ -21,11 +21,12 @@ from dataclasses import replace
 from torch import nn
 
 from common import flags
+from common.coco.analysis_report import write_analysis
 from common.coco.check import check_data
 from common.coco.coverage import Presets
 from common.coco.index import CocoIndex, read_index
 from common.coco.layout import Files, find_coco
-from common.coco.report import turned_images
+from common.coco.report import image_by_id, turned_images
 from common.coco.trained import trained_boxes_line
 from common.errors import UserError
 from common.fps.network_size import size_line
@@ -195,6 +196,15 @@ def main(argv: list[str] | None = None) -> int | None:
             state.save()
             return progress.exit_status()
         progress.finish()
+        if progress.analysis_due():
+            read_image = image_by_id(val_set, TURNS_IF_BOTH_FIT)
+            write_analysis(
+                run.output_dir,
+                val_set.annotation_file,
+                val_set.class_names,
+                read_image,
+                run.log.info,
+            )
     return None
 
 

@@ -26,6 +26,7 @@ from itertools import chain
 
 from common import flags
 from common.coco.demo_images import DemoOutput, category_ids_of, find_images, read_images
+from common.coco.metrics import lowest_scores
 from common.coco.sample import write_sample
 from common.coco.video import find_videos, read_videos
 from common.npu import entry
@@ -47,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{state['path']}: {detector.report}")
     for line in notes_on_class_names(state, detector.class_names):
         print(line)
-    output = DemoOutput(args.show_dir, detector.class_names, args.min_score)
+    min_scores = lowest_scores(args.min_score, state["path"], detector.class_names)
+    output = DemoOutput(args.show_dir, detector.class_names, min_scores)
     with tempfile.TemporaryDirectory() as scratch, output:
         inputs = args.inputs
         if not inputs:

@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import flags
+from common.coco.analysis_report import write_analysis
 from common.coco.evaluation import (
+    DETECTIONS_FILE,
     Evaluation,
     EvaluationOptions,
     gather_result_rows,
@@ -41,6 +43,7 @@ from common.coco.report import (
     RESULTS_FILE,
     draw_examples,
     example_images,
+    image_by_id,
     report_results,
     turned_images,
 )
@@ -108,9 +111,11 @@ def main(argv: list[str] | None = None) -> None:
             report_speed(detector, images, batch_sizes, args.output_dir / METRICS_FILE, log)
         return
     workers = workers_per_rank(args.num_workers, ranks)
+    began = time.perf_counter()
     result_rows = detect_all(
         detector.model, recipe, records, device, ranks, workers, precision, log
     )
+    images_per_second = len(records) / (time.perf_counter() - began)
     if result_rows is None:
         return
     if args.format_only:
@@ -118,7 +123,15 @@ def main(argv: list[str] | None = None) -> None:
         save_results(path, result_rows)
         log(f"{len(result_rows)} detections in {len(records)} images: {path}")
         return
-    evaluation = evaluate_and_save(result_rows, records, recipe, args.output_dir, options, log)
+    evaluation = evaluate_and_save(
+        result_rows,
+        records,
+        recipe,
+        args.output_dir,
+        options,
+        log,
+        images_per_second=images_per_second,
+    )
     closing_lines = write_summary(
         args.output_dir,
         network=f"{args.tag}{recipe.name}",
@@ -129,6 +142,11 @@ def main(argv: list[str] | None = None) -> None:
         accuracy=evaluation.stats["AP"],
     )
     log("\n".join(closing_lines))
+    if options.analysis:
+        read_image = image_by_id(records, TURNS_IF_BOTH_FIT)
+        write_analysis(
+            args.output_dir, records.annotation_file, records.class_names, read_image, log
+        )
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -220,10 +238,12 @@ def evaluate_and_save(
     options: EvaluationOptions,
     log: Callable[[str], None],
     step: int | None = None,
+    images_per_second: float | None = None,
 ) -> Evaluation:
     """Evaluate result rows, log the metrics, and save them, rows and pictures in the output folder.
 
-    `step` is that of a run, which is saved with the metrics.
+    `step` is that of a run, `images_per_second` the speed of detecting where it was measured; they
+    are saved with the metrics.
     """
     evaluation = report_results(
         result_rows,
@@ -234,8 +254,9 @@ def evaluate_and_save(
         log,
         records.class_names,
         step=step,
+        images_per_second=images_per_second,
     )
-    draw_examples(folder / "detections.png", records, result_rows, TURNS_IF_BOTH_FIT)
+    draw_examples(folder / DETECTIONS_FILE, records, result_rows, TURNS_IF_BOTH_FIT)
     return evaluation
 
 

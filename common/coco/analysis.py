@@ -12,16 +12,18 @@ import numpy as np
 from common.coco.index import CocoIndex, name_from_bytes
 from common.coco.matching import (
     NO_MATCH,
+    Comparison,
     Detected,
     GroundTruth,
     Matches,
     Pairs,
     average_precisions,
+    boxes_found,
     class_order,
-    detections_that_count,
-    ground_truth_boxes,
-    match,
-    overlapping_pairs,
+    compare,
+    confusion_matrix,
+    select,
+    swapped_pairs,
 )
 
 FOREGROUND_IOU = 0.5  # from which a detection can be right
@@ -128,10 +130,8 @@ def analyse(ground_truth: CocoIndex, result_rows: np.ndarray, score: float) -> A
     its images and categories. `score` is that from which detections count in what is not about AP:
     the one with the best F1 of `Evaluation`.
     """
-    boxes = ground_truth_boxes(ground_truth)
-    detected = detections_that_count(ground_truth, result_rows)
-    pairs = overlapping_pairs(detected, boxes, BACKGROUND_IOU)
-    matches = match(detected, boxes, pairs, FOREGROUND_IOU)
+    comparison = compare(ground_truth, result_rows, FOREGROUND_IOU, BACKGROUND_IOU)
+    detected, boxes, pairs, matches = comparison
     names = [ground_truth.class_names[label] for label in class_order(ground_truth)]
     num_boxes = np.bincount(boxes.label[~boxes.crowd], minlength=len(names))
     ap50 = _mean_ap(detected, matches.box != NO_MATCH, ~matches.ignored, num_boxes)
@@ -152,21 +152,21 @@ def analyse(ground_truth: CocoIndex, result_rows: np.ndarray, score: float) -> A
     )
     counts = detected.score >= score
     is_false = is_wrong & counts
-    is_missed = ~boxes.crowd & ~_found_by(counts, matches)
+    is_missed = ~boxes.crowd & ~boxes_found(comparison, counts)
     names_of_files = _FileNames(ground_truth)
     return Analysis(
         class_names=names,
         score=score,
         iou=FOREGROUND_IOU,
         ap50=ap50,
-        confusion=_confusion(detected, boxes, pairs, matches, counts, len(names)),
+        confusion=confusion_matrix(comparison, score, FOREGROUND_IOU, len(names)),
         errors=costs,
         false_positives=false_positives,
         false_negatives=false_negatives,
         worst_images=_worst_images(
             boxes.image[is_missed], detected.image[is_false], names_of_files
         ),
-        suspects=_suspects(detected, boxes, pairs, matches, counts, names, names_of_files),
+        suspects=_suspects(comparison, counts, names, names_of_files),
     )
 
 
@@ -187,14 +187,6 @@ class _FileNames:
         return name_from_bytes(self._index.file_names[self._order[image]])
 
 
-def _found_by(counts: np.ndarray, matches: Matches) -> np.ndarray:
-    """Return which boxes (G,) a right detection has, of the detections (D,) that count."""
-    has_detection = matches.detection != NO_MATCH
-    found = np.zeros(len(has_detection), dtype=bool)
-    found[has_detection] = counts[matches.detection[has_detection]]
-    return found
-
-
 def _best_of_each(pairs: Pairs, num_detections: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the box with the highest IoU of each detection, and the IoU, both (D,).
 
@@ -209,10 +201,6 @@ def _best_of_each(pairs: Pairs, num_detections: int) -> tuple[np.ndarray, np.nda
     return box, iou
 
 
-def _select(pairs: Pairs, kept: np.ndarray) -> Pairs:
-    return Pairs(pairs.detection[kept], pairs.box[kept], pairs.iou[kept])
-
-
 def _classify(detected: Detected, boxes: GroundTruth, pairs: Pairs, matches: Matches) -> _Errors:
     """Return the type of error of each detection and which boxes are missed.
 
@@ -220,10 +208,10 @@ def _classify(detected: Detected, boxes: GroundTruth, pairs: Pairs, matches: Mat
     background, both. A box is missed if it has no right detection and no error of class or place.
     """
     num_detections = len(detected.score)
-    with_box = _select(pairs, ~boxes.crowd[pairs.box])
+    with_box = select(pairs, ~boxes.crowd[pairs.box])
     same_class = detected.label[with_box.detection] == boxes.label[with_box.box]
-    box_of_class, iou_of_class = _best_of_each(_select(with_box, same_class), num_detections)
-    box_of_others, iou_of_others = _best_of_each(_select(with_box, ~same_class), num_detections)
+    box_of_class, iou_of_class = _best_of_each(select(with_box, same_class), num_detections)
+    box_of_others, iou_of_others = _best_of_each(select(with_box, ~same_class), num_detections)
     is_wrong = (matches.box == NO_MATCH) & ~matches.ignored
     is_inexact = (iou_of_class >= BACKGROUND_IOU) & (iou_of_class < FOREGROUND_IOU)
     cases = [
@@ -312,45 +300,6 @@ def _mean_ap(
     return float(of_mean.mean()) if len(of_mean) else 0.0
 
 
-def _confusion(
-    detected: Detected,
-    boxes: GroundTruth,
-    pairs: Pairs,
-    matches: Matches,
-    counts: np.ndarray,
-    num_classes: int,
-) -> np.ndarray:
-    """Return how often each class was detected as each, (C + 1, C + 1) int64 [true, detected].
-
-    Boxes and detections of one class are matched first, as COCO's evaluation does; of the rest
-    the best detection takes the nearest box of any class.
-    """
-    background = num_classes
-    detected_as = np.full(len(boxes.label), background)  # of each box
-    found = _found_by(counts, matches)
-    detected_as[found] = boxes.label[found]
-    remaining = (matches.box == NO_MATCH) & ~matches.ignored & counts
-    is_candidate = (
-        (pairs.iou >= FOREGROUND_IOU)
-        & remaining[pairs.detection]
-        & ~boxes.crowd[pairs.box]
-        & ~found[pairs.box]
-        & (detected.label[pairs.detection] != boxes.label[pairs.box])
-    )
-    candidates = _select(pairs, is_candidate)
-    order = np.lexsort([-candidates.iou, -detected.score[candidates.detection]])
-    for detection, box in zip(
-        candidates.detection[order].tolist(), candidates.box[order].tolist(), strict=True
-    ):
-        if remaining[detection] and detected_as[box] == background:
-            remaining[detection] = False
-            detected_as[box] = detected.label[detection]
-    confusion = np.zeros((num_classes + 1, num_classes + 1), np.int64)
-    np.add.at(confusion, (boxes.label[~boxes.crowd], detected_as[~boxes.crowd]), 1)
-    np.add.at(confusion, (background, detected.label[remaining]), 1)
-    return confusion
-
-
 def _worst_images(
     images_of_missed: np.ndarray, images_of_false: np.ndarray, files: _FileNames
 ) -> list[WorstImage]:
@@ -369,15 +318,10 @@ def _worst_images(
 
 
 def _suspects(
-    detected: Detected,
-    boxes: GroundTruth,
-    pairs: Pairs,
-    matches: Matches,
-    counts: np.ndarray,
-    names: list[str],
-    files: _FileNames,
+    comparison: Comparison, counts: np.ndarray, names: list[str], files: _FileNames
 ) -> list[Suspect]:
     """Return labels that may be wrong, up to SUSPECTS_OF_A_KIND of each kind."""
+    detected, boxes, pairs, _ = comparison
     suspects = []
     for detection in _without_label(detected, pairs, counts):
         suspects.append(
@@ -403,7 +347,7 @@ def _suspects(
                 score=share,
             )
         )
-    for box, detection in _of_other_class(detected, boxes, pairs, matches, counts):
+    for box, detection in _of_other_class(comparison, counts):
         suspects.append(
             Suspect(
                 kind=OTHER_CLASS,
@@ -463,24 +407,45 @@ def _not_found(detected: Detected, boxes: GroundTruth, pairs: Pairs) -> list[tup
     return list(zip(candidates[order].tolist(), shares[order].tolist(), strict=True))
 
 
-def _of_other_class(
-    detected: Detected, boxes: GroundTruth, pairs: Pairs, matches: Matches, counts: np.ndarray
-) -> list[tuple[int, int]]:
+def _of_other_class(comparison: Comparison, counts: np.ndarray) -> list[tuple[int, int]]:
     """Return boxes without a right detection, and the best detection of another class on each."""
-    found = _found_by(counts, matches)
-    is_candidate = (
-        (pairs.iou >= FOREGROUND_IOU)
-        & counts[pairs.detection]
-        & (matches.box[pairs.detection] == NO_MATCH)
-        & ~boxes.crowd[pairs.box]
-        & ~found[pairs.box]
-        & (detected.label[pairs.detection] != boxes.label[pairs.box])
-    )
-    candidates = _select(pairs, is_candidate)
-    order = np.argsort(-detected.score[candidates.detection], kind="stable")
-    detection_of = {}
-    for detection, box in zip(
-        candidates.detection[order].tolist(), candidates.box[order].tolist(), strict=True
-    ):
+    candidates = swapped_pairs(comparison, counts, FOREGROUND_IOU)
+    detection_of: dict[int, int] = {}
+    for detection, box in zip(candidates.detection.tolist(), candidates.box.tolist(), strict=True):
         detection_of.setdefault(box, detection)
     return list(detection_of.items())[:SUSPECTS_OF_A_KIND]
+
+
+class ImageErrors(NamedTuple):
+    """What is right and wrong in an image, of detections from a score on; boxes in xyxy pixels."""
+
+    boxes_xyxy: np.ndarray  # (n, 4) ground truth without crowd regions
+    box_names: list[str]
+    is_missed: np.ndarray  # (n,) bool
+    detected_xyxy: np.ndarray  # (m, 4)
+    detected_names: list[str]
+    scores: np.ndarray  # (m,)
+    is_false: np.ndarray  # (m,) bool; what lies in a crowd region is not
+
+
+def errors_of_image(
+    ground_truth: CocoIndex, result_rows: np.ndarray, image_id: int, score: float
+) -> ImageErrors:
+    """Return what is right and wrong in one image."""
+    image = ground_truth.subset(np.flatnonzero(ground_truth.image_ids == image_id))
+    rows = result_rows[result_rows[:, 0] == image_id]
+    comparison = compare(image, rows, FOREGROUND_IOU, FOREGROUND_IOU)
+    detected, boxes, _, matches = comparison
+    names = [ground_truth.class_names[label] for label in class_order(ground_truth)]
+    counts = detected.score >= score
+    is_object = ~boxes.crowd
+    is_false = (matches.box == NO_MATCH) & ~matches.ignored
+    return ImageErrors(
+        boxes_xyxy=boxes.xyxy[is_object],
+        box_names=[names[label] for label in boxes.label[is_object]],
+        is_missed=~boxes_found(comparison, counts)[is_object],
+        detected_xyxy=detected.xyxy[counts],
+        detected_names=[names[label] for label in detected.label[counts]],
+        scores=detected.score[counts],
+        is_false=is_false[counts],
+    )

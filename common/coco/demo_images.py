@@ -101,11 +101,16 @@ def read_images(
 
 
 def visible(
-    boxes: Tensor, scores: Tensor, labels: Tensor, image_size: tuple[int, int], min_score: float
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    image_size: tuple[int, int],
+    min_score: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the detections with at least `min_score`, their boxes cut at the image's border.
 
-    boxes (n, 4) xyxy pixels, scores (n,), labels (n,); `image_size` is (height, width).
+    boxes (n, 4) xyxy pixels, scores (n,), labels (n,); `image_size` is (height, width); the
+    lowest score is one for all or one for each detection (n,).
     """
     height, width = image_size
     keep = scores >= min_score
@@ -126,14 +131,16 @@ def category_ids_of(state: Mapping, class_names: Sequence[str]) -> tuple[int, ..
 class DemoOutput:
     """The pictures and videos of detections in `show_dir`, and the list of what is drawn in them.
 
-    Detections below `min_score` are not drawn. `len()` is the number of images and frames. As a
-    context it closes the videos at its end, also after an error.
+    Detections below `min_score`, a number or one for each class, are not drawn. `len()` is the
+    number of images and frames. As a context it closes the videos at its end, also after an error.
     """
 
-    def __init__(self, show_dir: Path, class_names: Sequence[str], min_score: float):
+    def __init__(
+        self, show_dir: Path, class_names: Sequence[str], min_score: float | Sequence[float]
+    ):
         self.show_dir = show_dir
         self.class_names = class_names
-        self.min_score = min_score
+        self.min_scores = torch.tensor(min_score).expand(len(class_names))
         self.num_frames = 0
         self.results: dict[str, dict] = {}
         self.detections: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -156,7 +163,7 @@ class DemoOutput:
         """
         self.detections.append(tuple(detections))
         size = image.shape[:2]
-        boxes, scores, labels = visible(*detections, size, self.min_score)
+        boxes, scores, labels = visible(*detections, size, self.min_scores[detections.labels])
         self.results[str(name)] = {
             "boxes": boxes.double().round(decimals=2).tolist(),
             "scores": scores.double().round(decimals=4).tolist(),

@@ -38,13 +38,15 @@ class Example(NamedTuple):
     scores: np.ndarray  # (m,)
 
 
-def draw_boxes(image_uint8_hwc, boxes_xyxy, labels, class_names, scores=None) -> Image.Image:
+def draw_boxes(
+    image_uint8_hwc, boxes_xyxy, labels, class_names, scores=None, colours=None
+) -> Image.Image:
     """Return a copy of the image (H, W, 3) with boxes (n, 4) in pixels and labels (n,) drawn in it.
 
     Boxes are cut at the border, and boxes outside of it are left out. With scores (n,), those are
     written beside the class names and the best boxes lie on top. A tag stands outside its box where
     the picture has room, and where it covers the least of other boxes and tags. An empty name has
-    no tag.
+    no tag. `colours` (n,) of the boxes, as Pillow names them, replace those of the classes.
     """
     picture = Image.fromarray(image_uint8_hwc)
     last_column = picture.width - 1
@@ -63,6 +65,8 @@ def draw_boxes(image_uint8_hwc, boxes_xyxy, labels, class_names, scores=None) ->
     is_inside = (boxes[:, :2] < boxes[:, 2:]).all(axis=1)
     from_best = [i for i in from_best.tolist() if is_inside[i]]
 
+    if colours is None:
+        colours = [class_colour(label) for label in labels]
     style = _Style.of(picture)
     tags = {}
     for i in from_best:
@@ -77,10 +81,10 @@ def draw_boxes(image_uint8_hwc, boxes_xyxy, labels, class_names, scores=None) ->
     for i in reversed(from_best):
         is_small = (boxes[i, 2:] - boxes[i, :2]).min() < style.small_side
         width = 1 if is_small else style.line_width
-        draw.rectangle(boxes[i].tolist(), outline=class_colour(labels[i]), width=width)
+        draw.rectangle(boxes[i].tolist(), outline=colours[i], width=width)
     for i in reversed(tags):
         tag = tags[i]
-        colour = ImageColor.getrgb(class_colour(labels[i]))
+        colour = ImageColor.getrgb(colours[i])
         left, top = tag.box[:2]
         draw.rectangle(tag.box, fill=(*colour, TAG_OPACITY))
         draw.text((left + 2, top + 1), tag.text, fill="black", font=tag.font)

@@ -18,11 +18,10 @@ from common.coco.index import CocoIndex, read_annotations
 from common.coco.matching import (
     NO_MATCH,
     RECALLS,
+    Comparison,
     class_order,
-    detections_that_count,
-    ground_truth_boxes,
-    match,
-    overlapping_pairs,
+    compare,
+    confusion_matrix,
 )
 from common.errors import UserError
 from common.files import write_atomically
@@ -59,11 +58,18 @@ POINT_IOU = 0.5  # at which a detection of an operating point is right
 ABSENT = -1.0  # in the place of a figure that there is no ground truth for
 
 
+PR_CURVES_FILE = "pr_curves.png"
+CONFUSION_FILE = "confusion.png"
+DETECTIONS_FILE = "detections.png"
+PICTURES = (DETECTIONS_FILE, PR_CURVES_FILE, CONFUSION_FILE)
+
+
 class EvaluationOptions(NamedTuple):
     """How detections are evaluated and reported."""
 
     per_class: bool  # report the figures of every class
     faster: bool  # evaluate with faster-coco-eval instead of pycocotools
+    analysis: bool = True  # explain what went wrong, of a run at its end
 
 
 class OperatingPoint(NamedTuple):
@@ -98,6 +104,17 @@ class Evaluation:
     classes: list[ClassMetrics]  # by category id
     best: OperatingPoint  # of all classes together
     precision: np.ndarray  # (10 IoU thresholds, 101 recalls, classes) for all areas
+    # (C + 1, C + 1) int64 [true, detected] of the detections from `best.score` on; the last is
+    # background: a missed box or a false detection
+    confusion: np.ndarray
+    folder: Path | None = None  # where its files are
+
+    def pictures(self) -> list[Path]:
+        """Return the pictures in its folder."""
+        if self.folder is None:
+            return []
+        paths = [self.folder / name for name in PICTURES]
+        return [path for path in paths if path.exists()]
 
     def mmdet(self) -> dict[str, float | str]:
         """Return the keys of MMDetection's log: 4 decimals, and 3 in the text to copy, as there."""
@@ -193,13 +210,16 @@ def evaluate(
         )
     precision = evaluator.eval["precision"][..., ALL_AREAS, MAX_100_DETECTIONS]
     recall = evaluator.eval["recall"][..., ALL_AREAS, MAX_100_DETECTIONS]
-    points = operating_points(ground_truth, result_rows)
+    comparison = compare(ground_truth, result_rows, POINT_IOU, POINT_IOU)
+    num_classes = len(ground_truth.class_names)
+    points = operating_points(comparison, num_classes)
     return Evaluation(
         stats=dict(zip(STATS, evaluator.stats.tolist(), strict=True)),
         text="\n".join(lines),
         classes=_class_metrics(ground_truth, precision, recall, points.classes),
         best=points.pooled,
         precision=precision,
+        confusion=confusion_matrix(comparison, points.pooled.score, POINT_IOU, num_classes),
     )
 
 
@@ -289,21 +309,16 @@ class OperatingPoints(NamedTuple):
     pooled: OperatingPoint  # of all classes together
 
 
-def operating_points(ground_truth: CocoIndex, result_rows: np.ndarray) -> OperatingPoints:
+def operating_points(comparison: Comparison, num_classes: int) -> OperatingPoints:
     """Return the operating points with the highest F1, of each class and of all together.
 
-    The matches are those of COCO's evaluation at IoU 0.5; faster-coco-eval does not give its own.
-    `ground_truth` is an index of all annotations.
+    The matches are those of COCO's evaluation; faster-coco-eval does not give its own.
     """
-    boxes = ground_truth_boxes(ground_truth)
-    detected = detections_that_count(ground_truth, result_rows)
-    pairs = overlapping_pairs(detected, boxes, POINT_IOU)
-    matches = match(detected, boxes, pairs, POINT_IOU)
+    detected, boxes, _, matches = comparison
     counted = ~matches.ignored
     label = detected.label[counted]
     score = detected.score[counted]
     is_right = matches.box[counted] != NO_MATCH
-    num_classes = len(ground_truth.category_ids)
     num_boxes = np.bincount(boxes.label[~boxes.crowd], minlength=num_classes)
     by_label = np.argsort(label, kind="stable")
     first = np.searchsorted(label[by_label], np.arange(num_classes + 1))
@@ -366,6 +381,15 @@ def _class_metrics(
             )
         )
     return classes
+
+
+def read_results(path: Path) -> np.ndarray:
+    """Return the result rows (n, 7) of a COCO submission file."""
+    result_rows = []
+    for result in json.loads(path.read_bytes()):
+        row = [result["image_id"], *result["bbox"], result["score"], result["category_id"]]
+        result_rows.append(row)
+    return np.array(result_rows, dtype=np.float64).reshape(-1, 7)
 
 
 def draw_pr_curves(path: Path, evaluation: Evaluation) -> None:

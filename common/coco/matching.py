@@ -49,6 +49,15 @@ class Pairs(NamedTuple):
     iou: np.ndarray  # (P,) float64; with a crowd region: the share of the detection inside it
 
 
+class Comparison(NamedTuple):
+    """Detections beside the ground truth, and what was made of them."""
+
+    detected: Detected
+    boxes: GroundTruth
+    pairs: Pairs
+    matches: "Matches"
+
+
 @dataclass(frozen=True, eq=False)
 class Matches:
     """What has become of each detection and of each box."""
@@ -56,6 +65,19 @@ class Matches:
     box: np.ndarray  # (D,) int64 the box that a detection has taken, or NO_MATCH
     ignored: np.ndarray  # (D,) bool: it counts neither as right nor as wrong
     detection: np.ndarray  # (G,) int64 the detection that has taken a box, or NO_MATCH
+
+
+def compare(
+    ground_truth: CocoIndex, result_rows: np.ndarray, min_iou: float, min_overlap: float
+) -> Comparison:
+    """Match result rows (n, 7) with an index of all annotations at `min_iou`.
+
+    The pairs are those with an IoU from `min_overlap` on, which is at most `min_iou`.
+    """
+    boxes = ground_truth_boxes(ground_truth)
+    detected = detections_that_count(ground_truth, result_rows)
+    pairs = overlapping_pairs(detected, boxes, min_overlap)
+    return Comparison(detected, boxes, pairs, match(detected, boxes, pairs, min_iou))
 
 
 def class_order(ground_truth: CocoIndex) -> np.ndarray:
@@ -154,10 +176,10 @@ def match(detected: Detected, boxes: GroundTruth, pairs: Pairs, min_iou: float) 
     same_class = detected.label[pairs.detection] == boxes.label[pairs.box]
     close = same_class & (pairs.iou >= min_iou)
     in_crowd = boxes.crowd[pairs.box]
-    candidates = _select(pairs, close & ~in_crowd)
+    candidates = select(pairs, close & ~in_crowd)
     # The best detection chooses first, the nearest box; of equal ones the last, as pycocotools.
     order = np.lexsort([-candidates.box, -candidates.iou, candidates.detection])
-    box_of = _take_in_order(_select(candidates, order), len(detected.score), len(boxes.label))
+    box_of = _take_in_order(select(candidates, order), len(detected.score), len(boxes.label))
     ignored = detected.size.prod(axis=1) < 0
     ignored[pairs.detection[close & in_crowd]] = True
     ignored &= box_of == NO_MATCH
@@ -167,7 +189,8 @@ def match(detected: Detected, boxes: GroundTruth, pairs: Pairs, min_iou: float) 
     return Matches(box_of, ignored, detection_of)
 
 
-def _select(pairs: Pairs, kept: np.ndarray) -> Pairs:
+def select(pairs: Pairs, kept: np.ndarray) -> Pairs:
+    """Return the pairs of a mask, or of positions in their order."""
     return Pairs(pairs.detection[kept], pairs.box[kept], pairs.iou[kept])
 
 
@@ -203,3 +226,52 @@ def average_precisions(
         at_recalls = np.append(precision, 0.0)[positions]
         average[k] = at_recalls.mean()
     return average
+
+
+def boxes_found(comparison: Comparison, counts: np.ndarray) -> np.ndarray:
+    """Return which boxes (G,) have a right detection, of the detections (D,) that count."""
+    has_detection = comparison.matches.detection != NO_MATCH
+    found = np.zeros(len(has_detection), dtype=bool)
+    found[has_detection] = counts[comparison.matches.detection[has_detection]]
+    return found
+
+
+def confusion_matrix(
+    comparison: Comparison, score: float, min_iou: float, num_classes: int
+) -> np.ndarray:
+    """Return how often each class was detected as each, (C + 1, C + 1) int64 [true, detected].
+
+    The last is background. Detections count from `score` on. Boxes and detections of one class are
+    matched first, as COCO's evaluation does; of the rest the best detection takes the nearest box
+    of any class.
+    """
+    detected, boxes, _, matches = comparison
+    background = num_classes
+    counts = detected.score >= score
+    detected_as = np.full(len(boxes.label), background)  # of each box
+    found = boxes_found(comparison, counts)
+    detected_as[found] = boxes.label[found]
+    remaining = (matches.box == NO_MATCH) & ~matches.ignored & counts
+    candidates = swapped_pairs(comparison, counts, min_iou)
+    for detection, box in zip(candidates.detection.tolist(), candidates.box.tolist(), strict=True):
+        if remaining[detection] and detected_as[box] == background:
+            remaining[detection] = False
+            detected_as[box] = detected.label[detection]
+    confusion = np.zeros((num_classes + 1, num_classes + 1), np.int64)
+    np.add.at(confusion, (boxes.label[~boxes.crowd], detected_as[~boxes.crowd]), 1)
+    np.add.at(confusion, (background, detected.label[remaining]), 1)
+    return confusion
+
+
+def swapped_pairs(comparison: Comparison, counts: np.ndarray, min_iou: float) -> Pairs:
+    """Return the pairs of a wrong detection and a box of another class that is not found.
+
+    They are ordered by falling score of the detections (D,) that count, then by falling IoU.
+    """
+    detected, boxes, pairs, matches = comparison
+    is_wrong = (matches.box == NO_MATCH) & ~matches.ignored & counts
+    is_open = ~boxes.crowd & ~boxes_found(comparison, counts)
+    is_swapped = detected.label[pairs.detection] != boxes.label[pairs.box]
+    is_near = pairs.iou >= min_iou
+    near = select(pairs, is_near & is_swapped & is_wrong[pairs.detection] & is_open[pairs.box])
+    return select(near, np.lexsort([-near.iou, -detected.score[near.detection]]))

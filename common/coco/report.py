@@ -1,13 +1,18 @@
 """The report of an evaluation: metrics in the log, results and pictures in the output folder."""
 
-import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from common.coco.draw import Example, draw_sheet
+from common.coco.error_pictures import draw_confusion
 from common.coco.evaluation import (
+    CONFUSION_FILE,
+    POINT_IOU,
+    PR_CURVES_FILE,
+    ClassMetrics,
     Evaluation,
     EvaluationOptions,
     draw_pr_curves,
@@ -16,12 +21,11 @@ from common.coco.evaluation import (
 )
 from common.coco.images import ImageReader, turned_images_line
 from common.coco.index import CocoIndex
-from common.files import HeldBackErrors, write_atomically
+from common.coco.metrics import METRICS_FILE, save_metrics
+from common.files import HeldBackErrors
 from common.npu.distributed import Ranks
 
 RESULTS_FILE = "results.bbox.json"  # in COCO's submission format
-METRICS_FILE = "metrics.json"  # the 12 metrics by name
-PR_CURVES_FILE = "pr_curves.png"
 
 
 def report_results(
@@ -34,13 +38,15 @@ def report_results(
     classes: Sequence[str] | None = None,
     goal: float | None = None,
     step: int | None = None,
+    images_per_second: float | None = None,
 ) -> Evaluation:
-    """Evaluate result rows, log the metrics, and save rows, metrics and curves in the folder.
+    """Evaluate result rows, log the metrics, and save rows, metrics and pictures in the folder.
 
     `classes` are those that were detected. With a `goal`, an AP or 0 for none, the line that users
-    of the ports look for is logged as well. `step` is that of the run, for the file of metrics. The
-    rows are saved first, so that they are there if the evaluation fails. Raise UserError as
-    `evaluate` does; that a file cannot be written is raised after the metrics were logged.
+    of the ports look for is logged as well. `step` is that of the run and `images_per_second` the
+    speed of the evaluation, for the file of metrics. The rows are saved first, so that they are
+    there if the evaluation fails. Raise UserError as `evaluate` does; that a file cannot be written
+    is raised after the metrics were logged.
     """
     errors = HeldBackErrors()
     results_path = folder / RESULTS_FILE
@@ -54,19 +60,19 @@ def report_results(
     if goal is not None:
         log(current_ap_line(evaluation, goal))
     with errors.hold_back():
-        save_metrics(folder / METRICS_FILE, evaluation, step)
+        save_metrics(folder / METRICS_FILE, evaluation, num_images, step, images_per_second)
     with errors.hold_back():
         draw_pr_curves(folder / PR_CURVES_FILE, evaluation)
+    with errors.hold_back():
+        draw_confusion(
+            folder / CONFUSION_FILE,
+            evaluation.confusion,
+            [metrics.name for metrics in evaluation.classes],
+            max(0.0, evaluation.best.score),
+            POINT_IOU,
+        )
     errors.raise_first()
-    return evaluation
-
-
-def save_metrics(path: Path, evaluation: Evaluation, step: int | None) -> None:
-    """Write the 12 metrics as JSON, atomically; in a run also the step, counted from 1."""
-    metrics = dict(evaluation.stats)
-    if step is not None:
-        metrics["step"] = step
-    write_atomically(path, (json.dumps(metrics, indent=2, allow_nan=False) + "\n").encode())
+    return replace(evaluation, folder=folder)
 
 
 def current_ap_line(evaluation: Evaluation, goal: float) -> str:
@@ -93,10 +99,25 @@ def turned_images(reader: ImageReader, num_images: int, ranks: Ranks) -> list[st
 
 
 def per_class_lines(evaluation: Evaluation) -> str:
-    """Return the AP of every class, a line each, in columns."""
-    width = max(len(metrics.name) for metrics in evaluation.classes)
-    lines = [f"{metrics.name:<{width}}  AP {metrics.ap:.3f}" for metrics in evaluation.classes]
+    """Return the figures of every class as a table: the highest AP first, without AP last.
+
+    The last three columns are those of the score with the best F1, at IoU 0.5.
+    """
+    by_ap = sorted(evaluation.classes, key=lambda metrics: -metrics.ap)
+    width = max(len("class"), *(len(metrics.name) for metrics in by_ap))
+    heads = ("boxes", "AP", "AP50", "AR100", "score", "precision", "recall")
+    lines = [f"{'class':<{width}}" + "".join(f"{head:>10}" for head in heads)]
+    for metrics in by_ap:
+        lines.append(f"{metrics.name:<{width}}" + _class_columns(metrics))
     return "\n".join(lines)
+
+
+def _class_columns(metrics: ClassMetrics) -> str:
+    """Return the columns of a class; a figure that there is not is a dash."""
+    best = metrics.best
+    figures = (metrics.ap, metrics.ap50, metrics.ar, best.score, best.precision, best.recall)
+    texts = [f"{figure:.3f}" if figure >= 0 else "-" for figure in figures]
+    return f"{metrics.num_boxes:>10}" + "".join(f"{text:>10}" for text in texts)
 
 
 def draw_examples(
@@ -132,6 +153,19 @@ def draw_examples(
             )
         )
     draw_sheet(path, examples, records.class_names)
+
+
+def image_by_id(records: CocoIndex, turns_if_both_fit: bool) -> Callable[[int], np.ndarray | None]:
+    """Return the function that reads the image (H, W, 3) uint8 RGB of an id; None for another's."""
+    reader = ImageReader(records, turns_if_both_fit)
+    position_of = {image_id: i for i, image_id in enumerate(records.image_ids.tolist())}
+
+    def read(image_id: int) -> np.ndarray | None:
+        if image_id not in position_of:
+            return None
+        return reader.read(position_of[image_id])
+
+    return read
 
 
 def example_images(records: CocoIndex, turns_if_both_fit: bool) -> list[np.ndarray]:

@@ -1,6 +1,5 @@
 """The speed of a trained detector: how long an image takes, phase by phase."""
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common.files import write_atomically
+from common.coco.metrics import BENCHMARK, add_to_metrics
 from common.fps.network_size import count_flops, num_parameters
 from common.npu.device import memory_mib, synchronize
 
@@ -106,10 +105,7 @@ def report_speed(
             break
         log(speed_line(speed))
         measured.append(speed._asdict())
-    content = {}
-    if metrics_file.exists():
-        content = json.loads(metrics_file.read_text())
-    content["benchmark"] = {
+    benchmark = {
         "device": str(detector.device),
         "precision": str(detector.precision),
         "parameters": parameters,
@@ -118,8 +114,7 @@ def report_speed(
         "percentiles": PERCENTILES,
         "batches": measured,
     }
-    metrics_file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(metrics_file, (json.dumps(content, indent=2) + "\n").encode())
+    add_to_metrics(metrics_file, BENCHMARK, benchmark)
 
 
 def speed_line(speed: Speed) -> str:

@@ -255,6 +255,7 @@ class Progress:
         if evaluation is not None:
             ap = evaluation.stats["AP"]
             self.run.log.val(steps_done, self.lr(steps_done - 1), evaluation.mmdet())
+            self.run.log.add_events(steps_done, event_figures(evaluation), evaluation.pictures())
         self.last_ap = self.run.ranks.from_main(ap)
         self.goal_reached = 0 < self.recipe.threshold <= self.last_ap
         if self.goal_reached:
@@ -262,6 +263,11 @@ class Progress:
         is_best = self.last_ap > self.best_ap
         self.best_ap = max(self.best_ap, self.last_ap)
         return is_best
+
+    def analysis_due(self) -> bool:
+        """Return whether this rank is to explain the last evaluation, at the end of the run."""
+        was_evaluated = self.last_ap != NOT_EVALUATED
+        return was_evaluated and self.run.ranks.main and self.run.evaluation_options.analysis
 
     def finish(self) -> None:
         """Write the summary and draw the curves."""
@@ -288,3 +294,11 @@ class Progress:
         )
         log.info("\n".join(closing_lines))
         draw_curves(sorted(folder.glob("*.log.json")), folder / "curves.png")
+
+
+def event_figures(evaluation: Evaluation) -> dict[str, float]:
+    """Return the figures of an evaluation by their tags in TensorBoard."""
+    figures = {f"coco/{name}": value for name, value in evaluation.stats.items()}
+    for metrics in evaluation.classes:
+        figures[f"AP of class/{metrics.name}"] = metrics.ap
+    return figures

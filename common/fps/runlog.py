@@ -6,11 +6,13 @@ which reads `step`) works on them. A killed process loses nothing it has logged.
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from common.arithmetic import ceil_div
@@ -159,6 +161,22 @@ class RunLog:
         }
         self._record(entry, step)
         self.info(f"Epoch(val) [{epoch}][{self._per_epoch}]\t{_fields(metrics)}")
+
+    def add_events(self, step: int, figures: Mapping[str, float], pictures: Iterable[Path]) -> None:
+        """Write figures by their tags, and pictures (PNG files), to TensorBoard's events only.
+
+        A figure below 0 is none: COCO's metrics are -1 where there is no ground truth for them.
+        """
+        if self._events is None:
+            return
+        for tag, value in figures.items():
+            if value >= 0:
+                self._events.add_scalar(tag, value, step)
+        for path in pictures:
+            with Image.open(path) as picture:
+                pixels = np.asarray(picture.convert("RGB"))
+            self._events.add_image(f"pictures/{path.stem}", pixels, step, dataformats="HWC")
+        self._events.flush()
 
     def __enter__(self) -> "RunLog":
         return self

@@ -15,6 +15,7 @@ import common.npu.interpreter  # noqa: F401 before torch
 
 # isort: split
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import flags
+from common.coco.analysis_report import write_analysis
 from common.coco.evaluation import (
     Evaluation,
     EvaluationOptions,
@@ -123,12 +125,28 @@ def main(argv: list[str] | None = None) -> None:
         steps = state.get("iteration")
         if not isinstance(steps, int):
             log.info(f"{state['path']}: does not say its step: the metrics are logged without one")
+        began = time.perf_counter()
         result_rows = detect_all(detector.model, recipe, records, device, ranks, workers, precision)
+        images_per_second = len(records) / (time.perf_counter() - began)
         if result_rows is None:
             return
         evaluation = evaluate_and_save(
-            result_rows, records, args.val_json_file, args.model_dir, options, log.info
+            result_rows,
+            records,
+            args.val_json_file,
+            args.model_dir,
+            options,
+            log.info,
+            images_per_second=images_per_second,
         )
+        if options.analysis:
+            write_analysis(
+                args.model_dir / EVALUATION_FOLDER,
+                args.val_json_file,
+                records.class_names,
+                records.image_by_id,
+                log.info,
+            )
         if not isinstance(steps, int):
             return
         steps_per_epoch = recipe.iters_per_epoch(ranks.world_size)
@@ -252,11 +270,12 @@ def evaluate_and_save(
     options: EvaluationOptions,
     log: Callable[[str], None],
     step: int | None = None,
+    images_per_second: float | None = None,
 ) -> Evaluation:
     """Evaluate result rows, log the metrics, and save rows and metrics in `eval/`.
 
-    `step` is that of a run, which is saved with the metrics. They are printed in the lines of the
-    TensorFlow port, too.
+    `step` is that of a run, `images_per_second` the speed of detecting where it was measured; they
+    are saved with the metrics. These are printed in the lines of the TensorFlow port, too.
     """
     evaluation = report_results(
         result_rows,
@@ -267,6 +286,7 @@ def evaluate_and_save(
         log,
         records.class_names,
         step=step,
+        images_per_second=images_per_second,
     )
     announce(f"Current AP: {evaluation.stats['AP']:.5f}")
     metrics = {PORT_NAMES[name]: value for name, value in evaluation.stats.items()}

@@ -80,6 +80,14 @@ class RecordIndex:
             raise wrong_size(self.where(record), pixels.shape[:2], (height, width))
         return pixels
 
+    def image_by_id(self, image_id: int) -> np.ndarray | None:
+        """Return the image (H, W, 3) uint8 RGB of an id, None where no record has it."""
+        records = np.flatnonzero(self.image_ids == image_id)
+        if len(records) == 0:
+            return None
+        record = int(records[0])
+        return self.pixels(self.read(record), record)
+
     def path(self, record: int) -> str:
         return str(self.files[self.file_of_record[record]])
 

@@ -22,6 +22,7 @@ from dataclasses import replace
 from torch import nn
 
 from common import flags
+from common.coco.analysis_report import write_analysis
 from common.coco.coverage import Presets
 from common.errors import UserError
 from common.fps.network_size import size_line
@@ -38,7 +39,12 @@ from ssd_resnet34.tfrecord.check import check_data
 from ssd_resnet34.tfrecord.config import RECIPES, Recipe
 from ssd_resnet34.tfrecord.coverage import MATCHING
 from ssd_resnet34.tfrecord.data import build_loader, trained_records_line, training_records
-from ssd_resnet34.tfrecord.evaluate import detect_all, evaluate_and_save, validation_records
+from ssd_resnet34.tfrecord.evaluate import (
+    EVALUATION_FOLDER,
+    detect_all,
+    evaluate_and_save,
+    validation_records,
+)
 from ssd_resnet34.tfrecord.index import RecordIndex, read_index
 from ssd_resnet34.tfrecord.look import samples_of_batch
 from ssd_resnet34.tfrecord.loss import DetectionLoss, decay_term
@@ -203,6 +209,14 @@ def main(argv: list[str] | None = None) -> int | None:
             state.save()
             return progress.exit_status()
         progress.finish()
+        if progress.analysis_due():
+            write_analysis(
+                run.output_dir / EVALUATION_FOLDER,
+                args.val_json_file,
+                val_set.class_names,
+                val_set.image_by_id,
+                run.log.info,
+            )
         port_lines.print_logged()
     return None
 

@@ -19,7 +19,7 @@ from common.coco.analysis import (
     OTHER_CLASS,
     analyse,
 )
-from common.coco.evaluation import best_point, evaluate, operating_points, to_result_rows
+from common.coco.evaluation import best_point, evaluate, to_result_rows
 from common.coco.index import read_annotations
 
 VAL = Path(__file__).parents[1] / "data/tiny_coco/annotations/instances_val2017.json"
@@ -168,7 +168,9 @@ def test_crowd_regions_are_no_errors(tmp_path):
     assert analysis.ap50 == 1
     assert analysis.confusion.sum() == 1
     assert analysis.suspects == analysis.worst_images == []
-    assert operating_points(index, detections).pooled == (0.9, 1, 1, 1)
+    evaluation = evaluate(index.annotation_file, detections)
+    assert evaluation.best == (0.9, 1, 1, 1)
+    assert np.array_equal(evaluation.confusion, analysis.confusion)
 
 
 def test_scores_below_the_given_one_count_for_ap_only(tmp_path):
@@ -197,8 +199,9 @@ def test_no_ground_truth_at_all(tmp_path):
     assert counts(analysis) == {BACKGROUND: 1}
     assert costs(analysis) == {}
     assert analysis.ap50 == 0
-    points = operating_points(index, rows((PERSON, LEFT, 0.9)))
-    assert set(points.classes) == {points.pooled} == {(-1, -1, -1, -1)}
+    evaluation = evaluate(index.annotation_file, rows((PERSON, LEFT, 0.9)))
+    points = [evaluation.best, *(metrics.best for metrics in evaluation.classes)]
+    assert set(points) == {(-1, -1, -1, -1)}
 
 
 def test_one_class(tmp_path):
@@ -261,6 +264,7 @@ def test_real_boxes_agree_with_the_evaluation(seed):
     evaluation = evaluate(str(VAL), result_rows)
     analysis = analyse(index, result_rows, evaluation.best.score)
     assert analysis.ap50 == pytest.approx(evaluation.stats["AP50"], abs=1e-12)
+    assert np.array_equal(analysis.confusion, evaluation.confusion)
     assert analysis.class_names == [metrics.name for metrics in evaluation.classes]
     num_boxes = [metrics.num_boxes for metrics in evaluation.classes]
     assert analysis.confusion[:-1].sum(axis=1).tolist() == num_boxes

@@ -138,6 +138,13 @@ def test_visible_boxes_are_good_enough_and_cut_at_the_border():
     assert (len(boxes), len(scores), len(labels)) == (0, 0, 0)
 
 
+def test_each_class_may_have_a_lowest_score_of_its_own(tmp_path):
+    output = DemoOutput(tmp_path, NAMES, min_score=[0.6, 0.3, 0.9])
+    output.add("a.png", np.full((50, 60, 3), 128, np.uint8), FOUND)
+    # The scores are 0.9 of class 2, 0.5 of class 0 and 0.49999 of class 1.
+    assert output.results["a.png"]["classes"] == [NAMES[2], NAMES[1]]
+
+
 def test_pictures_and_results(tmp_path):
     image = np.full((50, 60, 3), 128, np.uint8)
     output = DemoOutput(tmp_path / "out", NAMES, min_score=0.5)

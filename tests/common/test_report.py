@@ -45,10 +45,11 @@ def test_metrics_are_logged_and_files_written(result_rows, tmp_path):
     assert evaluation.stats == expected.stats
     path = folder / "results.bbox.json"
     assert lines == [f"{expected.text}\n{len(result_rows)} detections in 50 images: {path}"]
-    names = ["metrics.json", "pr_curves.png", "results.bbox.json"]
+    names = ["confusion.png", "metrics.json", "pr_curves.png", "results.bbox.json"]
     assert sorted(file.name for file in folder.iterdir()) == names
-    assert json.loads((folder / "metrics.json").read_text()) == expected.stats
-    assert Image.open(folder / "pr_curves.png").format == "PNG"
+    assert evaluation.pictures() == [folder / "pr_curves.png", folder / "confusion.png"]
+    for picture in evaluation.pictures():
+        assert Image.open(picture).format == "PNG"
     save_results(tmp_path / "again.json", result_rows)
     assert path.read_bytes() == (tmp_path / "again.json").read_bytes()
 
@@ -56,10 +57,12 @@ def test_metrics_are_logged_and_files_written(result_rows, tmp_path):
 def test_the_metrics_of_a_run_have_its_step_and_coco_names(result_rows, tmp_path):
     evaluation = report.report_results(result_rows, VAL, 50, tmp_path, PLAIN, print, step=40)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics == {**evaluation.stats, "step": 40}
     assert " ".join(metrics) == (
-        "AP AP50 AP75 APsmall APmedium APlarge AR1 AR10 AR100 ARsmall ARmedium ARlarge step"
+        "AP AP50 AP75 APsmall APmedium APlarge AR1 AR10 AR100 ARsmall ARmedium ARlarge step "
+        "images best_f1 classes"
     )
+    for name, value in {**evaluation.stats, "step": 40, "images": 50}.items():
+        assert metrics[name] == value
 
 
 @pytest.mark.parametrize(
@@ -96,9 +99,25 @@ def test_the_ap_of_every_class_comes_in_columns(result_rows, tmp_path):
     evaluation = report.report_results(result_rows, VAL, 50, tmp_path, options, lines.append)
     assert len(lines) == 2
     table = lines[1].splitlines()
-    assert len(table) == 80
-    assert table[0] == f"person          AP {evaluation.classes[0].ap:.3f}"
-    assert len({line.index("  AP ") for line in table if "  AP " in line}) == 1
+    assert len(table) == 81
+    assert table[0].split() == [
+        "class",
+        "boxes",
+        "AP",
+        "AP50",
+        "AR100",
+        "score",
+        "precision",
+        "recall",
+    ]
+    assert len({len(line) for line in table}) == 1
+    shown = [line.split()[-6] for line in table[1:]]
+    with_ap = [float(text) for text in shown if text != "-"]
+    assert with_ap == sorted(with_ap, reverse=True)
+    assert shown[len(with_ap) :] == ["-"] * (80 - len(with_ap))
+    person = next(line for line in table if line.startswith("person"))
+    metrics = evaluation.classes[0]
+    assert person.split()[1:4] == ["123", f"{metrics.ap:.3f}", f"{metrics.ap50:.3f}"]
 
 
 def test_the_backend_of_the_options_is_used(result_rows, tmp_path, monkeypatch):

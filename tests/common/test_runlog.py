@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.errors import UserError
@@ -308,3 +309,18 @@ def test_mmdet3_plots_our_curves_over_step(run):
     assert xs == run.steps
     assert ys == [3.25] * 12
     assert all(np.mean(series["time"]) > 0 for series in epochs.values())
+
+
+def test_figures_and_pictures_of_an_evaluation_are_events_only(tmp_path):
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "confusion.png")
+    with RunLog(Ranks()) as log:
+        log.open(tmp_path, 0)
+        figures = {"coco/AP": 0.25, "coco/APsmall": -1.0, "AP of class/cat": 0.5}
+        log.add_events(40, figures, [tmp_path / "confusion.png"])
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert sorted(events.Tags()["scalars"]) == ["AP of class/cat", "coco/AP"]
+    (entry,) = events.Scalars("coco/AP")
+    assert (entry.step, entry.value) == (40, 0.25)
+    (picture,) = events.Images("pictures/confusion")
+    assert (picture.step, picture.width, picture.height) == (40, 8, 6)
+    assert not log.json_path.exists()

@@ -1,0 +1,107 @@
+"""The file `metrics.json` of an evaluation: written, added to, and read by the demos."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.coco.evaluation import ABSENT, ClassMetrics, Evaluation, OperatingPoint
+from common.errors import UserError
+from common.files import write_atomically
+
+METRICS_FILE = "metrics.json"
+BENCHMARK = "benchmark"  # the key of what `evaluate.py --benchmark` measured
+BEST = "best"  # in the place of a lowest score: of each class the one with the best F1
+
+
+def save_metrics(
+    path: Path,
+    evaluation: Evaluation,
+    num_images: int,
+    step: int | None = None,
+    images_per_second: float | None = None,
+) -> None:
+    """Write the figures of an evaluation as JSON, atomically.
+
+    First are the 12 metrics by name and in a run the step, counted from 1. `images_per_second` is
+    the speed of the evaluation where it was measured. What a benchmark has added to the file stays.
+    """
+    metrics: dict[str, object] = dict(evaluation.stats)
+    if step is not None:
+        metrics["step"] = step
+    metrics["images"] = num_images
+    if images_per_second is not None:
+        metrics["speed"] = round(images_per_second, 2)
+    metrics["best_f1"] = evaluation.best._asdict()
+    metrics["classes"] = [class_entry(of_class) for of_class in evaluation.classes]
+    before = read_metrics(path)
+    if BENCHMARK in before:
+        metrics[BENCHMARK] = before[BENCHMARK]
+    _write(path, metrics)
+
+
+def class_entry(metrics: ClassMetrics) -> dict[str, object]:
+    """Return the figures of a class as they are in the file."""
+    return {
+        "name": metrics.name,
+        "AP": metrics.ap,
+        "AP50": metrics.ap50,
+        "AR": metrics.ar,
+        "boxes": metrics.num_boxes,
+        "best_f1": metrics.best._asdict(),
+    }
+
+
+def add_to_metrics(path: Path, name: str, value: object) -> None:
+    """Put one entry into the file, which is made where it is missing; the others stay."""
+    metrics = read_metrics(path)
+    metrics[name] = value
+    _write(path, metrics)
+
+
+def read_metrics(path: Path) -> dict:
+    """Return what the file holds, nothing where there is none or it is not JSON."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write(path: Path, metrics: dict) -> None:
+    write_atomically(path, (json.dumps(metrics, indent=2, allow_nan=False) + "\n").encode())
+
+
+def lowest_scores(
+    min_score: float | str, checkpoint_path: str, class_names: Sequence[str]
+) -> list[float]:
+    """Return the lowest score of each class from which detections are shown.
+
+    `min_score` is a number for all, or BEST: the scores with the best F1 that the `metrics.json`
+    beside the checkpoint has. A class without one has that of all classes together. Raise UserError
+    where there is no such file, or none of these classes.
+    """
+    if min_score != BEST:
+        return [float(min_score)] * len(class_names)
+    path = Path(checkpoint_path).with_name(METRICS_FILE)
+    metrics = read_metrics(path)
+    remedy = (
+        f"write it with evaluate.py --checkpoint={checkpoint_path} --output_dir={path.parent}, or "
+        "give a number"
+    )
+    if "best_f1" not in metrics:
+        raise UserError(f"--min_score={BEST}: no {path} with scores of the best F1", remedy)
+    points = {entry["name"]: OperatingPoint(**entry["best_f1"]) for entry in metrics["classes"]}
+    missing = [name for name in class_names if name not in points]
+    if missing:
+        raise UserError(
+            f"--min_score={BEST}: {path} is of another detector: it has no class {missing[0]!r}",
+            remedy,
+        )
+    pooled = OperatingPoint(**metrics["best_f1"])
+    if pooled.score == ABSENT:
+        raise UserError(f"--min_score={BEST}: {path}: no detection was right", "give a number")
+    scores = []
+    for name in class_names:
+        score = points[name].score
+        scores.append(pooled.score if score == ABSENT else score)
+    return scores
