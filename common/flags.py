@@ -316,7 +316,12 @@ def parse_demo(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
 
 def score_or_best(text: str) -> float | str:
     """Return the value of `--min_score`: a number, or BEST as it is."""
-    return BEST if text == BEST else float(text)
+    if text == BEST:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number or {BEST!r}") from None
 
 
 def chosen_recipe(args: argparse.Namespace, recipes: dict):

@@ -178,12 +178,12 @@ def test_the_name_is_the_users(model, detectors, tmp_path, monkeypatch):
 
     evaluate = module(model, "evaluate")
     monkeypatch.setattr(evaluate, "detect_all", lambda *args: ())
-    monkeypatch.setattr(evaluate, "evaluate_and_save", lambda *args: Result)
+    monkeypatch.setattr(evaluate, "evaluate_and_save", lambda *args, **facts: Result)
     monkeypatch.setattr(evaluate, "write_summary", note)
     data = write_data(tmp_path, {1: "person", 17: "cat", 18: "dog"})
     program = programs(model, detectors[model], tmp_path)["evaluate"]
-    program(f"--data={data}")
-    program(f"--data={data}", "--name=Mine")
+    program(f"--data={data}", "--no-analysis")
+    program(f"--data={data}", "--no-analysis", "--name=Mine")
     assert names == [small_recipe(model).name, "Mine"]
 
 

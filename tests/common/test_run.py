@@ -123,7 +123,7 @@ def train(run, state, progress, batches=None, evaluate=lambda: None):
 
 def evaluation(ap):
     metrics = {"bbox_mAP": ap, "bbox_mAP_50": ap, "bbox_mAP_75": ap}
-    return SimpleNamespace(stats={"AP": ap}, mmdet=lambda: metrics)
+    return SimpleNamespace(stats={"AP": ap}, classes=[], mmdet=lambda: metrics, pictures=list)
 
 
 def test_nothing_is_written_before_the_output_is_opened(tmp_path):
@@ -458,6 +458,11 @@ class Metrics:
     @property
     def stats(self):
         return {"AP": self.ap}
+
+    classes = ()
+
+    def pictures(self):
+        return []
 
     def mmdet(self):
         return {"bbox_mAP": self.ap, "bbox_mAP_50": self.ap, "bbox_mAP_75": self.ap}

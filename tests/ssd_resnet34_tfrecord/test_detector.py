@@ -83,7 +83,10 @@ def test_evaluation_takes_the_precision_of_its_flags(
     assert dtypes == [dtype, dtype]
     assert (run_folder / "eval/results.bbox.json").exists()
     metrics = json.loads((run_folder / "eval/metrics.json").read_text())
-    assert tuple(metrics) == STATS
+    assert tuple(metrics)[: len(STATS)] == STATS
+    assert metrics["speed"] > 0
+    for name in ("analysis.json", "errors.png", "worst_images.png", "suspect_labels.json"):
+        assert (run_folder / "eval" / name).stat().st_size > 0
 
 
 def test_an_accelerators_thread_detects_the_same(run_folder, golden_dir, tmp_path, monkeypatch):
@@ -149,7 +152,7 @@ def test_weights_alone_are_evaluated_without_a_step(
     said = f"{tmp_path}/iter_5.pt: does not say its step: the metrics are logged without one\n"
     assert said in output
     assert output.index(said) < output.index("Current AP: 0.00000")
-    assert tuple(json.loads((tmp_path / "eval/metrics.json").read_text())) == STATS
+    assert json.loads((tmp_path / "eval/metrics.json").read_text())["AP"] == 0
 
 
 def test_what_an_evaluation_needs_is_there_before_it_detects(
