@@ -227,12 +227,12 @@ def export_graph(
         raise UserError(
             f"--opset {opset}: height and width are free from {LOWEST_CONVERTED_OPSET} on"
         )
-    if free_axes and is_old_torch():
+    if free_axes and torch_version() < (2, 7):
         raise UserError(
             f"torch {torch.__version__} cannot export a network of free height and width",
-            "give a fixed size, or use torch 2.8 or a later one",
+            "give a fixed size, or use torch 2.7 or a later one",
         )
-    if opset < LOWEST_CONVERTED_OPSET or is_old_torch():
+    if opset < LOWEST_CONVERTED_OPSET or (must_be_traced() and not free_axes):
         graph = trace(network, example, input_name, output_names, opset, batch)
     else:
         axes = dict(free_axes or {})
@@ -249,13 +249,18 @@ def export_graph(
     return graph
 
 
-def is_old_torch() -> bool:
+def torch_version() -> tuple[int, int]:
+    """Return the first two numbers of torch's version."""
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def must_be_traced() -> bool:
     """Return whether torch is 2.6 or 2.7, whose exporter does not suit today's packages.
 
-    2.6 fails on the batch norm of onnxscript; onnx cannot lower the Split of 2.7 to opset 17.
+    2.6 fails on the batch norm of onnxscript; onnx cannot lower some Splits of 2.7 to opset 17.
     """
-    major, minor = torch.__version__.split(".")[:2]
-    return (int(major), int(minor)) < (2, 8)
+    return torch_version() < (2, 8)
 
 
 def export_program(
