@@ -425,3 +425,29 @@ def test_the_command_of_the_message_shows_the_image_that_spoils_the_loss(model, 
     else:
         assert f"losses that are not finite: images [{bad}]" in lines
     assert (tmp_path / "the run_look" / "step_2_1.jpg").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.again
+def test_the_command_of_a_launch_scripts_message_runs_in_one_process(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(scripts, "MODEL", scripts.ROOT / "ssd_resnet34")
+    where = (f"--data_path={data}", f"--output_dir={tmp_path}/run", "--save_interval=1")
+    small = ("--backbone=resnet10", "--batch_size=2", "--amp=O0", "--kind=perf", "--num_workers=0")
+    blown_up = ("--lr=1e30", "--lr_step=0", "--log_interval=1", "--seed=3", "--threshold=0")
+    words = (*where, *small, *blown_up, "--device=cpu", "--nproc_per_node=2")
+    done = scripts.run("train_full_8p.sh", *words, status=1)
+    [message] = set(re.findall(r"[a-z_]+ is not finite, first at iteration .+", done.stderr))
+    step = int(re.search(r"iteration (\d+)", message)[1])
+    command = message.partition("to draw the images of this step: ")[2]
+    assert command.endswith(f" --replay={step} --device_id=0")
+    done = subprocess.run(
+        ["bash", "-c", command],
+        env=scripts.environment(),
+        capture_output=True,
+        text=True,
+        cwd="/",
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"step {step} (epoch 1) of a run on 2 ranks" in done.stdout
+    ids = ids_of_order("ssd_resnet34", data, step, world_size=2)
+    assert re.findall(r"^image (\d+); ", done.stdout, re.MULTILINE) == list(map(str, ids))

@@ -87,7 +87,7 @@ def make_samples(
     `labels` and `valid` (N, M) the padded ground truth; `anchors` (P, 4) xyxy or points (P, 2), in
     pixels; `positive` and `matched` (N, P) what `assign` of a model returns.
     """
-    images = pixels.clamp(0, 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    images = pixels.cpu().clamp(0, 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
     boxes_xyxy = boxes_xyxy.cpu().numpy()
     labels = labels.cpu().numpy()
     valid = valid.cpu().numpy()

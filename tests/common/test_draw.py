@@ -38,6 +38,15 @@ def test_boxes_are_cut_at_the_border_and_outside_ones_left_out():
     assert not drawn(np.array([[210, 10, 250, 60.0]]), [0], NAMES)[0].any()
 
 
+def test_an_empty_name_has_no_tag():
+    boxes = np.array([[50, 40, 150, 100.0]])
+    named, _ = drawn(boxes, [0], NAMES)
+    nameless, _ = drawn(boxes, [0], [""])
+    assert named[:38].any()
+    assert not nameless[:40].any()
+    np.testing.assert_array_equal(nameless[40:102, 50:152], named[40:102, 50:152])
+
+
 def test_no_boxes_is_the_plain_image():
     assert not drawn(NO_BOXES, NO_LABELS, NAMES, NO_LABELS)[0].any()
     assert not drawn([], [], NAMES)[0].any()
