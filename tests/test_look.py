@@ -1,6 +1,7 @@
 """`--look` and `--replay`: the very batches of a run, through the programs of all recipes."""
 
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -31,6 +32,16 @@ from tests.test_own_data import (
 )
 
 SHORT = ("--device=cpu", "--amp=O0", "--batch_size=2", "--seed=3", "--log_interval=1")
+
+
+def once(first, others):
+    """The models of a test of which all but the first are for `--all`."""
+    return [*first, *[pytest.param(model, marks=pytest.mark.again) for model in others]]
+
+
+RESUMED = once(["ssd_resnet34", "fcos"], ["ssd_mmdet", "m2det", TFRECORD])
+TWO_RANKS = once(["ssd_resnet34"], ["ssd_mmdet", "m2det", "fcos"])
+POISONED = once(["ssd_mmdet", "m2det"], ["ssd_resnet34", "fcos", TFRECORD])
 EXACT_TERMS = ("loss_cls", "loss_bbox", "loss")
 
 
@@ -179,7 +190,9 @@ def test_look_at_another_epoch_has_its_order(model, data, tmp_path, drawn):
     assert len(set(ids)) == 10
     assert (tmp_path / "run_look" / "epoch_2_1.jpg").exists()
     assert not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match=r"^--epoch 1000: a run of this recipe has \d+; give"):
+    with pytest.raises(
+        UserError, match=r"^--epoch 1000: a run of this recipe has \d+ epochs; give"
+    ):
         train(model, data, "--look=1", "--epoch=1000", f"--output_dir={tmp_path}/run")
 
 
@@ -283,7 +296,7 @@ def read_training_set(model, data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ALL)
+@pytest.mark.parametrize("model", RESUMED)
 def test_a_step_of_a_resumed_run_is_replayed(model, data, tmp_path, drawn, capsys):
     output = tmp_path / "run"
     keep = (f"--output_dir={output}", "--save_interval=1", "--keep=9")
@@ -315,17 +328,13 @@ def test_a_step_of_a_resumed_run_is_replayed(model, data, tmp_path, drawn, capsy
         (output / f"iter_{step}.pt").unlink(missing_ok=True)
     train(model, data, *keep, "--max_iters=4", "--epochs=2", "--replay=4")
     printed = capsys.readouterr().out
-    assert f"weights: {output}/iter_1.pt, 2 steps earlier than those of the step\n" in printed
+    assert f"weights: {output}/iter_1.pt, 2 steps before those of the step\n" in printed
     (output / "iter_1.pt").unlink()
     train(model, data, *keep, "--max_iters=4", "--epochs=2", "--replay=1")
     printed = capsys.readouterr().out
     assert f"weights: no checkpoint in {output} is of an earlier step: those that" in printed
     [losses] = batch_losses(printed)
     assert losses["loss"] == pytest.approx(logged_losses(output, 1)["loss"], rel=2e-3)
-
-
-AGAIN = pytest.mark.again
-TWO_RANKS = ["ssd_resnet34", *[pytest.param(model, marks=AGAIN) for model in ALL[:1] + ALL[2:4]]]
 
 
 @pytest.mark.slow
@@ -380,9 +389,7 @@ def test_a_step_that_cannot_be_drawn_again_is_refused(words, message, finished, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "model", ["ssd_mmdet", "m2det", *[pytest.param(m, marks=AGAIN) for m in (ALL[1], *ALL[3:])]]
-)
+@pytest.mark.parametrize("model", POISONED)
 def test_the_command_of_the_message_shows_the_image_that_spoils_the_loss(model, data, tmp_path):
     [bad, other] = ids_of_order(model, data, step=2, world_size=1)
     program = Path(poisoned.__file__)
@@ -451,3 +458,37 @@ def test_the_command_of_a_launch_scripts_message_runs_in_one_process(data, tmp_p
     assert f"step {step} (epoch 1) of a run on 2 ranks" in done.stdout
     ids = ids_of_order("ssd_resnet34", data, step, world_size=2)
     assert re.findall(r"^image (\d+); ", done.stdout, re.MULTILINE) == list(map(str, ids))
+
+
+@pytest.mark.slow
+@pytest.mark.again
+def test_the_command_of_a_rank_tables_run_goes_to_the_folder_of_the_main_rank(data, tmp_path):
+    folder = scripts.ROOT / "ssd_resnet34"
+    table = json.loads((folder / "npu_config/8p.json").read_text())
+    group = table["group_list"][0]
+    group["instance_list"] = group["instance_list"][:2]
+    group.update(device_num="2", instance_count="2")
+    (tmp_path / "2p.json").write_text(json.dumps(table))
+    environment = {**scripts.environment(), "path_to_tfrecord": str(data / "records")}
+    small = ("--recipe=small", "--resnet_checkpoint=", "--train_batch_size=2", "--mode=train")
+    blown_up = ("--lr=1e35", "--save_interval=1", *SHORT[:2], *SHORT[3:])
+    done = subprocess.run(
+        ["bash", folder / "run_npu_8p.sh", *small, *blown_up],
+        cwd=tmp_path,
+        env={**environment, "RANK_TABLE_FILE": "2p.json"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    log = (tmp_path / "training/D1/train_1.log").read_text()
+    command = re.findall(r"to draw the images of this step: (.+)", log)[-1]
+    assert command.startswith(f"cd {tmp_path}/training/D0 && ")
+    step = int(re.search(r"--replay=(\d+) --device_id=0$", command)[1])
+    done = subprocess.run(
+        ["bash", "-c", command], env=environment, capture_output=True, text=True, cwd="/"
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"step {step} (epoch 1) of a run on 2 ranks" in done.stdout
+    ids = ids_of_order(TFRECORD, data, step, world_size=2)
+    assert re.findall(r"^image (\d+); ", done.stdout, re.MULTILINE) == list(map(str, ids))
+    assert (tmp_path / f"training/D0/result_npu_look/step_{step}_1.jpg").exists()

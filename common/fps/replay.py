@@ -4,8 +4,7 @@ A sample is a function of (seed, epoch, position), so any batch of a run can be 
 """
 
 import math
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -65,25 +64,26 @@ def _look(run: Run, pipeline: Pipeline, steps_per_epoch: int, total_steps: int) 
     epoch = run.settings.epoch
     first_step = (epoch - 1) * steps_per_epoch
     if first_step >= total_steps:
+        num_epochs = ceil_div(total_steps, steps_per_epoch)
         raise UserError(
-            f"--epoch {epoch}: a run of this recipe has {ceil_div(total_steps, steps_per_epoch)}",
-            "give one from 1 on",
+            f"--epoch {epoch}: a run of this recipe has {num_epochs} epochs", "give one of them"
         )
-    num_steps = min(steps_per_epoch, ceil_div(run.settings.look, pipeline.recipe.batch_size))
-
-    def samples() -> Iterator[Sample]:
-        drawn = _drawn_batches(run, pipeline, Ranks(), first_step, first_step + num_steps)
-        left = run.settings.look
-        for batch in drawn:
-            for sample in batch.samples[:left]:
-                print(sample.line(pipeline.train_set.class_names))
-                yield sample
-            left -= len(batch.samples)
-
     print(
         f"epoch {epoch}: its first samples as the network gets them, in their order on one device"
     )
-    _write_pages(run, pipeline, samples(), f"epoch_{epoch}")
+    samples = _first_samples(run, pipeline, first_step, first_step + steps_per_epoch)
+    _write_pages(run, pipeline, samples, f"epoch_{epoch}")
+
+
+def _first_samples(run: Run, pipeline: Pipeline, start: int, end: int) -> Iterator[Sample]:
+    """Yield and print the first samples of `--look` from step `start`, from 0, up to `end`."""
+    num_left = run.settings.look
+    end = min(end, start + ceil_div(num_left, pipeline.recipe.batch_size))
+    for drawn in _drawn_batches(run, pipeline, Ranks(), start, end):
+        for sample in drawn.samples[:num_left]:
+            print(sample.line(pipeline.train_set.class_names))
+            yield sample
+        num_left -= len(drawn.samples)
 
 
 def _replay(
@@ -99,28 +99,25 @@ def _replay(
     print(_load_weights(run, model))
     model.train()
 
-    not_finite = []
+    samples = []
     not_finite_alone = []
+    first = run.replayed.index_of_batch
+    for rank in range(run.replayed.world_size):
+        ranks = Ranks(rank=rank, world_size=run.replayed.world_size)
+        [drawn] = _drawn_batches(run, pipeline, ranks, first, first + 1)
+        of_batch, of_images = _losses(run, pipeline, model, drawn)
+        terms = ", ".join(f"{name} {value:.4g}" for name, value in of_batch.items())
+        print(f"rank {rank}: {len(drawn.samples)} images; losses of its batch: {terms}")
+        for sample, losses in zip(drawn.samples, of_images, strict=True):
+            sample = sample._replace(losses=losses)
+            print(sample.line(pipeline.train_set.class_names))
+            samples.append(sample)
+        if not all(_are_finite(losses) for losses in of_images):
+            not_finite_alone += _not_finite_alone(run, pipeline, model, drawn)
 
-    def samples() -> Iterator[Sample]:
-        first = run.replayed.index_of_batch
-        for rank in range(run.replayed.world_size):
-            ranks = Ranks(rank=rank, world_size=run.replayed.world_size)
-            for batch in _drawn_batches(run, pipeline, ranks, first, first + 1):
-                of_batch, of_images = _losses(run, pipeline, model, batch)
-                terms = ", ".join(f"{name} {value:.4g}" for name, value in of_batch.items())
-                print(f"rank {rank}: {len(batch.samples)} images; losses of its batch: {terms}")
-                if not all(map(_are_finite, of_images)):
-                    not_finite_alone.extend(_not_finite_alone(run, pipeline, model, batch))
-                for sample, losses in zip(batch.samples, of_images, strict=True):
-                    sample = sample._replace(losses=losses)
-                    if not _are_finite(losses):
-                        not_finite.append(sample.image_id)
-                    print(sample.line(pipeline.train_set.class_names))
-                    yield sample
-
-    _write_pages(run, pipeline, samples(), f"step_{number}")
+    _write_pages(run, pipeline, samples, f"step_{number}")
     print(OWN_NORMALISER)
+    not_finite = [sample.image_id for sample in samples if not _are_finite(sample.losses)]
     if not not_finite:
         print("the losses of every image are finite under these weights")
         return
@@ -223,7 +220,7 @@ def _load_weights(run: Run, model: nn.Module) -> str:
     load_same(model, state["model"], state["path"])
     steps_before = run.replayed.number - 1 - state["iteration"]
     if steps_before:
-        return f"weights: {state['path']}, {steps_before} steps earlier than those of the step"
+        return f"weights: {state['path']}, {steps_before} steps before those of the step"
     return f"weights: {state['path']}, those of the step"
 
 
@@ -264,11 +261,9 @@ def _fields(listing: str) -> dict[str, str]:
     return fields
 
 
-def _write_pages(run: Run, pipeline: Pipeline, samples: Iterator[Sample], name: str) -> None:
+def _write_pages(run: Run, pipeline: Pipeline, samples: Iterable[Sample], name: str) -> None:
     folder = run.output_dir.absolute()
     folder = folder.with_name(f"{folder.name}_look")
-    paths: list[Path] = []
-    for path in draw_pages(samples, pipeline.train_set.class_names, folder, name):
-        paths.append(path)
+    paths = list(draw_pages(samples, pipeline.train_set.class_names, folder, name))
     for path in paths:
         print(f"written: {path}")
