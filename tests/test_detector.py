@@ -13,7 +13,7 @@ from PIL import Image
 
 from common.errors import UserError
 from tests.scripts import ROOT, TINY, subset
-from tests.small_models import ALL, MODELS, module
+from tests.small_models import ALL, MODELS, TFRECORD, module
 
 NOT_NEEDED = ("tensorboard", "matplotlib", "pycocotools", "tqdm", "torchvision", "onnx")
 PHOTOGRAPHS = sorted(str(path) for path in (TINY / "val2017").glob("*.jpg"))[:4]
@@ -63,6 +63,30 @@ def test_what_is_found_has_names_and_can_be_drawn(model, detectors):
 def test_the_score_threshold_is_taken(model, detectors):
     assert len(load(model, detectors, score_threshold=1e-4)(PHOTOGRAPHS[0])) > 0
     assert len(load(model, detectors, score_threshold=1.0)(PHOTOGRAPHS[0])) == 0
+
+
+@pytest.mark.parametrize("model", ALL)
+def test_the_best_scores_of_the_classes_are_taken(model, detectors, tmp_path):
+    file = tmp_path / "best.pt"
+    file.symlink_to(detectors[model])
+    detector_class = module(model, "detector").Detector
+    with pytest.raises(UserError, match=r"no .*metrics\.json with the scores of the best F1"):
+        detector_class.load(file, device="cpu", score_threshold="best")
+    points = {}
+    for name, score in (("person", 2.0), ("cat", -1.0), ("dog", 0.0)):
+        points[name] = {"score": score, "precision": 0.5, "recall": 0.5, "f1": 0.5}
+    metrics = {"best_f1": {**points["dog"], "score": 2.0}, "classes": []}
+    for name, point in points.items():
+        metrics["classes"].append({"name": name, "best_f1": point})
+    folder = tmp_path / "eval" if model == TFRECORD else tmp_path
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    detector = detector_class.load(file, device="cpu", score_threshold="best")
+    assert detector.min_scores.tolist() == [2.0, 2.0, 0.0]
+    found = load(model, detectors)(PHOTOGRAPHS[0])
+    of_best = detector(PHOTOGRAPHS[0])
+    assert of_best.names == [name for name in found.names if name == "dog"]
+    assert len(of_best.scores) == len(of_best.boxes) == len(of_best.labels)
 
 
 @pytest.mark.parametrize("model", ALL)

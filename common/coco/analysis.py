@@ -401,7 +401,8 @@ def _not_found(detected: Detected, boxes: GroundTruth, pairs: Pairs) -> list[tup
     group = boxes.label * (len(SIZE_BORDERS) + 1) + sizes
     num_of_group = np.bincount(group[is_object])
     num_found = np.bincount(group[is_object & is_found], minlength=len(num_of_group))
-    candidates = np.flatnonzero(is_object & ~is_found)
+    has_area = np.isfinite(boxes.xyxy).all(axis=1) & (boxes.size > 0).all(axis=1)
+    candidates = np.flatnonzero(is_object & ~is_found & has_area)
     shares = num_found[group[candidates]] / num_of_group[group[candidates]]
     order = np.argsort(-shares, kind="stable")[:SUSPECTS_OF_A_KIND]
     return list(zip(candidates[order].tolist(), shares[order].tolist(), strict=True))

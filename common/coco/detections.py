@@ -1,7 +1,7 @@
 """What a detector has found in an image."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from PIL import Image
@@ -34,6 +34,13 @@ class Detections:
     def names(self) -> list[str]:
         """The class name of each detection."""
         return [self.class_names[label] for label in self.labels.tolist()]
+
+    def from_scores(self, min_scores: Tensor) -> "Detections":
+        """Return the detections with at least the lowest score of their class, of (C,) on a CPU."""
+        kept = self.scores >= min_scores[self.labels]
+        return replace(
+            self, boxes=self.boxes[kept], scores=self.scores[kept], labels=self.labels[kept]
+        )
 
     def draw(self, min_score: float = 0.3) -> Image.Image:
         """Return a copy of the image with the boxes of the detections from `min_score` on."""

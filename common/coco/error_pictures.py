@@ -19,6 +19,7 @@ MISSED_COLOUR = "#ffb000"
 FALSE_COLOUR = "#ff6fb5"
 SUSPECT_COLOUR = "#ffb000"
 TEXT_COLOUR = "#333333"
+OUTSIDE_COLOUR = "#dddddd"  # where a cut-out reaches over the border of the image
 BAR_COLOUR = "#4c78a8"
 SUM_COLOUR = "#9aa5b1"
 
@@ -309,9 +310,14 @@ def _cut_out(image: np.ndarray, box_xyxy: Sequence[float]) -> Image.Image:
     x = (left + right - side) / 2
     y = (top + bottom - side) / 2
     scale = TILE_SIDE / side
-    region = (round(x), round(y), round(x + side), round(y + side))
-    tile = Image.fromarray(image).crop(region)  # black outside of the image
-    tile = tile.resize((TILE_SIDE, TILE_SIDE), Image.Resampling.BICUBIC)
+    height, width = image.shape[:2]
+    region = [max(0, round(x)), max(0, round(y))]
+    region += [min(width, round(x + side)), min(height, round(y + side))]
+    square = Image.new("RGB", (round(side), round(side)), OUTSIDE_COLOUR)
+    if region[0] < region[2] and region[1] < region[3]:  # else the box lies outside of the image
+        part = Image.fromarray(image).crop(region)
+        square.paste(part, (region[0] - round(x), region[1] - round(y)))
+    tile = square.resize((TILE_SIDE, TILE_SIDE), Image.Resampling.BICUBIC)
     corners = [(left - x) * scale, (top - y) * scale, (right - x) * scale, (bottom - y) * scale]
     corners = np.clip(corners, 0, TILE_SIDE - 1).round().tolist()
     ImageDraw.Draw(tile).rectangle(corners, outline=SUSPECT_COLOUR, width=2)

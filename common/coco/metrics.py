@@ -72,34 +72,40 @@ def _write(path: Path, metrics: dict) -> None:
 
 
 def lowest_scores(
-    min_score: float | str, checkpoint_path: str, class_names: Sequence[str]
+    min_score: float | str,
+    checkpoint_path: str | Path,
+    class_names: Sequence[str],
+    folder: str = "",
 ) -> list[float]:
     """Return the lowest score of each class from which detections are shown.
 
     `min_score` is a number for all, or BEST: the scores with the best F1 that the `metrics.json`
-    beside the checkpoint has. A class without one has that of all classes together. Raise UserError
-    where there is no such file, or none of these classes.
+    beside the checkpoint has, or that in a `folder` beside it. A class without one has that of all
+    classes together. Raise UserError where there is no such file, or none of these classes.
     """
     if min_score != BEST:
         return [float(min_score)] * len(class_names)
-    path = Path(checkpoint_path).with_name(METRICS_FILE)
+    path = Path(checkpoint_path).parent / folder / METRICS_FILE
     metrics = read_metrics(path)
+    folder_of_file = Path(checkpoint_path).parent
     remedy = (
-        f"write it with evaluate.py --checkpoint={checkpoint_path} --output_dir={path.parent}, or "
-        "give a number"
+        f"evaluate the checkpoint with --output_dir={folder_of_file}, which writes it, or give a "
+        "number as the lowest score"
     )
     if "best_f1" not in metrics:
-        raise UserError(f"--min_score={BEST}: no {path} with scores of the best F1", remedy)
+        raise UserError(f"no {path} with the scores of the best F1", remedy)
     points = {entry["name"]: OperatingPoint(**entry["best_f1"]) for entry in metrics["classes"]}
     missing = [name for name in class_names if name not in points]
     if missing:
         raise UserError(
-            f"--min_score={BEST}: {path} is of another detector: it has no class {missing[0]!r}",
-            remedy,
+            f"scores of the best F1: {path} is of another detector: no class {missing[0]!r}", remedy
         )
     pooled = OperatingPoint(**metrics["best_f1"])
     if pooled.score == ABSENT:
-        raise UserError(f"--min_score={BEST}: {path}: no detection was right", "give a number")
+        raise UserError(
+            f"scores of the best F1: {path}: no detection was right",
+            "give a number as the lowest score",
+        )
     scores = []
     for name in class_names:
         score = points[name].score

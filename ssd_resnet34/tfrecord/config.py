@@ -11,6 +11,7 @@ from typing import ClassVar
 from ssd_resnet34.config import IMAGES_OF_LR, option
 from ssd_resnet34.config import Recipe as CocoRecipe
 
+EVALUATION_FOLDER = "eval"  # in the folder of a run
 # COCO uses 80 of the category ids 1 to 90. The class with label k has the k-th of them.
 UNUSED_CATEGORY_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 COCO_CATEGORY_IDS = tuple(

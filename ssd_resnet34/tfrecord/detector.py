@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from common.coco.detections import Detections
 from common.coco.images import to_array
+from common.coco.metrics import BEST, lowest_scores
 from common.errors import UserError
 from common.npu import checkpoint
 from common.npu.device import memory_format, setup_device
 from common.npu.precision import Precision, inference_precision
 from common.npu.weights import LoadReport, name_of, named_classes
 from ssd_resnet34.data import normalise
-from ssd_resnet34.tfrecord.config import RECIPES, Recipe
+from ssd_resnet34.tfrecord.config import EVALUATION_FOLDER, RECIPES, Recipe
 from ssd_resnet34.tfrecord.data import resize
 from ssd_resnet34.tfrecord.index import names_of_categories
 from ssd_resnet34.tfrecord.model import build_model
@@ -60,6 +61,7 @@ class Detector:
         self.device = device
         self.report = report
         self.precision = precision or Precision(device)
+        self.min_scores: Tensor | None = None  # (C,) of each class, besides the recipe's
 
     @staticmethod
     def load(
@@ -67,20 +69,25 @@ class Detector:
         device: str = "auto",
         recipe: Recipe | None = None,
         precision: str = "fp32",
-        score_threshold: float | None = None,
+        score_threshold: float | str | None = None,
     ) -> "Detector":
         """Load a checkpoint of this recipe onto a device ("auto", "npu", "cuda", "cpu").
 
         `recipe`, by default `RECIPES["port"]`, gives what the file does not say, such as the
         network of another project's file. `precision` is "fp32", "fp16" or "bf16"; a
-        `score_threshold` replaces the recipe's. Raise UserError for a file that lacks weights of
-        the detector, and for a device or a precision that does not work.
+        `score_threshold` replaces the recipe's; "best" is for each class the score with the best
+        F1, from the evaluation beside the file. Raise UserError for a file that lacks weights of
+        the detector, for a device or a precision that does not work, and for scores that are not
+        there.
         """
         chosen_device, _ = setup_device(device)
         recipe = recipe or RECIPES["port"]
         detector = Detector.from_checkpoint(checkpoint.load(path), recipe, chosen_device)
         detector.precision = inference_precision(chosen_device, precision)
-        if score_threshold is not None:
+        if score_threshold == BEST:
+            scores = lowest_scores(BEST, path, detector.class_names, EVALUATION_FOLDER)
+            detector.min_scores = torch.tensor(scores)
+        elif score_threshold is not None:
             detector.recipe = replace(detector.recipe, score_threshold=score_threshold)
         return detector
 
@@ -140,5 +147,7 @@ class Detector:
         sizes = torch.tensor([image.shape[:2] for image in images])
         detections = []
         for image, of_image in zip(images, detect(outputs, sizes, self.recipe), strict=True):
+            if self.min_scores is not None:
+                of_image = of_image.from_scores(self.min_scores)
             detections.append(replace(of_image, class_names=self.class_names, image=image))
         return detections

@@ -49,7 +49,7 @@ from common.npu.run import start_process
 from common.npu.weights import notes_on_class_names
 from ssd_resnet34.data import normalise
 from ssd_resnet34.postprocess import Started
-from ssd_resnet34.tfrecord.config import RECIPES, Recipe
+from ssd_resnet34.tfrecord.config import EVALUATION_FOLDER, RECIPES, Recipe
 from ssd_resnet34.tfrecord.data import build_loader
 from ssd_resnet34.tfrecord.detector import Detector
 from ssd_resnet34.tfrecord.index import RecordIndex, read_index, wrong_size
@@ -58,7 +58,6 @@ from ssd_resnet34.tfrecord.port_lines import announce
 from ssd_resnet34.tfrecord.postprocess import finish_detect, start_detect
 from ssd_resnet34.tfrecord.weights import recipe_of_checkpoint
 
-EVALUATION_FOLDER = "eval"  # in the folder of the run
 # What the TensorFlow port calls COCO's twelve metrics.
 PORT_NAMES = {
     "AP": "COCO/AP",

@@ -36,11 +36,10 @@ from common.npu.run import Run, RunState
 from ssd_resnet34.tfrecord.augment import augment
 from ssd_resnet34.tfrecord.categories import find_categories, require_known_categories
 from ssd_resnet34.tfrecord.check import check_data
-from ssd_resnet34.tfrecord.config import RECIPES, Recipe
+from ssd_resnet34.tfrecord.config import EVALUATION_FOLDER, RECIPES, Recipe
 from ssd_resnet34.tfrecord.coverage import MATCHING
 from ssd_resnet34.tfrecord.data import build_loader, trained_records_line, training_records
 from ssd_resnet34.tfrecord.evaluate import (
-    EVALUATION_FOLDER,
     detect_all,
     evaluate_and_save,
     validation_records,

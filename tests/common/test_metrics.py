@@ -61,6 +61,11 @@ def test_a_class_without_a_score_takes_the_pooled_one(tmp_path):
     checkpoint = str(tmp_path / "best.pt")
     names = ("cow", "cat", "dog")  # in the order of the detector
     assert lowest_scores("best", checkpoint, names) == [0.375, 0.45, 0.375]
+    assert lowest_scores("best", str(tmp_path.parent / "best.pt"), names, tmp_path.name) == [
+        0.375,
+        0.45,
+        0.375,
+    ]
     assert lowest_scores(0.2, "nowhere/best.pt", names) == [0.2, 0.2, 0.2]
 
 
@@ -68,14 +73,14 @@ def test_a_class_without_a_score_takes_the_pooled_one(tmp_path):
 def test_scores_that_are_not_there_are_one_clear_error(tmp_path, content):
     if content is not None:
         (tmp_path / "metrics.json").write_text(content)
-    message = r"--min_score=best: no .*metrics\.json .*; write it with evaluate\.py --checkpoint="
+    message = r"no .*metrics\.json with .* best F1; evaluate the checkpoint with --output_dir="
     with pytest.raises(UserError, match=message):
         lowest_scores("best", str(tmp_path / "best.pt"), ("cat",))
 
 
 def test_scores_of_other_classes_are_refused(tmp_path):
     save_metrics(tmp_path / "metrics.json", EVALUATION, 50)
-    with pytest.raises(UserError, match="of another detector: it has no class 'car'"):
+    with pytest.raises(UserError, match="of another detector: no class 'car'"):
         lowest_scores("best", str(tmp_path / "best.pt"), ("cat", "car"))
 
 
@@ -83,5 +88,5 @@ def test_a_detector_that_was_never_right_has_no_best_score(tmp_path):
     path = tmp_path / "metrics.json"
     save_metrics(path, EVALUATION, 50)
     add_to_metrics(path, "best_f1", NOTHING_RIGHT._asdict())
-    with pytest.raises(UserError, match=r"no detection was right; give a number"):
+    with pytest.raises(UserError, match=r"no detection was right; give a number as"):
         lowest_scores("best", str(tmp_path / "best.pt"), ("cat",))
