@@ -94,6 +94,13 @@ FLAGS = (
     # The course of a training run.
     Flag(
         "run",
+        "--config",
+        "",
+        "JSON file of flags, such as the run.json of a run, which starts again then; flags of the "
+        "command line count more",
+    ),
+    Flag(
+        "run",
         "--resume",
         "none",
         "go on from a file; auto: from the newest undamaged checkpoint in --output-dir",
@@ -213,6 +220,7 @@ def make_parser(
     """
     parser = Parser(description=description, epilog=OLD_FLAGS_SENTENCE, allow_abbrev=False)
     parser.old_flags = (*old_flags, *OLD_FLAGS)
+    parser.reads_config = "run" in groups
     started = os.environ.get("ONESTAGE_LAUNCH_TIME", time.time())
     parser.set_defaults(started=float(started))
     for title in groups:

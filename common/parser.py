@@ -8,6 +8,8 @@ import re
 import sys
 from typing import NamedTuple
 
+from common.config_file import flags_of_config, words_of_flag
+
 # Flags for which -1 has a meaning, and those of which there must be one at least; all other numbers
 # are at least 0.
 MAY_BE_MINUS_ONE = ("num_workers", "local_rank")
@@ -18,6 +20,7 @@ INDEXED_DEVICE = re.compile(r"(npu|cuda):(\d+)")
 
 # What an old command gives as a positional: MMDetection's CONFIG and CHECKPOINT.
 CONFIG_SUFFIX = ".py"
+CONFIG_FLAG = "--config"
 # Of files that are read as checkpoints, and of other weights, which get a line of their own.
 CHECKPOINT_SUFFIXES = (
     # PyTorch's, and the ones that this project gives
@@ -98,27 +101,66 @@ class Parser(argparse.ArgumentParser):
 
     `--batch_size` and `--batch-size` are the same flag, `--device npu:1` is
     `--device npu --device_id 1`, `--steps=3,5` is `--steps 3 5`, and `old_flags` work or are
-    answered. The parsed arguments have `command`, the words that start this process.
+    answered. With `reads_config` the flags of the file that `--config` names come before those of
+    the command line, which count more. The parsed arguments have `command`, the words that start
+    this process, and `given`, the values of the flags that it gives by their names.
     """
 
     old_flags: tuple[OldFlag, ...] = ()
+    reads_config = False
 
     def parse_args(self, argv=None, namespace=None):
         words = sys.argv[1:] if argv is None else list(argv)
         command = (sys.executable, sys.argv[0], *words)
         words = [_with_dashes(word) for word in words]
+        if self.reads_config:
+            words = [*self._words_of_config(words), *words]
         words = self._replace_old_flags(words)
         words = _split_device_index(words)
         words = self._split_lists(words)
         args, unknown_words = self.parse_known_args(words, namespace)
         if unknown_words:
             self.error(explain_unknown(unknown_words))
+        if self.reads_config and args.config.endswith(CONFIG_SUFFIX):
+            self.error(explain_unknown([args.config]))
         self._check_ranges(args)
         args.command = command
+        args.given = self._given_flags(words)
         return args
 
     def error(self, message: str):
         self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+    def _words_of_config(self, words: list[str]) -> list[str]:
+        """Return the flags of the file that `--config` names, as words of a command line.
+
+        A Python file, as MMDetection's programs take it, is answered like other old words.
+        """
+        path = _last_value(words, CONFIG_FLAG)
+        if not path or path.endswith(CONFIG_SUFFIX):
+            return []
+        words_of_config = []
+        for name, value in flags_of_config(path).items():
+            flag_words = words_of_flag(path, name, value)
+            flag = flag_words[0].partition("=")[0]
+            is_old = any(old.name == flag for old in self.old_flags)
+            if not is_old and not self._has_flag(flag):
+                self.error(f"--config {path}: there is no flag {name}")
+            words_of_config += flag_words
+        return words_of_config
+
+    def _given_flags(self, words: list[str]) -> dict[str, object]:
+        """Return the values of the flags in these words by their names, without `--config`."""
+        not_given = object()
+        names = [action.dest for action in self._actions]
+        values = argparse.Namespace(**dict.fromkeys(names, not_given))
+        self.parse_known_args(words, values)
+        given = {}
+        for name in names:
+            value = getattr(values, name)
+            if value is not not_given and f"--{name}" != CONFIG_FLAG:
+                given[name] = value
+        return given
 
     def _replace_old_flags(self, words: list[str]) -> list[str]:
         """Write the flags of old commands as today's; end the program where there is none."""
@@ -156,7 +198,8 @@ class Parser(argparse.ArgumentParser):
             if old.name != name:
                 continue
             if old.value is None:
-                matches = not self._has_flag(name)
+                # Nothing of today takes a Python file.
+                matches = not self._has_flag(name) or value.endswith(CONFIG_SUFFIX)
             else:
                 matches = old.value == value
             if old.new:
@@ -211,6 +254,17 @@ def explain_unknown(words: list[str]) -> str:
         if is_checkpoint_name(word):
             return f"{word}: write --checkpoint={word}"
     return f"unrecognized arguments: {' '.join(words)}"
+
+
+def _last_value(words: list[str], flag: str) -> str:
+    """Return the last value that a flag gets in the words of a command line, "" without one."""
+    value = ""
+    for position, word in enumerate(words):
+        if word == flag and position + 1 < len(words):
+            value = words[position + 1]
+        elif word.startswith(f"{flag}="):
+            value = word.removeprefix(f"{flag}=")
+    return value
 
 
 def _with_dashes(word: str) -> str:

@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> int | None:
     if args.fake_input:
         loader = repeat_first_batch(loader)
 
-    with run.open_output(recipe, (train_files, val_files)), kernel_choice(recipe.shapes):
+    with run.open_output(recipe, progress, (train_files, val_files)), kernel_choice(recipe.shapes):
         base_lr = recipe.base_lr(world_size, recipe.batch_size)
         progress.begin(len(train_set), num_classes, f"base learning rate {base_lr:g}")
         if progress.evaluation_due():  # left undone by the run that this one goes on from

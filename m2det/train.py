@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> int | None:
     if args.fake_input:
         loader = repeat_first_batch(loader)
 
-    with run.open_output(recipe, train_files + val_files):
+    with run.open_output(recipe, progress, train_files + val_files):
         progress.begin(len(train_set), num_classes, f"learning rate {recipe.lr:g} after warm-up")
         for warning in recipe.warnings(world_size):
             run.log.warning(warning)

@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> int | None:
     if args.fake_input:
         loader = repeat_first_batch(loader)
 
-    with run.open_output(recipe, (train_files, val_files)):
+    with run.open_output(recipe, progress, (train_files, val_files)):
         base_lr = recipe.base_lr(world_size, recipe.batch_size)
         progress.begin(len(train_set), num_classes, f"base learning rate {base_lr:g}")
         log_rounding(run, recipe)

@@ -372,9 +372,16 @@ def device_versions(device: torch.device) -> list[str]:
     return lines
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of what this run uses by their names, torch_npu's where it is loaded."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    if "torch_npu" in sys.modules:
+        found["torch_npu"] = sys.modules["torch_npu"].__version__
+    found["platform"] = platform.platform()
+    return found
+
+
 def environment() -> str:
     """Return one line for logs: the versions and the platform that this run uses."""
-    versions = [f"python {platform.python_version()}", f"torch {torch.__version__}"]
-    if "torch_npu" in sys.modules:
-        versions.append(f"torch_npu {sys.modules['torch_npu'].__version__}")
-    return ", ".join([*versions, platform.platform()])
+    texts = [f"{name} {version}" for name, version in versions().items() if name != "platform"]
+    return ", ".join([*texts, platform.platform()])

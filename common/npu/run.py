@@ -4,7 +4,8 @@ import dataclasses
 import os
 import shlex
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,9 +19,10 @@ from torch.optim import Optimizer
 from common import flags
 from common.coco.evaluation import EvaluationOptions, require_evaluator
 from common.coco.layout import Files
+from common.config_file import FLAGS_ENTRY
 from common.errors import UserError, one_line
 from common.fps.runlog import RunLog, header_of_step
-from common.npu import checkpoint, distributed
+from common.npu import checkpoint, distributed, record
 from common.npu.background import BackgroundCall
 from common.npu.compiling import Compiler, Function
 from common.npu.device import (
@@ -31,9 +33,10 @@ from common.npu.device import (
     obstacle_to_fused_sgd,
     setup_device,
     use_one_host_thread,
+    versions,
 )
 from common.npu.distributed import Ranks
-from common.npu.entry import StopRequest
+from common.npu.entry import StopRequest, as_user_error
 from common.npu.loading import workers_per_rank
 from common.npu.output import claim_output_folder, renamed_folders
 from common.npu.precision import Precision, default_level
@@ -176,8 +179,11 @@ class Run:
     settings: RunSettings
     evaluation_options: EvaluationOptions
     resumed: dict | None  # the checkpoint that the run goes on from
+    device_line: str  # what it runs on, and why
     inputs: tuple[str, ...] = ()  # files and folders that the flags name
     command: tuple[str, ...] = ()  # the words of the command line
+    flags: Mapping[str, object] | None = None  # those given, in it or in the file of --config
+    repeated: Mapping[str, object] | None = None  # the run.json of --config
     replayed: ReplayedStep | None = None  # the step of `--replay`
 
     @staticmethod
@@ -281,8 +287,11 @@ class Run:
             ),
             evaluation_options=evaluation_options,
             resumed=ranks.from_main(resumed),
+            device_line=reason,
             inputs=flags.inputs(args),
             command=args.command,
+            flags=record.repeatable_flags(args.given, flags.INPUTS),
+            repeated=record.read_record(args.config) if args.config else None,
             replayed=replayed,
         )
 
@@ -346,13 +355,16 @@ class Run:
         if changes:
             self.log.info(f"{checkpoint['path']}: its network is trained: {', '.join(changes)}")
 
-    def open_output(self, recipe, data_files: Iterable[Files] = ()) -> RunLog:
-        """Claim the output folder and begin the log in it; return the log, for a `with`.
+    @contextmanager
+    def open_output(
+        self, recipe, progress: "Progress", data_files: Iterable[Files] = ()
+    ) -> Iterator[RunLog]:
+        """Claim the output folder, and begin the log and `run.json` in it, for a `with`.
 
         A former run in the folder is renamed: everything that this one needs has been read. A run
-        that goes on there renames the checkpoints after the one that it was resumed from. Raise
-        UserError, on all ranks, where the folder cannot be used, or would take `data_files` or what
-        the flags name with it.
+        that goes on there renames the checkpoints after the one that it was resumed from. What
+        `progress` says at the end is written in `run.json`. Raise UserError, on all ranks, where
+        the folder cannot be used, or would take `data_files` or what the flags name with it.
         """
         inputs = list(self.inputs)
         for files in data_files:
@@ -390,7 +402,56 @@ class Run:
         )
         for message in messages:
             self.log.info(message)
-        return self.log
+        with self.log, self._recorded(recipe, progress, inputs):
+            yield self.log
+
+    @contextmanager
+    def _recorded(self, recipe, progress: "Progress", inputs: Iterable[str]) -> Iterator[None]:
+        """Write `run.json` at the start and at the end, on the main rank.
+
+        `inputs` are the paths of the data. Of a run that repeats another one, by `--config`, log in
+        what it differs.
+        """
+        if not self.ranks.main:
+            yield
+            return
+        content = self._description(recipe, inputs)
+        if self.repeated is not None:
+            for line in record.differences(self.repeated, content):
+                self.log.info(f"unlike in the run of --config, {line}")
+        written = record.RunRecord(self.output_dir, content)
+        written.begin()
+        try:
+            yield
+        except BaseException as error:
+            with suppress(UserError):  # of a full disk: the first error is the one to report
+                written.end(_told(error), progress.steps_done, progress.best_ap)
+            raise
+        result = record.STOPPED if progress.interrupted else record.FINISHED
+        written.end(result, progress.steps_done, progress.best_ap)
+
+    def _description(self, recipe, inputs: Iterable[str]) -> dict[str, object]:
+        """Return what `run.json` says at the start of the run."""
+        resumed = None
+        if self.resumed is not None:
+            resumed = {
+                "checkpoint": os.path.abspath(self.resumed["path"]),
+                "step": self.resumed["iteration"],
+            }
+        return {
+            "folder": os.getcwd(),
+            "command": list(self.command),
+            FLAGS_ENTRY: self.flags,
+            "model": recipe.model,
+            "recipe": record.recipe_as_json(recipe),
+            "resumed": resumed,
+            "data": record.describe_files(inputs),
+            "device": self.device_line,
+            "precision": str(self.precision),
+            "ranks": self.ranks.world_size,
+            "seed": self.seed,
+            "versions": {"commit": record.commit(), **versions()},
+        }
 
     def parallel(
         self, model: nn.Module, optimizer: Optimizer, cuda_graphs: bool = False
@@ -411,6 +472,14 @@ class Run:
     def compiled(self, function: Function) -> Function:
         """Return a function or module as it is, with `--compile` its compiled form."""
         return self.compiler.function(function)
+
+
+def _told(error: BaseException) -> str:
+    """Return an error as the result of a run."""
+    explained = as_user_error(error) if isinstance(error, Exception) else None
+    if explained is None:
+        return f"error: {type(error).__name__}: {error}"
+    return f"error: {one_line(explained)}"
 
 
 class Difference(NamedTuple):

@@ -18,6 +18,7 @@ FILES_OF_MODE = {
 }
 # Flags of the other programs that are the same here.
 SHARED_FLAGS = (
+    "--config",
     "-s --seed",
     "--save",
     "--num-workers",
@@ -76,6 +77,7 @@ def parse(argv: list[str] | None, description: str) -> Namespace:
     for flag in flags.FLAGS:
         if flag.names in SHARED_FLAGS:
             flags.add(group, flag.names, flag.default, flag.help, flag.choices)
+    parser.reads_config = True
     parser.set_defaults(device_id=None, tag="")
     args = parser.parse_args(argv)
     args.output_dir = args.model_dir

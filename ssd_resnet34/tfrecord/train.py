@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> int | None:
     )
     port_lines = PortLines(progress, run.device)
 
-    with run.open_output(recipe):
+    with run.open_output(recipe, progress):
         base_lr = recipe.base_lr(world_size, recipe.batch_size)
         progress.begin(len(train_set), num_classes, f"base learning rate {base_lr:g}")
         if progress.evaluation_due():  # left undone by the run that this one goes on from

@@ -101,7 +101,7 @@ def parts_of(run, recipe=RECIPE, width=3, records=RECORDS):
 def train(run, state, progress, batches=None, evaluate=lambda: None):
     """A loop as the models have it."""
     batches = batches or [torch.full((2, 2), float(k)) for k in range(progress.end)]
-    with run.open_output(RECIPE):
+    with run.open_output(RECIPE, progress):
         progress.begin(len(RECORDS), 2, "rate 0.1")
         for step, batch in progress.steps(batches[progress.steps_done :]):
             state.optimizer.zero_grad()
@@ -119,6 +119,11 @@ def train(run, state, progress, batches=None, evaluate=lambda: None):
             return progress.exit_status()
         progress.finish()
     return None
+
+
+def opened(run, data_files=()):
+    """The output folder of a run that does nothing in it."""
+    return run.open_output(RECIPE, parts_of(run)[1], data_files)
 
 
 def evaluation(ap):
@@ -658,7 +663,7 @@ def test_weights_of_the_former_run_may_be_what_a_new_one_starts_from(tmp_path):
     run = start(output, "--max_iters=1", "--kind=perf")
     train(run, *parts_of(run))
     run = start(output, f"--checkpoint={output}/iter_1.pt")
-    with run.open_output(RECIPE):
+    with opened(run):
         pass
     (former,) = tmp_path.glob("out_*")
     assert (former / "iter_1.pt").is_file()
@@ -668,20 +673,23 @@ def test_weights_of_the_former_run_may_be_what_a_new_one_starts_from(tmp_path):
 def test_a_folder_with_an_input_of_the_run_stays(tmp_path, flag):
     (tmp_path / "best.pt").touch()
     run = start(tmp_path, f"{flag}={tmp_path}/file")
-    with pytest.raises(UserError, match=r"this run reads .*/file, which is in it"):
-        run.open_output(RECIPE)
+    with pytest.raises(UserError, match=r"this run reads .*/file, which is in it"), opened(run):
+        pass
     run = start(tmp_path)
     files = Files("annotations.json", f"{tmp_path}/images", "plain")
-    with pytest.raises(UserError, match=r"this run reads .*/images, which is in it"):
-        run.open_output(RECIPE, [files])
+    line = r"this run reads .*/images, which is in it"
+    with pytest.raises(UserError, match=line), opened(run, [files]):
+        pass
     assert [path.name for path in tmp_path.iterdir()] == ["best.pt"]
 
 
 def test_every_rank_says_why_the_output_folder_cannot_be_used(tmp_path):
     """Else the others say that a rank was lost and that the run, which has not begun, goes on."""
     run = start(tmp_path)
+    _, progress = parts_of(run)
     run.ranks = SimpleNamespace(
         main=False, barrier=lambda: None, from_main=lambda value: "the folder is full; free space"
     )
-    with pytest.raises(UserError, match=r"^the folder is full; free space$"):
-        run.open_output(RECIPE)
+    line = r"^the folder is full; free space$"
+    with pytest.raises(UserError, match=line), run.open_output(RECIPE, progress):
+        pass
