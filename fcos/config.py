@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 from common.errors import UserError
+from common.schedule import AUTOMATIC, DECAYS, decays_done, limited_warmup
 
 IMAGES_OF_LR = 16  # the global batch size for which `lr` is given: eight devices of two images
 
@@ -91,6 +92,8 @@ class Recipe:
     lr_decay_epochs: tuple[int, ...] = option(
         (8, 11), "epochs (from 0) at whose start the learning rate decays"
     )
+    # Fractions of the run after which the rate decays where `lr_decay_epochs` is empty
+    lr_decay_at: tuple[float, ...] = ()
     lr_decay_factor: float = option(0.1, "factor on the learning rate at each decay")
     warmup: int = option(500, "iterations of warm-up (0: no warm-up)")
     warmup_kind: str = option("constant", "warm-up: constant, or linear up to the learning rate")
@@ -109,6 +112,11 @@ class Recipe:
     # Evaluation
     evaluation: tuple[int, ...] = option(
         tuple(range(1, 24)), "epochs after which to evaluate; the last one always counts"
+    )
+    eval_interval: int = option(
+        0,
+        "epochs from one evaluation to the next, besides those of --evaluation; 0: none, -1: a "
+        "tenth of the run where --evaluation names none",
     )
     threshold: float = option(0.0, "stop as soon as AP reaches this (0: never)", "-t")
     eval_batch_size: int = option(2, "images per process in evaluation")
@@ -167,17 +175,24 @@ class Recipe:
         """Return the learning rate of a 0-based iteration.
 
         It is lower during the warm-up, and is multiplied by `lr_decay_factor` at the start of each
-        epoch of `lr_decay_epochs`. The optimizer multiplies it by `bias_lr_factor` for the biases
-        of convolutions.
+        epoch of `lr_decay_epochs`. Without these the schedule follows the length of the run: it
+        decays after the fractions of `lr_decay_at`, and limits the warm-up. The optimizer
+        multiplies the rate by `bias_lr_factor` for the biases of convolutions.
         """
-        epoch = iteration // iters_per_epoch
-        decays = bisect_right(sorted(self.lr_decay_epochs), epoch)
+        warmup = self.warmup
+        if self.lr_decay_at and not self.lr_decay_epochs:
+            total_steps = self.epochs * iters_per_epoch
+            warmup = limited_warmup(warmup, total_steps)
+            decays = decays_done(self.lr_decay_at, iteration, total_steps)
+        else:
+            epoch = iteration // iters_per_epoch
+            decays = bisect_right(sorted(self.lr_decay_epochs), epoch)
         lr = self.base_lr(world_size, batch_size) * self.lr_decay_factor**decays
-        if iteration >= self.warmup:
+        if iteration >= warmup:
             return lr
         progress = 0.0
         if self.warmup_kind == "linear":
-            progress = iteration / self.warmup
+            progress = iteration / warmup
         return lr * (self.warmup_ratio + (1 - self.warmup_ratio) * progress)
 
 
@@ -208,8 +223,10 @@ RECIPES: dict[str, Recipe] = {
         clip_norm=0.0,
         nms_iou=0.6,
     ),
-    # The same numbers; train.py starts from a checkpoint under this name.
-    "finetune": GN,
+    # From a checkpoint, whose network it takes; the schedule follows --epochs.
+    "finetune": replace(
+        GN, lr_decay_epochs=(), lr_decay_at=DECAYS, evaluation=(), eval_interval=AUTOMATIC
+    ),
     # Learns the built-in sample set from random weights, in minutes on two CPU cores.
     "quickstart": replace(
         GN,

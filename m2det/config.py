@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 from common.errors import UserError
+from common.schedule import AUTOMATIC, DECAYS, decays_done, limited_warmup
 
 # Above this total batch and learning rate, users of the original report divergence.
 SAFE_TOTAL_BATCH = 32
@@ -91,6 +92,8 @@ class Recipe:
     lr_last_epochs: tuple[int, ...] = option(
         (90, 110, 130, 150, 160), "the last epoch of each factor of the learning rate"
     )
+    # Fractions of the run after which the rate decays where `lr_last_epochs` is empty
+    lr_decay_at: tuple[float, ...] = ()
     warmup_epochs: int = option(5, "epochs of linear warm-up (0: no warm-up)")
     warmup_lr: float = 1e-6  # learning rate at the start of the warm-up
     momentum: float = option(0.9, "momentum of SGD")
@@ -103,6 +106,11 @@ class Recipe:
     # Evaluation
     evaluation: tuple[int, ...] = option(
         (), "epochs after which to evaluate; the last one always counts"
+    )
+    eval_interval: int = option(
+        0,
+        "epochs from one evaluation to the next, besides those of --evaluation; 0: none, -1: a "
+        "tenth of the run where --evaluation names none",
     )
     threshold: float = option(0.0, "stop as soon as AP reaches this (0: never)", "-t")
     eval_batch_size: int = option(16, "images per process in evaluation")
@@ -150,13 +158,22 @@ class Recipe:
         """Return the learning rate of a 0-based iteration, the same for any number of devices.
 
         It rises linearly during the warm-up. After that it is `lr` times the factor of the first
-        of `lr_last_epochs` that is not over yet; the last factor stays.
+        of `lr_last_epochs` that is not over yet; the last factor stays. Without these the schedule
+        follows the length of the run: the next factor comes after each fraction of `lr_decay_at`,
+        and the warm-up is limited.
         """
+        follows_length = self.lr_decay_at and not self.lr_last_epochs
+        total_steps = self.epochs * iters_per_epoch
         warmup = self.warmup_epochs * iters_per_epoch
+        if follows_length:
+            warmup = limited_warmup(warmup, total_steps)
         if iteration < warmup:
             return self.warmup_lr + (self.lr - self.warmup_lr) * iteration / warmup
-        epoch = iteration // iters_per_epoch + 1
-        stage = bisect_left(sorted(self.lr_last_epochs), epoch)
+        if follows_length:
+            stage = decays_done(self.lr_decay_at, iteration, total_steps)
+        else:
+            epoch = iteration // iters_per_epoch + 1
+            stage = bisect_left(sorted(self.lr_last_epochs), epoch)
         stage = min(stage, len(self.lr_factors) - 1)
         return self.lr * self.lr_factors[stage]
 
@@ -191,8 +208,14 @@ RECIPES: dict[str, Recipe] = {
         batch_size=9,
         lr=0.004,
     ),
-    # Finetuning from a checkpoint: the port's numbers.
-    "finetune": M2DET_512,
+    # From a checkpoint, whose network it takes: the port's numbers. The schedule follows --epochs.
+    "finetune": replace(
+        M2DET_512,
+        lr_factors=(1, 0.1, 0.01),
+        lr_last_epochs=(),
+        lr_decay_at=DECAYS,
+        eval_interval=AUTOMATIC,
+    ),
     # For the built-in sample set, from random initialisation, in minutes on two CPU cores: a thin
     # network, small batches, and clipped gradients because nothing is pretrained.
     "quickstart": replace(

@@ -9,6 +9,8 @@ from bisect import bisect_right
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
+from common.schedule import AUTOMATIC, DECAYS, decays_done, limited_warmup
+
 IMAGES_OF_LR = 64  # the global batch size for which `lr` is given: eight devices of eight images
 NO_CROP = 1  # in `crop_ious`: not to crop
 
@@ -72,6 +74,8 @@ class Recipe:
     lr_decay_epochs: tuple[int, ...] = option(
         (16, 22), "epochs (from 0) at whose start the learning rate decays"
     )
+    # Fractions of the run after which the rate decays where `lr_decay_epochs` is empty
+    lr_decay_at: tuple[float, ...] = ()
     lr_decay_factor: float = option(0.1, "factor on the learning rate at each decay")
     warmup: int = option(500, "iterations of warm-up (0: no warm-up)")
     warmup_ratio: float = option(
@@ -86,6 +90,11 @@ class Recipe:
     # Evaluation
     evaluation: tuple[int, ...] = option(
         tuple(range(1, 25)), "epochs after which to evaluate; the last one always counts"
+    )
+    eval_interval: int = option(
+        0,
+        "epochs from one evaluation to the next, besides those of --evaluation; 0: none, -1: a "
+        "tenth of the run where --evaluation names none",
     )
     threshold: float = option(0.0, "stop as soon as AP reaches this (0: never)", "-t")
     eval_batch_size: int = option(8, "images per process in evaluation")
@@ -113,13 +122,20 @@ class Recipe:
         """Return the learning rate of a 0-based iteration.
 
         It rises linearly during the warm-up and is multiplied by `lr_decay_factor` at the start of
-        each epoch of `lr_decay_epochs`.
+        each epoch of `lr_decay_epochs`. Without these the schedule follows the length of the run:
+        it decays after the fractions of `lr_decay_at`, and limits the warm-up.
         """
-        epoch = iteration // iters_per_epoch
-        decays = bisect_right(sorted(self.lr_decay_epochs), epoch)
+        warmup = self.warmup
+        if self.lr_decay_at and not self.lr_decay_epochs:
+            total_steps = self.epochs * iters_per_epoch
+            warmup = limited_warmup(warmup, total_steps)
+            decays = decays_done(self.lr_decay_at, iteration, total_steps)
+        else:
+            epoch = iteration // iters_per_epoch
+            decays = bisect_right(sorted(self.lr_decay_epochs), epoch)
         lr = self.base_lr(world_size, batch_size) * self.lr_decay_factor**decays
-        if iteration < self.warmup:
-            progress = iteration / self.warmup
+        if iteration < warmup:
+            progress = iteration / warmup
             lr *= 1 - (1 - progress) * (1 - self.warmup_ratio)
         return lr
 
@@ -141,4 +157,8 @@ RECIPES: dict[str, Recipe] = {
     "1p": SSD300,
     "8p": SSD300,
     "ssd512": SSD512,
+    # From a checkpoint, whose network it takes; the schedule follows --epochs.
+    "finetune": replace(
+        SSD300, lr_decay_epochs=(), lr_decay_at=DECAYS, evaluation=(), eval_interval=AUTOMATIC
+    ),
 }

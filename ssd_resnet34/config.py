@@ -7,6 +7,8 @@ as its Ascend port runs it. A field with a help text is also a flag, which overr
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
+from common.schedule import AUTOMATIC, DECAYS, decays_done, limited_warmup
+
 IMAGES_OF_LR = 32  # the global batch size for which `lr` is given
 NO_CROP = None  # in `crop_ious`: not to crop
 
@@ -64,6 +66,8 @@ class Recipe:
         2.5e-3, "the scaled rate is rounded to a multiple of this (0: no rounding)"
     )
     lr_decay_epochs: tuple[int, ...] = option((45, 58, 84), "epochs that start with a decay")
+    # Fractions of the run after which the rate decays where `lr_decay_epochs` is empty
+    lr_decay_at: tuple[float, ...] = ()
     lr_decay_factor: float = option(0.1, "factor of a decay")
     warmup: int = option(0, "iterations of warm-up (0: no warm-up)")
     warmup_factor: int = option(1, "warm-up starts at 1 - 2**-factor of the rate")
@@ -76,6 +80,11 @@ class Recipe:
     # Evaluation
     evaluation: tuple[int, ...] = option(
         (60, 65, 70, 75, 80, 85), "evaluate after these epochs; the last one always"
+    )
+    eval_interval: int = option(
+        0,
+        "epochs from one evaluation to the next, besides those of --evaluation; 0: none, -1: a "
+        "tenth of the run where --evaluation names none",
     )
     threshold: float = option(0.23, "stop as soon as AP reaches this (0: never)", "-t")
     eval_batch_size: int = option(32, "images per process in evaluation")
@@ -106,14 +115,21 @@ class Recipe:
         """Return the learning rate of an iteration, counted from 0 over all epochs.
 
         The warm-up rises linearly. Its last value is a little below the base rate and stays until
-        the first decay, as in the port.
+        the first decay, as in the port. Without `lr_decay_epochs` the schedule follows the length
+        of the run: it decays after the fractions of `lr_decay_at`, and limits the warm-up.
         """
-        epoch = iteration // iters_per_epoch
-        decays = sum(epoch >= decay_epoch for decay_epoch in self.lr_decay_epochs)
+        warmup = self.warmup
+        if self.lr_decay_at and not self.lr_decay_epochs:
+            total_steps = self.epochs * iters_per_epoch
+            warmup = limited_warmup(warmup, total_steps)
+            decays = decays_done(self.lr_decay_at, iteration, total_steps)
+        else:
+            epoch = iteration // iters_per_epoch
+            decays = sum(epoch >= decay_epoch for decay_epoch in self.lr_decay_epochs)
         lr = self.base_lr(world_size, batch_size) * self.lr_decay_factor**decays
-        if self.warmup and (iteration < self.warmup or decays == 0):
-            remaining = self.warmup - min(iteration, self.warmup - 1)
-            lr -= remaining * lr / (self.warmup * 2**self.warmup_factor)
+        if warmup and (iteration < warmup or decays == 0):
+            remaining = warmup - min(iteration, warmup - 1)
+            lr -= remaining * lr / (warmup * 2**self.warmup_factor)
         return lr
 
 
@@ -126,8 +142,17 @@ ONE_DEVICE = Recipe(
 RECIPES: dict[str, Recipe] = {
     "1p": ONE_DEVICE,
     "8p": Recipe(lr=3.2e-3, weight_decay=7.5e-4),
-    # Finetuning from a checkpoint: the recipe of one device, without a target to stop at.
-    "finetune": replace(ONE_DEVICE, threshold=0.0),
+    # From a checkpoint, whose network it takes: the recipe of one device without rounding and
+    # without a target to stop at. The schedule follows --epochs.
+    "finetune": replace(
+        ONE_DEVICE,
+        lr_step=0.0,
+        lr_decay_epochs=(),
+        lr_decay_at=DECAYS,
+        evaluation=(),
+        eval_interval=AUTOMATIC,
+        threshold=0.0,
+    ),
     # Minutes on two CPU cores, for the built-in sample set, from random initialisation: a smaller
     # network and batch, and a warm-up because nothing is pretrained.
     "quickstart": Recipe(

@@ -16,6 +16,7 @@ from common.npu.checkpoint import checkpoints_newest_first
 from common.npu.device import in_host_memory, memory_mib, overflow_happened
 from common.npu.entry import as_user_error, leave_dead_workers_to_the_loader
 from common.npu.run import Run
+from common.schedule import evaluation_interval
 
 NOT_EVALUATED = -1.0  # an AP that there is not
 
@@ -23,7 +24,8 @@ NOT_EVALUATED = -1.0  # an AP that there is not
 class Progress:
     """Counts the steps of a run, logs them, and knows what is due.
 
-    `recipe` gives `lr_at`, `batch_size`, `evaluation` (epochs), `threshold` and `name`; `terms` are
+    `recipe` gives `lr_at`, `batch_size`, `epochs`, `evaluation` (epochs), `eval_interval`,
+    `threshold` and `name`; `terms` are
     the names of what is logged, the total `loss` after its summands. A run has `steps_per_epoch`
     and ends after `total_steps`, or after `--max_iters`. Log lines follow every `--log_interval`
     steps; the count begins anew every `log_period` steps, by default an epoch. `remedy` ends the
@@ -186,7 +188,13 @@ class Progress:
         if self.steps_done == self.end:
             return True
         epochs_done, steps_of_next = divmod(self.steps_done, self.steps_per_epoch)
-        return steps_of_next == 0 and epochs_done in self.recipe.evaluation
+        if steps_of_next:
+            return False
+        interval = evaluation_interval(
+            self.recipe.eval_interval, self.recipe.evaluation, self.recipe.epochs
+        )
+        at_interval = interval > 0 and epochs_done % interval == 0
+        return at_interval or epochs_done in self.recipe.evaluation
 
     def paused(self) -> AbstractContextManager[None]:
         """Stop the clock for evaluation or checkpoint writing; log first what is on its way."""

@@ -55,6 +55,7 @@ MAY_CHANGE = frozenset(
         "lr",
         "lr_step",
         "lr_decay_epochs",
+        "lr_decay_at",
         "lr_decay_factor",
         "lr_factors",
         "lr_last_epochs",
@@ -77,6 +78,7 @@ MAY_CHANGE = frozenset(
         "loss_scale",
         # The evaluation
         "evaluation",
+        "eval_interval",
         "threshold",
         "eval_batch_size",
         "eval_shapes",

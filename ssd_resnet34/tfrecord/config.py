@@ -84,6 +84,11 @@ class Recipe:
     evaluation: tuple[int, ...] = option(
         (), "epochs after which to evaluate, besides the evaluation at the end"
     )
+    eval_interval: int = option(
+        0,
+        "epochs from one evaluation to the next, besides those of --evaluation; 0: none, -1: a "
+        "tenth of the run where --evaluation names none",
+    )
     threshold: float = option(0.0, "stop as soon as AP reaches this (0: never)")
     eval_batch_size: int = option(32, "images per process in evaluation")
     score_threshold: float = option(0.05, "a detection scores more than this")

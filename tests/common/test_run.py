@@ -48,6 +48,7 @@ class Recipe:
     batch_size: int = 2
     epochs: int = 3
     evaluation: tuple[int, ...] = (1,)
+    eval_interval: int = 0
     threshold: float = 0.5
     lr: float = 0.1
     momentum: float = 0.9
@@ -440,6 +441,26 @@ def test_an_evaluation_is_due_after_its_epochs_and_at_the_end(tmp_path):
     train(run, state, progress, evaluate=evaluate)
     assert evaluated == [4, 12]
     assert "TrainAccuracy = 0.20000" in (tmp_path / "tiny_bs2_1p_acc.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "steps"),
+    [
+        (replace(RECIPE, evaluation=(), eval_interval=2), [8, 12]),
+        (replace(RECIPE, evaluation=(1,), eval_interval=2), [4, 8, 12]),
+        (replace(RECIPE, evaluation=(), eval_interval=-1), [4, 8, 12]),
+        (replace(RECIPE, evaluation=(), eval_interval=-1, epochs=21), [*range(8, 84, 8), 84]),
+        (replace(RECIPE, evaluation=(3,), eval_interval=-1, epochs=21), [12, 84]),
+    ],
+)
+def test_evaluations_have_an_interval(tmp_path, recipe, steps):
+    _, progress = parts_of(start(tmp_path, recipe=recipe), recipe)
+    due = []
+    for steps_done in range(1, progress.end + 1):
+        progress.steps_done = steps_done
+        if progress.evaluation_due():
+            due.append(steps_done)
+    assert due == steps
 
 
 def test_a_goal_ends_the_run(tmp_path):

@@ -50,7 +50,8 @@ def test_presets_are_recipes_of_this_network(name):
     levels = len(recipe.anchor_maps)
     assert len(recipe.anchor_sizes) == levels + 1
     assert len(recipe.anchor_steps) == levels
-    assert len(recipe.lr_factors) == len(recipe.lr_last_epochs)
+    decays = recipe.lr_last_epochs[1:] or recipe.lr_decay_at
+    assert len(recipe.lr_factors) == 1 + len(decays)
     # Strided convolutions of 3 with padding 1, then one without.
     cells = recipe.image_size
     maps = []
