@@ -18,6 +18,7 @@ from common.npu.identify import model_of
 from common.npu.weights import recipe_entry, tensors_of
 from common.parser import (
     CONFIG_SUFFIX,
+    PRESET_FLAG,
     OldFlag,
     Parser,
     answered,
@@ -199,14 +200,15 @@ OLD_FLAGS = (
     *answered("--tmpdir --gpu-collect", "results never pass through files; omit it"),
     *answered("--fuse-conv-bn", "has no counterpart; omit it"),
 )
-OLD_FLAGS_SENTENCE = (
-    "Flags of the programs that this one replaces work too, or are answered with today's."
-)
+OLD_FLAGS_SENTENCE = """\
+Flags of the programs that this one replaces work too, or are answered with
+today's."""
+COMMAND_INDENT = " " * 4  # of the commands in a script's docstring
 TRAINING_GROUPS = ("data", "files", "run", "evaluation", "device", "process")
 
 
 def make_parser(
-    description: str,
+    documentation: str,
     *groups: str,
     recipes: dict | None = None,
     log_interval: int | None = None,
@@ -214,11 +216,19 @@ def make_parser(
 ) -> Parser:
     """Return the parser of an entry script, with the shared flags of these groups.
 
+    Of `documentation`, the script's docstring, `--help` shows the first line and the commands.
     `log_interval` is another default of that flag. `old_flags` of the model come before `OLD_FLAGS`
     of all. With `recipes` there is `--recipe NAME` and a flag for every documented field as well.
     The parsed arguments have `started`, the time in epoch seconds at which the launch script did.
     """
-    parser = Parser(description=description, epilog=OLD_FLAGS_SENTENCE, allow_abbrev=False)
+    commands = [line for line in documentation.splitlines() if line.startswith(COMMAND_INDENT)]
+    examples = ["examples:", *commands, ""] if commands else []
+    parser = Parser(
+        description=documentation.split("\n")[0],
+        epilog="\n".join([*examples, OLD_FLAGS_SENTENCE]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.old_flags = (*old_flags, *OLD_FLAGS)
     parser.reads_config = "run" in groups
     started = os.environ.get("ONESTAGE_LAUNCH_TIME", time.time())
@@ -240,15 +250,25 @@ def make_parser(
 def _add_recipe_flags(parser: Parser, recipes: dict) -> None:
     group = parser.add_argument_group("recipe")
     names = tuple(recipes)
-    add(group, "--recipe", names[0], "preset that the following flags change", choices=names)
+    add(
+        group,
+        PRESET_FLAG,
+        names[0],
+        "preset that the following flags change; with --help, whose defaults are shown",
+        choices=names,
+    )
     preset = recipes[names[0]]
+    helps = {name: {} for name in recipes}
     for field in dataclasses.fields(preset):
         if not field.metadata:  # an undocumented field has no flag
             continue
         flag = "--" + field.name.replace("_", "-")
-        names = " ".join([flag, *field.metadata["flags"]])
-        default = getattr(preset, field.name)
-        add(group, names, default, field.metadata["help"], only_if_given=True)
+        flag_names = " ".join([flag, *field.metadata["flags"]])
+        text = field.metadata["help"]
+        add(group, flag_names, getattr(preset, field.name), text, only_if_given=True)
+        for name, recipe in recipes.items():
+            helps[name][field.name] = _with_default(text, getattr(recipe, field.name))
+    parser.preset_helps = helps
 
 
 def add(
@@ -268,17 +288,27 @@ def add(
     elif isinstance(default, tuple):
         element = type(default[0]) if default else int
         options = {"type": element, "nargs": "*"}
-        if element is not str:
-            text += "; several: 3 5, or =3,5"
     elif choices:
         options = {"choices": choices}
     else:
         options = {"type": type(default)}
-    if default != "":
-        text += f" (default: {default})"
-    action = group.add_argument(*names.split(), default=argparse.SUPPRESS, help=text, **options)
+    action = group.add_argument(
+        *names.split(),
+        default=argparse.SUPPRESS,
+        help=_with_default(text, default),
+        **options,
+    )
     if not only_if_given:
         action.default = default
+
+
+def _with_default(text: str, default: object) -> str:
+    """Return the text of a flag in `--help`."""
+    if isinstance(default, tuple) and not any(isinstance(element, str) for element in default):
+        text += "; several: 3 5, or =3,5"
+    if default != "":
+        text += f" (default: {default})"
+    return text
 
 
 def parse_demo(parser: Parser, argv: list[str] | None) -> argparse.Namespace:

@@ -6,6 +6,7 @@ This module needs the standard library only, so that a program without torch can
 import argparse
 import re
 import sys
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from common.config_file import flags_of_config, words_of_flag
@@ -21,6 +22,7 @@ INDEXED_DEVICE = re.compile(r"(npu|cuda):(\d+)")
 # What an old command gives as a positional: MMDetection's CONFIG and CHECKPOINT.
 CONFIG_SUFFIX = ".py"
 CONFIG_FLAG = "--config"
+PRESET_FLAG = "--recipe"
 # Of files that are read as checkpoints, and of other weights, which get a line of their own.
 CHECKPOINT_SUFFIXES = (
     # PyTorch's, and the ones that this project gives
@@ -102,12 +104,15 @@ class Parser(argparse.ArgumentParser):
     `--batch_size` and `--batch-size` are the same flag, `--device npu:1` is
     `--device npu --device_id 1`, `--steps=3,5` is `--steps 3 5`, and `old_flags` work or are
     answered. With `reads_config` the flags of the file that `--config` names come before those of
-    the command line, which count more. The parsed arguments have `command`, the words that start
-    this process, and `given`, the values of the flags that it gives by their names.
+    the command line, which count more. `preset_helps` has, by the name of a preset, the texts of
+    `--help` that show its defaults, by the names of the flags. The parsed arguments have `command`,
+    the words that start this process, and `given`, the values of the flags that it gives by their
+    names.
     """
 
     old_flags: tuple[OldFlag, ...] = ()
     reads_config = False
+    preset_helps: Mapping[str, Mapping[str, str]] = {}
 
     def parse_args(self, argv=None, namespace=None):
         words = sys.argv[1:] if argv is None else list(argv)
@@ -118,6 +123,7 @@ class Parser(argparse.ArgumentParser):
         words = self._replace_old_flags(words)
         words = _split_device_index(words)
         words = self._split_lists(words)
+        self._show_defaults_of(_last_value(words, PRESET_FLAG))
         args, unknown_words = self.parse_known_args(words, namespace)
         if unknown_words:
             self.error(explain_unknown(unknown_words))
@@ -130,6 +136,22 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+    def format_help(self) -> str:
+        """Return the help; its first line names what is no flag, and not each flag once more."""
+        words = ["%(prog)s"]
+        for action in self._actions:
+            if not action.option_strings:
+                word = action.metavar or action.dest
+                words.append(f"[{word} ...]" if action.nargs == "*" else word)
+        self.usage = " ".join([*words, "[--flag=value ...]"])
+        return super().format_help()
+
+    def _show_defaults_of(self, preset: str) -> None:
+        """Let `--help` show the defaults of a preset, if there is one of this name."""
+        helps = self.preset_helps.get(preset, {})
+        for action in self._actions:
+            action.help = helps.get(action.dest, action.help)
 
     def _words_of_config(self, words: list[str]) -> list[str]:
         """Return the flags of the file that `--config` names, as words of a command line.

@@ -82,9 +82,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> Namespace:
-    parser = flags.make_parser(
-        __doc__.split("\n")[0], "files", "device", recipes=RECIPES, old_flags=OLD_FLAGS
-    )
+    parser = flags.make_parser(__doc__, "files", "device", recipes=RECIPES, old_flags=OLD_FLAGS)
     flags.add(parser, "--config", "", "no effect: the checkpoint shows its network")
     args = flags.parse_demo(parser, argv)
     if args.config:

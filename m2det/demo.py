@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> Namespace:
     parser = flags.make_parser(
-        __doc__.split("\n")[0], "data", "files", "device", recipes=RECIPES, old_flags=OLD_FLAGS
+        __doc__, "data", "files", "device", recipes=RECIPES, old_flags=OLD_FLAGS
     )
     return flags.parse_demo(parser, argv)
 

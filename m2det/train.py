@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> int | None:
 
 def parse(argv: list[str] | None):
     parser = flags.make_parser(
-        __doc__.split("\n")[0], *flags.TRAINING_GROUPS, recipes=RECIPES, old_flags=OLD_FLAGS
+        __doc__, *flags.TRAINING_GROUPS, recipes=RECIPES, old_flags=OLD_FLAGS
     )
     parser.add_argument(
         "--pth-path", dest="checkpoint", default=SUPPRESS, help="the same as --checkpoint"

@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> Namespace:
-    parser = flags.make_parser(__doc__.split("\n")[0], "files", "device")
+    parser = flags.make_parser(__doc__, "files", "device")
     flags.add(parser, "-b --batch-size", 8, "images that go through the network at once")
     flags.add(parser, "--config", "", "no effect: the checkpoint shows its network")
     args = flags.parse_demo(parser, argv)

@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse(argv: list[str] | None) -> Namespace:
     groups = ("data", "files", "evaluation", "device", "process")
-    parser = flags.make_parser(__doc__.split("\n")[0], *groups, recipes=RECIPES)
+    parser = flags.make_parser(__doc__, *groups, recipes=RECIPES)
     flags.add(parser, "--format-only", False, "write results, no metrics")
     flags.add(
         parser,

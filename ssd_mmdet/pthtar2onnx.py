@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> Namespace:
-    parser = flags.make_parser(__doc__.split("\n")[0], "files")
+    parser = flags.make_parser(__doc__, "files")
     add_flags(parser, "ssd300.onnx", outputs="detections")
     flags.add(parser, "--shape", (), "side, or height and width; checked only")
     flags.add(parser, "--mean", RECIPES["1p"].mean, "checked only: `image` has it subtracted")

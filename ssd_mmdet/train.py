@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> int | None:
 
 def parse(argv: list[str] | None):
     parser = flags.make_parser(
-        __doc__.split("\n")[0],
+        __doc__,
         *flags.TRAINING_GROUPS,
         recipes=RECIPES,
         log_interval=50,  # as MMDetection's

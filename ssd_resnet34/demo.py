@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> Namespace:
-    parser = flags.make_parser(__doc__.split("\n")[0], "files", "device", old_flags=OLD_FLAGS)
+    parser = flags.make_parser(__doc__, "files", "device", old_flags=OLD_FLAGS)
     flags.add(parser, "-b --batch-size", 8, "images that go through the network at once")
     return flags.parse_demo(parser, argv)
 

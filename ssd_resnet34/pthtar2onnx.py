@@ -152,9 +152,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> Namespace:
-    parser = flags.make_parser(
-        __doc__.split("\n")[0], "files", recipes=RECIPES, old_flags=OLD_FLAGS
-    )
+    parser = flags.make_parser(__doc__, "files", recipes=RECIPES, old_flags=OLD_FLAGS)
     add_flags(parser, "ssd300_resnet34.onnx", outputs="raw")
     return parser.parse_args(argv)
 

@@ -22,7 +22,7 @@ from ssd_resnet34.tfrecord.options import parse
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    args = parse(argv, __doc__.split("\n")[0])
+    args = parse(argv, __doc__)
     if args.mode == "eval" and not args.check_data:
         return evaluate.main(argv)
     return train.main(argv)

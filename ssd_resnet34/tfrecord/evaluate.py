@@ -76,7 +76,7 @@ PORT_NAMES = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv, __doc__.split("\n")[0])
+    args = parse(argv, __doc__)
     require_files(args, "eval")
     require_ranks()
     ranks, device, reason = start_process(

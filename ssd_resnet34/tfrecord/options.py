@@ -31,14 +31,14 @@ SHARED_FLAGS = (
 )
 
 
-def parse(argv: list[str] | None, description: str) -> Namespace:
+def parse(argv: list[str] | None, documentation: str) -> Namespace:
     """Parse the flags of `train.py` and `evaluate.py`, which are the same.
 
     The result has `card`, the number that `--device_id` gives, or None: then a process takes the
     device of its local rank. `device_id` is no device any more, but what `Run` and `RunLog` call
     the log: the number that was given, else the rank.
     """
-    parser = flags.make_parser(description, "evaluation", "device", "process", recipes=RECIPES)
+    parser = flags.make_parser(documentation, "evaluation", "device", "process", recipes=RECIPES)
     group = parser.add_argument_group("run")
     flags.add(group, "--mode", MODES[0], "what to do", choices=MODES)
     flags.add(group, "--training-file-pattern", "", "glob of the training shards, quoted")

@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> Namespace:
-    parser = flags.make_parser(__doc__.split("\n")[0], "files", recipes=RECIPES)
+    parser = flags.make_parser(__doc__, "files", recipes=RECIPES)
     parser.set_defaults(output_dir=Path("result_npu"))
     add_flags(parser, "ssd300_resnet34_tfrecord.onnx", outputs="raw")
     return parser.parse_args(argv)

@@ -63,7 +63,7 @@ RESUME_REMEDY = "start anew in another --model_dir, from its weights with --resn
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    args = parse(argv, __doc__.split("\n")[0])
+    args = parse(argv, __doc__)
     recipe = flags.chosen_recipe(args, RECIPES)
     category_ids = None
     if hasattr(args, "category_ids"):  # the flag was given

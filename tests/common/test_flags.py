@@ -118,6 +118,33 @@ def test_help_shows_every_flag_with_its_default(capsys):
     assert "hidden" not in text
 
 
+def help_of(capsys, *words, documentation="Train."):
+    p = flags.make_parser(documentation, *flags.TRAINING_GROUPS, recipes=RECIPES)
+    with pytest.raises(SystemExit, match="0"):
+        p.parse_args(list(words))
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--recipe", "large", "--help"], ["-h", "--recipe=large"]])
+def test_help_shows_the_defaults_of_the_preset_that_is_named(words, capsys):
+    text = " ".join(help_of(capsys, *words).split())
+    assert "about 32 (default: 64)" in text
+    assert "about True (default: False)" in text
+    assert "about (4, 8); several: 3 5, or =3,5 (default: (4, 8))" in text
+
+
+def test_help_begins_with_one_line_and_ends_with_the_commands_of_the_script(capsys):
+    documentation = "Train.\n\n    python3 a.py --data D   100 %\n    python3 a.py\n\nMore.\n"
+    first, second, *_, last = help_of(capsys, "-h", documentation=documentation).split("\n\n")
+    assert first.startswith("usage: ")
+    assert first.endswith(" [--flag=value ...]")
+    assert second == "Train."
+    assert last.startswith("Flags of the programs")
+    text = help_of(capsys, "-h", documentation=documentation)
+    assert "\n\nexamples:\n    python3 a.py --data D   100 %\n    python3 a.py\n\n" in text
+    assert "More." not in text
+
+
 def test_a_script_has_the_groups_it_asks_for_and_flags_of_its_own(capsys):
     p = flags.make_parser("Draw.", "files")
     flags.add(p, "-k --count", 3, "how many")
