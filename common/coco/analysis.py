@@ -15,7 +15,6 @@ from common.coco.matching import (
     Comparison,
     Detected,
     GroundTruth,
-    Matches,
     Pairs,
     average_precisions,
     boxes_found,
@@ -131,16 +130,16 @@ def analyse(ground_truth: CocoIndex, result_rows: np.ndarray, score: float) -> A
     the one with the best F1 of `Evaluation`.
     """
     comparison = compare(ground_truth, result_rows, FOREGROUND_IOU, BACKGROUND_IOU)
-    detected, boxes, pairs, matches = comparison
+    detected, boxes, _, matches = comparison
     names = [ground_truth.class_names[label] for label in class_order(ground_truth)]
     num_boxes = np.bincount(boxes.label[~boxes.crowd], minlength=len(names))
-    ap50 = _mean_ap(detected, matches.box != NO_MATCH, ~matches.ignored, num_boxes)
-    errors = _classify(detected, boxes, pairs, matches)
-    costs = {}
-    for name in ERROR_NAMES:
-        costs[name] = _cost(name, errors, detected, boxes, matches, num_boxes, ap50)
     is_right = matches.box != NO_MATCH
     is_wrong = ~is_right & ~matches.ignored
+    ap50 = _mean_ap(detected, is_right, is_right | is_wrong, num_boxes)
+    errors = _classify(comparison)
+    costs = {}
+    for name in ERROR_NAMES:
+        costs[name] = _cost(name, errors, comparison, num_boxes, ap50)
     num_found = np.bincount(boxes.label[matches.detection != NO_MATCH], minlength=len(names))
     false_positives = ErrorCost(
         count=int(is_wrong.sum()),
@@ -201,12 +200,13 @@ def _best_of_each(pairs: Pairs, num_detections: int) -> tuple[np.ndarray, np.nda
     return box, iou
 
 
-def _classify(detected: Detected, boxes: GroundTruth, pairs: Pairs, matches: Matches) -> _Errors:
+def _classify(comparison: Comparison) -> _Errors:
     """Return the type of error of each detection and which boxes are missed.
 
     A wrong detection has the first of the types that fits: localisation, classification, duplicate,
     background, both. A box is missed if it has no right detection and no error of class or place.
     """
+    detected, boxes, pairs, matches = comparison
     num_detections = len(detected.score)
     with_box = select(pairs, ~boxes.crowd[pairs.box])
     same_class = detected.label[with_box.detection] == boxes.label[with_box.box]
@@ -236,13 +236,7 @@ def _classify(detected: Detected, boxes: GroundTruth, pairs: Pairs, matches: Mat
 
 
 def _cost(
-    name: str,
-    errors: _Errors,
-    detected: Detected,
-    boxes: GroundTruth,
-    matches: Matches,
-    num_boxes: np.ndarray,
-    ap50: float,
+    name: str, errors: _Errors, comparison: Comparison, num_boxes: np.ndarray, ap50: float
 ) -> ErrorCost:
     """Return the count of an error and what AP50 gains where it is put right.
 
@@ -250,6 +244,7 @@ def _cost(
     errors at a box the one with the highest score does, the others go. All other wrong detections
     go. A box that is missed no longer counts.
     """
+    detected, boxes, _, matches = comparison
     label = detected.label
     is_right = matches.box != NO_MATCH
     counts = ~matches.ignored

@@ -38,7 +38,8 @@ def test_full_training_leaves_every_file(trained):
     name, values = runs.summary(output, "acc")
     assert name == "FCOS_bs2_2p_acc.log"
     assert {"TrainAccuracy", "ActualFPS", "ActualLoss", "E2ETrainingTime"} <= set(values)
-    for file in ("curves.png", "detections.png", "pr_curves.png", "results.bbox.json", "best.pt"):
+    pictures = ("curves.png", "detections.png", "pr_curves.png", "confusion.png", "errors.png")
+    for file in (*pictures, "analysis.json", "results.bbox.json", "best.pt"):
         assert (output / file).stat().st_size > 0, file
     assert runs.checkpoints(output) == [4]
     log = (output / "train_2.log").read_text()

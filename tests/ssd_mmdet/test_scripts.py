@@ -50,7 +50,8 @@ def test_full_training_leaves_every_file(trained):
     assert values["Network"] == "SSD"
     fps, step_ms = float(values["ActualFPS"]), float(values["TrainingTime"])
     assert step_ms == pytest.approx(8000 / fps, rel=0.01)
-    for file in ("curves.png", "detections.png", "pr_curves.png", "results.bbox.json", "best.pt"):
+    pictures = ("curves.png", "detections.png", "pr_curves.png", "confusion.png", "errors.png")
+    for file in (*pictures, "analysis.json", "results.bbox.json", "best.pt"):
         assert (output / file).stat().st_size > 0, file
     log = (output / "train_2.log").read_text()
     # 6 images in 5 passes: 30 positions of two kinds, each filled up to whole batches of 8.

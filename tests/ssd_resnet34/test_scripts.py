@@ -47,7 +47,8 @@ def test_full_training_leaves_every_file(trained):
     fps, step_ms = float(values["ActualFPS"]), float(values["TrainingTime"])
     assert step_ms == pytest.approx(4000 / fps, rel=0.01)
     assert int(values["E2ETrainingTime"]) >= 4 * step_ms / 1000
-    for file in ("curves.png", "detections.png", "pr_curves.png", "results.bbox.json", "best.pt"):
+    pictures = ("curves.png", "detections.png", "pr_curves.png", "confusion.png", "errors.png")
+    for file in (*pictures, "analysis.json", "results.bbox.json", "best.pt"):
         assert (output / file).stat().st_size > 0, file
     assert scripts.checkpoints(output) == [4]
     log = (output / "train_2.log").read_text()
