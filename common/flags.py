@@ -109,8 +109,18 @@ FLAGS = (
     Flag("run", "--pretrained", "", "ImageNet weights of the backbone"),
     Flag("run", "-s --seed", 0, "seed of order and augmentation"),
     Flag("run", "--max-iters --profile", 0, "stop after this many steps; 0: after the epochs"),
-    Flag("run", "--log-interval --print-interval", 20, "steps between log lines"),
-    Flag("run", "--save-interval", 0, "steps between checkpoints; 0: an epoch"),
+    Flag(
+        "run",
+        "--log-interval --print-interval",
+        20,
+        "steps between log lines; if not given, at most one a second",
+    ),
+    Flag(
+        "run",
+        "--save-interval",
+        0,
+        "steps between checkpoints; 0: epochs of together 3 minutes at least",
+    ),
     Flag("run", "--keep", 2, "checkpoints to keep besides the best"),
     Flag("run", "--save", True, "write checkpoints"),
     Flag(

@@ -1,5 +1,6 @@
 """The course of a run: its steps, what is due after each of them, its log lines and its end."""
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -15,7 +16,7 @@ from common.fps.window import LossWindow, NotFinite
 from common.npu.checkpoint import checkpoints_newest_first
 from common.npu.device import in_host_memory, memory_mib, overflow_happened
 from common.npu.entry import as_user_error, leave_dead_workers_to_the_loader
-from common.npu.run import Run
+from common.npu.run import SECONDS_BETWEEN_CHECKPOINTS, Run
 from common.schedule import evaluation_interval
 
 NOT_EVALUATED = -1.0  # an AP that there is not
@@ -28,8 +29,9 @@ class Progress:
     `threshold` and `name`; `terms` are
     the names of what is logged, the total `loss` after its summands. A run has `steps_per_epoch`
     and ends after `total_steps`, or after `--max_iters`. Log lines follow every `--log_interval`
-    steps; the count begins anew every `log_period` steps, by default an epoch. `remedy` ends the
-    message on a loss that is not finite.
+    steps; the count begins anew every `log_period` steps, by default an epoch. Where the flag is
+    not given, lines that would follow another one too soon are left out, but never the last one.
+    `remedy` ends the message on a loss that is not finite.
     """
 
     def __init__(
@@ -55,6 +57,11 @@ class Progress:
         self.log_interval = max(
             1, min(run.settings.log_interval, self.log_period // 2, self.end // 2)
         )
+        self._last_line = self._steps_of_last_line()
+        # No line between these numbers of steps, unless it is the last one.
+        self._quiet_after = 0
+        self._quiet_until = 0
+        self._checkpoint_at: float | None = None  # on the clock, of the last one of this process
         self.images_per_step = recipe.batch_size * run.ranks.world_size
         self.steps_done = 0
         self.best_ap = NOT_EVALUATED
@@ -159,8 +166,27 @@ class Progress:
 
     def log_due(self, steps_done: int) -> bool:
         """Return whether a log line follows this many steps."""
+        if self._quiet_after < steps_done < self._quiet_until and steps_done != self._last_line:
+            return False
+        return self._at_log_interval(steps_done)
+
+    def _at_log_interval(self, steps_done: int) -> bool:
         within_period = (steps_done - 1) % self.log_period + 1
         return within_period % self.log_interval == 0
+
+    def _steps_of_last_line(self) -> int:
+        steps_done = self.end
+        while steps_done > 0 and not self._at_log_interval(steps_done):
+            steps_done -= 1
+        return steps_done
+
+    def _be_quiet(self, line: int, seconds_a_step: float) -> None:
+        """Leave out lines too soon after the one of `line` steps; the same on all ranks.
+
+        The caller may know already whether a line follows the present step: that stays.
+        """
+        self._quiet_after = self.steps_done
+        self._quiet_until = line + math.ceil(self.run.settings.log_seconds / seconds_a_step)
 
     def first_epoch_done(self) -> bool:
         """Return whether this process has now done an epoch's number of steps, or all its steps.
@@ -173,11 +199,27 @@ class Progress:
         """Return whether the state is to be saved now.
 
         That is after every interval, at the end, and before an evaluation: a run that ends in its
-        evaluation begins there again.
+        evaluation begins there again. The default interval is an epoch, or the first epoch that
+        ends some minutes after the last checkpoint. All ranks must call it.
         """
-        interval = self.run.settings.save_interval or self.steps_per_epoch
-        at_interval = self.steps_done % interval == 0
-        return at_interval or self.steps_done == self.end or self.evaluation_due()
+        if self.steps_done == self.end or self.evaluation_due():
+            return True
+        interval = self.run.settings.save_interval
+        if interval:
+            return self.steps_done % interval == 0
+        if self.steps_done % self.steps_per_epoch:
+            return False
+        return self.run.ranks.from_main(self._checkpoint_is_old())
+
+    def _checkpoint_is_old(self) -> bool:
+        """Return whether this process has written no checkpoint for some minutes, or none yet."""
+        if self._checkpoint_at is None:
+            return True
+        return time.perf_counter() - self._checkpoint_at >= SECONDS_BETWEEN_CHECKPOINTS
+
+    def note_checkpoint(self) -> None:
+        """Note that a checkpoint was written now."""
+        self._checkpoint_at = time.perf_counter()
 
     def evaluation_due(self) -> bool:
         """Return whether an evaluation is wanted after this step and not done."""
@@ -208,15 +250,18 @@ class Progress:
         steps_done, window = self._to_report
         self._to_report = None
         self._require_finite(window.first_not_finite())
-        means_of_ranks = self.run.ranks.all_gather_objects(window.means())
+        timing = self.meter.window()
+        of_ranks = self.run.ranks.all_gather_objects((window.means(), timing.time))
         losses = {}
         for term in self.terms:
-            losses[term] = sum(means[term] for means in means_of_ranks) / len(means_of_ranks)
+            losses[term] = sum(means[term] for means, _ in of_ranks) / len(of_ranks)
+        _, seconds_a_step = of_ranks[0]
+        self._be_quiet(steps_done, seconds_a_step)
         self.logged_at = steps_done
         self._logged_losses.append(losses["loss"])
         lr = self.lr(steps_done - 1)
         memory = memory_mib(self.run.device)
-        self.run.log.train(steps_done, lr, losses, self.meter.window(), memory)
+        self.run.log.train(steps_done, lr, losses, timing, memory)
         if self.run.ranks.any(overflow_happened(self.run.device)):
             scale = self.run.precision.loss_scale
             self.run.log.warning(

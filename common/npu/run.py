@@ -45,6 +45,9 @@ from common.npu.weights import load_same, weights_on_cpu
 if TYPE_CHECKING:
     from common.fps.progress import Progress
 
+# A default interval of steps is longer where the steps are so short that less time would pass.
+SECONDS_BETWEEN_LINES = 1.0
+SECONDS_BETWEEN_CHECKPOINTS = 180.0
 # The fields of a recipe that may differ in a resumed run, which takes the new value. All others,
 # which say what is learned from what data, must stay.
 MAY_CHANGE = frozenset(
@@ -144,7 +147,8 @@ class RunSettings:
     started: float  # epoch seconds at which the launch script started
     max_iters: int  # 0: no limit
     log_interval: int  # steps
-    save_interval: int  # steps; 0: an epoch
+    log_seconds: float  # from one log line to the next at least; 0: no limit
+    save_interval: int  # steps; 0: an epoch, at least SECONDS_BETWEEN_CHECKPOINTS of epochs
     keep: int  # checkpoints
     save: bool  # write checkpoints at all
     evaluate: bool  # whether accuracy counts, not only speed
@@ -279,6 +283,7 @@ class Run:
                 started=args.started,
                 max_iters=args.max_iters,
                 log_interval=args.log_interval,
+                log_seconds=0.0 if "log_interval" in args.given else SECONDS_BETWEEN_LINES,
                 save_interval=args.save_interval,
                 keep=args.keep,
                 save=args.save,
@@ -672,6 +677,8 @@ class RunState:
                 )
                 run.log.info(f"Saving checkpoint {path}")
             run.ranks.barrier()
+            if name is None:
+                self.progress.note_checkpoint()
 
     def save_best(self) -> None:
         """Write the state to `best.pt`."""

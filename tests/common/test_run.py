@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -22,6 +23,8 @@ import ssd_resnet34.tfrecord.config
 from common import flags
 from common.coco.layout import Files
 from common.errors import UserError
+from common.fps import progress as progress_module
+from common.fps.meter import Meter
 from common.fps.progress import Progress
 from common.npu import checkpoint
 from common.npu import run as run_module
@@ -666,11 +669,58 @@ def test_a_missing_evaluator_is_found_at_the_start(tmp_path, monkeypatch, backen
 
 def test_log_lines_begin_anew_with_every_epoch(tmp_path):
     run = start(tmp_path)
-    run.settings = SimpleNamespace(max_iters=0, log_interval=3)
+    run.settings = SimpleNamespace(max_iters=0, log_interval=3, log_seconds=0.0)
     progress = Progress(run, RECIPE, LOSSES, 7, 21, REMEDY)
     assert [step for step in range(1, 22) if progress.log_due(step)] == [3, 6, 10, 13, 17, 20]
     whole = Progress(run, RECIPE, LOSSES, 7, 21, REMEDY, log_period=21)
     assert [step for step in range(1, 22) if whole.log_due(step)] == [3, 6, 9, 12, 15, 18, 21]
+
+
+class Clock:
+    """A clock of which a step takes a tenth of a second."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __call__(self):
+        return self.seconds
+
+
+def steps_of_lines(folder, monkeypatch, *words):
+    """Train 40 steps of a tenth of a second; return after which of them log lines follow."""
+    clock = Clock()
+    meter = partial(Meter, clock=clock)
+    monkeypatch.setattr(progress_module, "Meter", meter)
+    parser = flags.make_parser("Train.", *flags.TRAINING_GROUPS)
+    words = [f"--output_dir={folder}", "--device=cpu", "--kind=perf", *words]
+    run = Run.start(parser.parse_args(words), RECIPE)
+    recipe = replace(RECIPE, epochs=10)
+    state, progress = parts_of(run, recipe)
+
+    class Batches:
+        def __getitem__(self, position):
+            for _ in range(progress.end):
+                clock.seconds += 0.1
+                yield torch.ones(2, 2)
+
+    train(run, state, progress, Batches())
+    return run, [line["step"] for line in scripts.json_lines(folder) if "step" in line]
+
+
+def test_a_log_line_follows_at_most_every_second_unless_an_interval_is_given(tmp_path, monkeypatch):
+    run, lines = steps_of_lines(tmp_path / "default", monkeypatch)
+    assert lines == [2, 12, 22, 32, 40]
+    # The first epoch's state and the last one.
+    assert run.log.text_path.read_text().count("Saving checkpoint") == 2
+    assert (tmp_path / "default" / "iter_40.pt").exists()
+    _, lines = steps_of_lines(tmp_path / "given", monkeypatch, "--log_interval=20")
+    assert lines == list(range(2, 41, 2))  # two an epoch
+
+
+def test_epochs_of_minutes_have_a_checkpoint_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress_module, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    run, _ = steps_of_lines(tmp_path, monkeypatch)
+    assert run.log.text_path.read_text().count("Saving checkpoint") == 10
 
 
 def test_a_process_has_its_device_and_says_why():
