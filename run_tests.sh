@@ -9,7 +9,8 @@ Set up what the tests need, once, and run them: bash run_tests.sh [pytest argume
   bash run_tests.sh                          as CI does
   bash run_tests.sh --all                    these, and those that show the same once more: with
                                              other numbers of processes, for the other models,
-                                             with torch_npu 2.7 and 2.6
+                                             with torch_npu 2.7 and 2.6, and the pages in a
+                                             browser (Debian's package chromium)
   bash run_tests.sh -m "not slow"            the quick ones
   bash run_tests.sh tests/common -k nms      some of them
   bash run_tests.sh tests/simulated_npu      those on the simulated Ascend NPU, which have an
@@ -20,6 +21,19 @@ Environment: TEST_PROCESSES  test processes side by side (default: one a core)
 TEXT
 }
 
+# Tests open the pages in a real browser, which is no Python package.
+find_browser() {
+    local name
+    for name in chromium chromium-browser google-chrome; do
+        command -v "$name" >/dev/null && return
+    done
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        echo "run_tests.sh: installing chromium, in which tests open the pages"
+        apt-get install -y -qq chromium >/dev/null 2>&1 && return
+    fi
+    echo "run_tests.sh: no chromium here: the tests that open the pages in a browser are skipped"
+}
+
 selection=(-m "not again")
 npu_versions=(2.13)
 case ${1:-} in
@@ -27,6 +41,7 @@ case ${1:-} in
     --all)
         selection=()
         npu_versions+=(2.7 2.6)
+        with_browser=1
         shift
         ;;
 esac
@@ -34,6 +49,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 source common/npu/venv.sh
 source tests/simulated_npu/environment.sh
 find_python requirements.txt requirements-dev.txt
+[ -z "${with_browser:-}" ] || find_browser
 export TORCH_DEVICE_BACKEND_AUTOLOAD=0 PYTHON
 # One thread a test process, as many processes as cores: faster than threads on small tensors.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -39,6 +39,7 @@ from common.coco.evaluation import (
 )
 from common.coco.index import CocoIndex, read_index
 from common.coco.layout import find_coco
+from common.coco.page import write_report
 from common.coco.report import (
     METRICS_FILE,
     RESULTS_FILE,
@@ -50,6 +51,7 @@ from common.coco.report import (
 )
 from common.files import require_writable
 from common.fps.benchmark import DEFAULT_BATCH_SIZES, report_speed
+from common.fps.network_size import num_parameters
 from common.fps.summary import write_summary
 from common.npu import entry
 from common.npu.device import in_host_memory
@@ -57,7 +59,7 @@ from common.npu.distributed import Ranks
 from common.npu.loading import workers_per_rank
 from common.npu.overlap import HostWork
 from common.npu.precision import Precision
-from common.npu.run import start_process
+from common.npu.run import describe_program, start_process
 from common.npu.weights import classes_to_evaluate, notes_on_class_names, require_num_classes
 from fcos.config import RECIPES, Recipe
 from fcos.data import (
@@ -162,6 +164,11 @@ def main(argv: list[str] | None = None) -> None:
         write_analysis(
             args.output_dir, records.annotation_file, records.class_names, read_image, log
         )
+    program = describe_program(
+        recipe, f"{args.tag}{recipe.name}", args.command, reason, precision, ranks.world_size
+    )
+    program["checkpoint"] = state["path"]
+    write_report(args.output_dir, num_parameters(detector.model), log, program)
 
 
 def parse(argv: list[str] | None) -> Namespace:

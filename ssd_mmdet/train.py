@@ -27,9 +27,10 @@ from common.coco.check import check_data
 from common.coco.coverage import Presets
 from common.coco.index import CocoIndex, read_index
 from common.coco.layout import Files, find_coco
+from common.coco.page import write_report
 from common.coco.report import image_by_id, turned_images
 from common.coco.trained import trained_boxes_line
-from common.fps.network_size import size_line
+from common.fps.network_size import num_parameters, size_line
 from common.fps.progress import Progress
 from common.fps.replay import Pipeline, draw_batches
 from common.npu import entry
@@ -181,6 +182,8 @@ def main(argv: list[str] | None = None) -> int | None:
                 read_image,
                 run.log.info,
             )
+        if run.ranks.main:
+            write_report(run.output_dir, num_parameters(model), run.log.info)
     return None
 
 

@@ -1,5 +1,6 @@
 """What a run checks, writes and takes up again, through the programs of all four models."""
 
+import html
 import json
 import sys
 import threading
@@ -65,6 +66,19 @@ def test_a_run_and_an_evaluation_write_the_same_metrics(model, data, trained, tm
     output = capsys.readouterr().out
     assert "goal" not in output
     assert ("Current AP: " in output) == (model != "ssd_mmdet")
+
+
+def test_a_run_and_an_evaluation_write_a_page(model, data, trained, tmp_path):
+    page = (trained / "report.html").read_text()
+    header = scripts.json_lines(trained)[0]
+    assert header["model"] == model
+    for text in (html.escape(header["command"]), header["env_info"], header["exp_name"]):
+        assert text in page
+    assert page.count("<svg") >= 4  # loss, rate, speed and AP
+    evaluate(model, data, trained, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert str(trained / "best.pt") in page
+    assert 'id="curves"' not in page
 
 
 def test_metrics_in_the_background_are_those_of_a_run_that_waits(model, data, tmp_path):

@@ -199,20 +199,27 @@ def draw_sheet(path: Path, examples: Sequence[Example], class_names: Sequence[st
     write_atomically(path, picture.getvalue())
 
 
-def _draw_panels(example: Example, class_names: Sequence[str]) -> tuple[Image.Image, Image.Image]:
-    """Return the example's image with its ground truth, and with its detections.
+def draw_panel(image, boxes_xyxy, labels, class_names, scores=None) -> Image.Image:
+    """Return what `draw_boxes` does, of the image in the size of a panel.
 
-    The image is resized before drawing: lines and letters have one size all over the sheet.
+    It is resized before drawing: lines and letters have one size in all panels.
     """
-    height, width = example.image.shape[:2]
+    height, width = image.shape[:2]
     scale = PANEL_SIDE / max(height, width)
     panel_size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    resized = Image.fromarray(example.image).resize(panel_size, Image.Resampling.LANCZOS)
-    resized = np.asarray(resized)
-    gt_boxes = example.gt_boxes_xyxy * scale
-    ground_truth = draw_boxes(resized, gt_boxes, example.gt_labels, class_names)
+    resized = Image.fromarray(image).resize(panel_size, Image.Resampling.LANCZOS)
+    return draw_boxes(np.asarray(resized), boxes_xyxy * scale, labels, class_names, scores)
+
+
+def _draw_panels(example: Example, class_names: Sequence[str]) -> tuple[Image.Image, Image.Image]:
+    """Return the example's image with its ground truth, and with its detections."""
+    ground_truth = draw_panel(example.image, example.gt_boxes_xyxy, example.gt_labels, class_names)
     keep = example.scores >= MIN_SCORE
-    boxes = example.boxes_xyxy[keep] * scale
-    scores = example.scores[keep]
-    detections = draw_boxes(resized, boxes, example.labels[keep], class_names, scores)
+    detections = draw_panel(
+        example.image,
+        example.boxes_xyxy[keep],
+        example.labels[keep],
+        class_names,
+        example.scores[keep],
+    )
     return ground_truth, detections

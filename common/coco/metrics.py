@@ -1,14 +1,18 @@
-"""The file `metrics.json` of an evaluation: written, added to, and read by the demos."""
+"""The files of an evaluation's figures: `metrics.json`, which others add to and read, and curves."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.coco.evaluation import ABSENT, ClassMetrics, Evaluation, OperatingPoint
+import numpy as np
+
+from common.coco.evaluation import ABSENT, IOU_50, ClassMetrics, Evaluation, OperatingPoint
 from common.errors import UserError
 from common.files import write_atomically
 
 METRICS_FILE = "metrics.json"
+PR_CURVES_JSON = "pr_curves.json"
+MEAN_OF_CLASSES = "mean of all classes"  # in the place of a class's name
 BENCHMARK = "benchmark"  # the key of what `evaluate.py --benchmark` measured
 BEST = "best"  # in the place of a lowest score: of each class the one with the best F1
 
@@ -49,6 +53,31 @@ def class_entry(metrics: ClassMetrics) -> dict[str, object]:
         "boxes": metrics.num_boxes,
         "best_f1": metrics.best._asdict(),
     }
+
+
+def save_curves(path: Path, evaluation: Evaluation) -> None:
+    """Write the precision-recall curves of each class as JSON, atomically."""
+    write_atomically(path, json.dumps(curves_of_classes(evaluation)).encode())
+
+
+def curves_of_classes(evaluation: Evaluation) -> dict[str, dict[str, list[float]]]:
+    """Return the precision at 101 recalls, of the mean and of each class with ground truth.
+
+    "AP50" is at IoU 0.50, "AP" the mean over the IoU thresholds.
+    """
+    is_present = evaluation.precision[0, 0] > -1
+    curves = {}
+    if is_present.any():
+        curves[MEAN_OF_CLASSES] = pr_curve(evaluation.precision[..., is_present].mean(axis=2))
+    for k in np.flatnonzero(is_present):
+        curves[evaluation.classes[k].name] = pr_curve(evaluation.precision[..., k])
+    return curves
+
+
+def pr_curve(precision: np.ndarray) -> dict[str, list[float]]:
+    """Return the curves of one class, precision (10 IoU thresholds, 101 recalls)."""
+    curves = {"AP50": precision[IOU_50], "AP": precision.mean(axis=0)}
+    return {name: curve.round(3).tolist() for name, curve in curves.items()}
 
 
 def add_to_metrics(path: Path, name: str, value: object) -> None:

@@ -21,7 +21,7 @@ from common.coco.evaluation import (
 )
 from common.coco.images import ImageReader, turned_images_line
 from common.coco.index import CocoIndex
-from common.coco.metrics import METRICS_FILE, save_metrics
+from common.coco.metrics import METRICS_FILE, PR_CURVES_JSON, save_curves, save_metrics
 from common.files import HeldBackErrors
 from common.npu.distributed import Ranks
 
@@ -71,6 +71,8 @@ def report_results(
             max(0.0, evaluation.best.score),
             POINT_IOU,
         )
+    with errors.hold_back():
+        save_curves(folder / PR_CURVES_JSON, evaluation)
     errors.raise_first()
     return replace(evaluation, folder=folder)
 

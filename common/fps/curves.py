@@ -1,6 +1,7 @@
 """The training curves of a run as one picture, from its JSON logs."""
 
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,22 @@ DOTS_PER_INCH = 110
 # Up to so many points a curve has a dot for each, which is all there is to see of a single one.
 MOST_DOTS = 60
 ROUND_STEPS = (1, 2, 5, 10)  # between two ticks, times a power of ten
+SVG_SIZE = (4.6, 2.8)  # inches of a panel on a page
+# Colours that a page replaces by its own, which are others on a dark screen.
+TEXT_COLOUR = "#010203"
+SVG_STYLE = {
+    "svg.fonttype": "none",  # letters stay letters
+    "svg.hashsalt": "onestage",  # the same picture gives the same file
+    "text.color": TEXT_COLOUR,
+    "axes.labelcolor": TEXT_COLOUR,
+    "axes.edgecolor": TEXT_COLOUR,
+    "xtick.color": TEXT_COLOUR,
+    "ytick.color": TEXT_COLOUR,
+    "grid.color": TEXT_COLOUR,
+    "legend.frameon": False,
+}
+NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+UNUSED_ID = re.compile(r' id="[\w.]+_\d+"')  # of matplotlib's groups, the same in every picture
 
 
 class Panel(NamedTuple):
@@ -132,3 +149,34 @@ def draw_epochs(ax: Axes, steps_per_epoch: int) -> None:
     )
     epochs.set_xlabel("epoch")
     epochs.xaxis.set_major_locator(MaxNLocator(nbins=10, steps=ROUND_STEPS))
+
+
+def panel_svg(panel: Panel) -> str:
+    """Return a panel as an SVG element for a page, in the page's colour of text."""
+    import matplotlib
+
+    picture = io.StringIO()
+    with matplotlib.rc_context(SVG_STYLE):
+        figure = Figure(figsize=SVG_SIZE, layout="constrained")
+        axes = figure.subplots()
+        draw_panel(axes, panel)
+        axes.set_xlabel("iteration")
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=ROUND_STEPS, integer=True))
+        axes.get_legend().remove()
+        if len(panel.keys) > 1:  # above the axes, which are narrow; the title names a single one
+            axes.legend(
+                loc="lower left",
+                bbox_to_anchor=(0, 1),
+                ncols=3,
+                borderaxespad=0.2,
+                fontsize="small",
+                columnspacing=1,
+                handlelength=1.5,
+            )
+        for line in axes.lines:
+            line.set_markersize(2.5)
+        figure.savefig(picture, format="svg", transparent=True, metadata=NO_METADATA)
+    element = picture.getvalue()
+    element = element[element.index("<svg") :]
+    return UNUSED_ID.sub("", element).replace(TEXT_COLOUR, "currentColor")

@@ -55,3 +55,16 @@ def write_summary(
     write_atomically(folder / f"{case_name}.log", encoded(summary))
     closing_lines.append(f"E2E Training Duration sec : {seconds:.0f}")
     return closing_lines
+
+
+def read_summary(folder: Path) -> dict[str, str]:
+    """Return the values of the newest summary of a training in a folder, nothing without one."""
+    paths = [*folder.glob("*p_acc.log"), *folder.glob("*p_perf.log")]
+    if not paths:
+        return {}
+    newest = max(paths, key=lambda path: path.stat().st_mtime)
+    values = {}
+    for line in newest.read_text().splitlines():
+        key, _, value = line.partition(" = ")
+        values[key] = value
+    return values

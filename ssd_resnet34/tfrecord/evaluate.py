@@ -34,10 +34,12 @@ from common.coco.evaluation import (
     to_result_rows,
 )
 from common.coco.index import CocoIndex, read_annotations
+from common.coco.page import write_report
 from common.coco.report import METRICS_FILE, report_results, spread_over
 from common.errors import UserError
 from common.files import require_writable
 from common.fps.benchmark import DEFAULT_BATCH_SIZES, report_speed
+from common.fps.network_size import num_parameters
 from common.fps.runlog import RunLog
 from common.npu import checkpoint, entry
 from common.npu.device import in_host_memory
@@ -45,7 +47,7 @@ from common.npu.distributed import Ranks
 from common.npu.loading import workers_per_rank
 from common.npu.overlap import HostWork
 from common.npu.precision import Precision
-from common.npu.run import start_process
+from common.npu.run import describe_program, start_process
 from common.npu.weights import notes_on_class_names
 from ssd_resnet34.data import normalise
 from ssd_resnet34.postprocess import Started
@@ -146,12 +148,22 @@ def main(argv: list[str] | None = None) -> None:
                 records.image_by_id,
                 log.info,
             )
-        if not isinstance(steps, int):
-            return
-        steps_per_epoch = recipe.iters_per_epoch(ranks.world_size)
-        lr = recipe.lr_at(steps - 1, steps_per_epoch, ranks.world_size, recipe.batch_size)
-        log.begin(steps, steps, steps_per_epoch)
-        log.val(steps, lr, evaluation.mmdet())
+        if isinstance(steps, int):
+            steps_per_epoch = recipe.iters_per_epoch(ranks.world_size)
+            lr = recipe.lr_at(steps - 1, steps_per_epoch, ranks.world_size, recipe.batch_size)
+            log.begin(steps, steps, steps_per_epoch)
+            log.val(steps, lr, evaluation.mmdet())
+        program = describe_program(
+            recipe, f"{args.tag}{recipe.name}", args.command, reason, precision, ranks.world_size
+        )
+        program["checkpoint"] = state["path"]
+        write_report(
+            args.model_dir,
+            num_parameters(detector.model),
+            log.info,
+            program,
+            evaluation_folder=args.model_dir / EVALUATION_FOLDER,
+        )
 
 
 def validation_records(records: RecordIndex, val_json_file: str) -> tuple[RecordIndex, list[str]]:

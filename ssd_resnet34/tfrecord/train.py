@@ -24,8 +24,9 @@ from torch import nn
 from common import flags
 from common.coco.analysis_report import write_analysis
 from common.coco.coverage import Presets
+from common.coco.page import write_report
 from common.errors import UserError
-from common.fps.network_size import size_line
+from common.fps.network_size import num_parameters, size_line
 from common.fps.progress import Progress
 from common.fps.replay import Pipeline, draw_batches
 from common.npu import distributed, entry
@@ -217,6 +218,13 @@ def main(argv: list[str] | None = None) -> int | None:
                 run.log.info,
             )
         port_lines.print_logged()
+        if run.ranks.main:
+            write_report(
+                run.output_dir,
+                num_parameters(model),
+                run.log.info,
+                evaluation_folder=run.output_dir / EVALUATION_FOLDER,
+            )
     return None
 
 

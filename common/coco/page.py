@@ -1,0 +1,333 @@
+"""The page of a run: `report.html`, one file that needs no network, made of what its folder holds.
+
+The templates beside this module (`templates/`) say what a page looks like. A part for which the
+folder has no file is left out.
+"""
+
+import base64
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from PIL import Image
+
+from common.coco.analysis_report import ANALYSIS_FILE
+from common.coco.metrics import METRICS_FILE, PR_CURVES_JSON
+from common.files import encoded, write_atomically
+from common.fps.calc_fps import read_json_log
+from common.fps.curves import panel_svg, read_panels
+from common.fps.summary import read_summary
+
+REPORT_FILE = "report.html"
+TEMPLATES = Path(__file__).with_name("templates")
+MAIN_METRICS = ("AP", "AP50")
+SUMMARY_METRICS = ("AP", "AP50", "AP75", "APsmall", "APmedium", "APlarge", "AR100")
+PICTURES = ("detections", "worst_images", "suspect_labels")
+JPEG_QUALITY = 85  # of photographs
+# A confusion matrix of more classes has no numbers in its cells, one of still more is not shown.
+READABLE_CLASSES = 20
+MOST_CLASSES = 120
+CONFUSIONS_LISTED = 100
+WARNINGS_LISTED = 20
+NO_FIGURE = "-"
+WARNING_MARK = " - WARNING - "  # in a line of a run's log
+SECTIONS = (
+    ("summary", "Summary"),
+    ("curves", "Curves"),
+    ("classes", "Classes"),
+    ("pr_curves", "Precision-recall"),
+    ("confusion", "Confusion"),
+    ("errors", "Errors"),
+    ("detections", "Detections"),
+    ("worst_images", "Worst images"),
+    ("suspects", "Suspects"),
+    ("speed", "Speed"),
+    ("programs", "Command"),
+)
+ALWAYS_SHOWN = ("summary", "speed", "programs")
+
+
+def write_report(
+    folder: Path,
+    num_parameters: int,
+    log: Callable[[str], None],
+    evaluation: Mapping[str, object] | None = None,
+    evaluation_folder: Path | None = None,
+) -> None:
+    """Write `report.html` in the folder of a run or of an evaluation, and log its path.
+
+    `evaluation` is the header of the program that evaluated, where that was no training.
+    `evaluation_folder` has the files of the evaluation, where that is not `folder`. Raise UserError
+    where the page cannot be written.
+    """
+    evaluation_folder = evaluation_folder or folder
+    logs = sorted(folder.glob("*.log.json"))
+    programs = training_programs(logs)
+    if evaluation is not None:
+        programs.append(program("Evaluation", evaluation))
+    metrics = read_json(evaluation_folder / METRICS_FILE)
+    analysis = read_json(evaluation_folder / ANALYSIS_FILE)
+    classes = metrics.get("classes", [])
+    curves = pr_choices(read_json(evaluation_folder / PR_CURVES_JSON), classes)
+    pictures = read_pictures(evaluation_folder, PICTURES)
+    content = {
+        "title": title_of(programs),
+        "subtitle": str(folder.resolve()),
+        "folder": str(folder),
+        "figures": figures_of_run(metrics, read_summary(folder), num_parameters),
+        "metrics": metrics,
+        "warnings": warnings_of(folder),
+        "curves": [inline_svg(panel_svg(panel)) for panel in read_panels(logs) if panel.entries],
+        "classes": classes,
+        "pr_curves": curves,
+        "curve_of_class": positions(curves),
+        "confusion": confusion_table(analysis.get("confusion")),
+        "errors": error_rows(analysis.get("errors", {})),
+        "detections": pictures["detections"],
+        "pictures": pictures,
+        "worst_images": analysis.get("worst_images"),
+        "suspects": analysis.get("suspects"),
+        "benchmark": metrics.get("benchmark"),
+        "programs": programs,
+    }
+    shown = [(name, text) for name, text in SECTIONS if content.get(name) or name in ALWAYS_SHOWN]
+    path = folder / REPORT_FILE
+    write_atomically(path, encoded(render("report.html", sections=shown, **content)))
+    log(f"report: {path}")
+
+
+def render(template: str, **content: object) -> str:
+    """Return a page. Every text of its content is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["digits"] = digits
+    written = datetime.now().strftime("%Y-%m-%d %H:%M")
+    return environment.get_template(template).render(written=written, **content)
+
+
+def digits(value: float, count: int) -> str:
+    """Return a number with so many decimals, thousands parted by a thin space."""
+    return f"{value:,.{count}f}".replace(",", "\u2009")
+
+
+def inline_svg(element: str):
+    """Return an SVG element of matplotlib, which has escaped its texts, as a part of a page."""
+    from markupsafe import Markup
+
+    return Markup(element)
+
+
+def read_json(path: Path) -> dict:
+    """Return the content of a JSON file of ours, nothing where there is no such file."""
+    if not path.exists():
+        return {}
+    return json.loads(path.read_text())
+
+
+def training_programs(logs: Sequence[Path]) -> list[dict]:
+    """Return what the headers of a run's JSON logs say: one of every start."""
+    programs = []
+    for path in logs:
+        lines = read_json_log(path)
+        if lines and "env_info" in lines[0]:
+            started = path.name.removesuffix(".log.json")
+            programs.append(program(f"Training, {time_of_log(started)}", lines[0]))
+    return programs
+
+
+def time_of_log(name: str) -> str:
+    """Return the time in the name of a log, as 20261130_011211, for readers."""
+    try:
+        return datetime.strptime(name, "%Y%m%d_%H%M%S").strftime("%Y-%m-%d %H:%M:%S")
+    except ValueError:
+        return name
+
+
+HEADER_FACTS = {
+    "model": "model",
+    "exp_name": "network",
+    "checkpoint": "checkpoint",
+    "data": "data",
+    "device": "device",
+    "ranks": "processes",
+    "precision": "precision",
+    "seed": "seed",
+    "env_info": "versions",
+}
+
+
+def program(heading: str, header: Mapping[str, object]) -> dict:
+    """Return what the page shows of a program, by the header of its log."""
+    return {
+        "heading": heading,
+        "name": header.get("exp_name", ""),
+        "command": header.get("command"),
+        "config": header.get("config"),
+        "facts": fact_rows(header),
+    }
+
+
+def fact_rows(header: Mapping[str, object]) -> list[tuple[str, object]]:
+    """Return the lines of a header that the page lists, each with its name."""
+    return [(name, header[key]) for key, name in HEADER_FACTS.items() if key in header]
+
+
+def title_of(programs: Sequence[dict]) -> str:
+    """Return the name of the network, of the last program that says it."""
+    names = [one["name"] for one in programs if one["name"]]
+    return names[-1] if names else "Evaluation"
+
+
+def figures_of_run(
+    metrics: Mapping[str, object], summary: Mapping[str, str], num_parameters: int
+) -> dict[str, list[dict]]:
+    """Return the figures of the summary in two groups: how good the detector is, and the run."""
+    accuracy = []
+    for name in SUMMARY_METRICS:
+        if name in metrics:
+            accuracy.append(figure(name, metric_text(metrics[name]), is_main=name in MAIN_METRICS))
+    of_run = []
+    best = metrics.get("best_f1")
+    if best and best["score"] >= 0:
+        of_run.append(figure(f"score of the best F1, {best['f1']:.3f}", f"{best['score']:.3f}"))
+    if "step" in metrics:
+        of_run.append(figure("iterations before the evaluation", digits(metrics["step"], 0)))
+    if "ActualFPS" in summary:
+        of_run.append(figure("images/s in training", digits(float(summary["ActualFPS"]), 1)))
+    if "E2ETrainingTime" in summary:
+        of_run.append(figure("from start to end", duration(float(summary["E2ETrainingTime"]))))
+    of_run.append(figure("parameters", f"{num_parameters / 1e6:.1f} M"))
+    return {"accuracy": accuracy, "run": of_run}
+
+
+def figure(label: str, text: str, is_main: bool = False) -> dict:
+    """Return a figure of the summary."""
+    return {"label": label, "text": text, "is_main": is_main}
+
+
+def metric_text(value: float) -> str:
+    """Return a metric of COCO, which is -1 where there is no ground truth for it."""
+    return f"{value:.4f}" if value >= 0 else NO_FIGURE
+
+
+def duration(seconds: float) -> str:
+    """Return a time in hours and minutes, a short one in minutes and seconds."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s"
+
+
+def warnings_of(folder: Path) -> list[str]:
+    """Return the different warnings of a run's text logs, in their order."""
+    warnings = {}
+    for path in sorted(folder.glob("train_*.log")):
+        for line in path.read_text(errors="replace").splitlines():
+            _, mark, text = line.partition(WARNING_MARK)
+            if mark:
+                warnings[text] = None
+    return list(warnings)[:WARNINGS_LISTED]
+
+
+def pr_choices(curves: Mapping[str, dict], classes: Sequence[dict]) -> list[dict]:
+    """Return the precision-recall curves that can be chosen: the mean, then those of the classes.
+
+    `curves` has by name the precision at 101 recalls. A class without ground truth has none.
+    """
+    metrics_of = {metrics["name"]: metrics for metrics in classes}
+    choices = []
+    for name, curve in curves.items():
+        metrics = metrics_of.get(name)
+        lines = [curve["AP50"], curve["AP"]]
+        choice = {"name": name, "lines": lines, "best": None, "text": ""}
+        if metrics is not None:
+            best = metrics["best_f1"]
+            choice["text"] = f"AP50 {metric_text(metrics['AP50'])}, AP {metric_text(metrics['AP'])}"
+            if best["score"] >= 0:
+                choice["best"] = {"recall": best["recall"], "precision": best["precision"]}
+                choice["text"] += f", best F1 {best['f1']:.3f} from score {best['score']:.3f}"
+        choices.append(choice)
+    return choices
+
+
+def positions(choices: Sequence[dict]) -> dict[str, int]:
+    """Return the position of each name among the curves that can be chosen."""
+    return {choice["name"]: position for position, choice in enumerate(choices)}
+
+
+def confusion_table(confusion: Mapping[str, object] | None) -> dict | None:
+    """Return a confusion matrix as the page shows it, None where there is none.
+
+    Each cell has its count, and its share of the row as the strength of its colour.
+    """
+    if not confusion:
+        return None
+    names = confusion["names"]
+    rows = []
+    largest = []
+    for truth, counts in zip(names, confusion["counts"], strict=True):
+        total = max(1, sum(counts))
+        cells = []
+        for detected, count in zip(names, counts, strict=True):
+            share = count / total
+            cells.append({"count": count, "strength": f"{share:.2f}"})
+            if count and truth != detected:
+                row = {"truth": truth, "detected": detected, "count": count, "share": share}
+                largest.append(row)
+        rows.append(cells)
+    largest.sort(key=lambda row: -row["count"])
+    return {
+        "names": names,
+        "rows": rows if len(names) <= MOST_CLASSES else [],
+        "dense": len(names) > READABLE_CLASSES,
+        "largest": largest[:CONFUSIONS_LISTED],
+        "min_score": confusion["min_score"],
+        "iou": confusion["iou"],
+    }
+
+
+def error_rows(errors: Mapping[str, dict]) -> list[dict]:
+    """Return the types of errors with what each costs, and its share of what the dearest costs."""
+    dearest = max((error["dAP"] for error in errors.values()), default=0)
+    rows = []
+    for name, error in errors.items():
+        share = error["dAP"] / dearest if dearest > 0 else 0
+        rows.append({"name": name, **error, "share": share})
+    return rows
+
+
+def read_pictures(folder: Path, names: Sequence[str]) -> dict[str, str | None]:
+    """Return the pictures of a folder by name, as addresses that hold the data themselves.
+
+    A picture that is not there is None.
+    """
+    pictures = {}
+    for name in names:
+        pictures[name] = None
+        path = folder / f"{name}.png"
+        if path.exists():
+            with Image.open(path) as picture:
+                pictures[name] = embedded(picture)
+    return pictures
+
+
+def embedded(picture: Image.Image) -> str:
+    """Return a picture as an address that holds its data: PNG or JPEG, whichever is smaller."""
+    jpeg = io.BytesIO()
+    picture.convert("RGB").save(jpeg, "JPEG", quality=JPEG_QUALITY)
+    png = io.BytesIO()
+    picture.save(png, "PNG")
+    kind, data = "jpeg", jpeg.getvalue()
+    if len(png.getvalue()) < len(data):
+        kind, data = "png", png.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
