@@ -1,4 +1,4 @@
-"""The files of an evaluation's figures: `metrics.json`, which others add to and read, and curves."""
+"""Files with the figures of an evaluation: `metrics.json`, which others read, and its curves."""
 
 import json
 from collections.abc import Sequence
