@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from common.coco.counts import TrainingBoxes, count_lines, join_boxes, training_boxes
 from common.coco.coverage import Presets, report_coverage
-from common.coco.data_picture import draw_data
+from common.coco.data_picture import data_picture_file, draw_data
 from common.coco.images import ImageReader, turned_images_line
 from common.coco.index import (
     CocoIndex,
@@ -111,8 +111,7 @@ def check_data(
 
 def look_at_boxes(boxes: TrainingBoxes, presets: Presets, output_dir: Path) -> None:
     """Print what a training set holds and what of it is seen; draw it beside `output_dir`."""
-    folder = output_dir.absolute()
-    picture_file = folder.with_name(f"{folder.name}_check_data.png")
+    picture_file = data_picture_file(output_dir)
     report = report_coverage(boxes, presets)
     print("training set:")
     for line in count_lines(boxes):

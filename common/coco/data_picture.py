@@ -18,6 +18,12 @@ SEEN_COLOUR = "tab:blue"
 UNSEEN_COLOUR = "tab:orange"
 
 
+def data_picture_file(output_dir: Path) -> Path:
+    """Return the file of the picture: beside the output folder, which a new run may rename."""
+    folder = output_dir.absolute()
+    return folder.with_name(f"{folder.name}_check_data.png")
+
+
 def draw_data(path: Path, boxes: TrainingBoxes, coverage: Coverage) -> None:
     """Write a PNG that shows what a training set holds, and what of it a preset sees."""
     from matplotlib.figure import Figure

@@ -14,6 +14,8 @@ from pathlib import Path
 from PIL import Image
 
 from common.coco.analysis_report import ANALYSIS_FILE
+from common.coco.counts import FEW_BOXES
+from common.coco.data_picture import data_picture_file
 from common.coco.metrics import METRICS_FILE, PR_CURVES_JSON
 from common.files import encoded, write_atomically
 from common.fps.calc_fps import read_json_log
@@ -43,10 +45,11 @@ SECTIONS = (
     ("detections", "Detections"),
     ("worst_images", "Worst images"),
     ("suspects", "Suspects"),
+    ("data", "Data"),
     ("speed", "Speed"),
     ("programs", "Command"),
 )
-ALWAYS_SHOWN = ("summary", "speed", "programs")
+ALWAYS_SHOWN = ("summary", "data", "speed", "programs")
 
 
 def write_report(
@@ -71,7 +74,9 @@ def write_report(
     analysis = read_json(evaluation_folder / ANALYSIS_FILE)
     classes = metrics.get("classes", [])
     curves = pr_choices(read_json(evaluation_folder / PR_CURVES_JSON), classes)
-    pictures = read_pictures(evaluation_folder, PICTURES)
+    pictures = {}
+    for name in PICTURES:
+        pictures[name] = read_picture(evaluation_folder / f"{name}.png")
     content = {
         "title": title_of(programs),
         "subtitle": str(folder.resolve()),
@@ -89,6 +94,13 @@ def write_report(
         "pictures": pictures,
         "worst_images": analysis.get("worst_images"),
         "suspects": analysis.get("suspects"),
+        "data": {
+            "picture": read_picture(data_picture_file(folder)),
+            "num_images": metrics.get("images"),
+            "num_boxes": sum(entry["boxes"] for entry in classes),
+            "rare": [entry for entry in classes if entry["boxes"] < FEW_BOXES],
+            "few": FEW_BOXES,
+        },
         "benchmark": metrics.get("benchmark"),
         "programs": programs,
     }
@@ -156,7 +168,6 @@ HEADER_FACTS = {
     "model": "model",
     "exp_name": "network",
     "checkpoint": "checkpoint",
-    "data": "data",
     "device": "device",
     "ranks": "processes",
     "precision": "precision",
@@ -306,19 +317,12 @@ def error_rows(errors: Mapping[str, dict]) -> list[dict]:
     return rows
 
 
-def read_pictures(folder: Path, names: Sequence[str]) -> dict[str, str | None]:
-    """Return the pictures of a folder by name, as addresses that hold the data themselves.
-
-    A picture that is not there is None.
-    """
-    pictures = {}
-    for name in names:
-        pictures[name] = None
-        path = folder / f"{name}.png"
-        if path.exists():
-            with Image.open(path) as picture:
-                pictures[name] = embedded(picture)
-    return pictures
+def read_picture(path: Path) -> str | None:
+    """Return a picture as an address that holds its data, None where there is no such file."""
+    if not path.exists():
+        return None
+    with Image.open(path) as picture:
+        return embedded(picture)
 
 
 def embedded(picture: Image.Image) -> str:

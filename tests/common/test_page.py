@@ -141,7 +141,8 @@ def test_what_is_not_there_is_left_out(tmp_path):
     write_log(tmp_path)
     write_report(tmp_path, 1, print)
     content = Page(tmp_path / "report.html")
-    assert list(content.sections) == ["summary", "curves", "speed", "programs"]
+    assert list(content.sections) == ["summary", "curves", "data", "speed", "programs"]
+    assert "train.py --check_data" in content.sections["data"]
     assert "Nothing was evaluated" in content.sections["summary"]
     assert "evaluate.py --benchmark" in content.sections["speed"]
 
@@ -163,6 +164,19 @@ def test_an_evaluation_may_lie_in_another_folder(tmp_path):
     write_report(tmp_path, 1, print, evaluation_folder=tmp_path / "eval")
     content = Page(tmp_path / "report.html")
     assert {"curves", "classes", "worst_images"} <= content.sections.keys()
+
+
+def test_the_data_are_described(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write_evaluation(folder)
+    Image.new("RGB", (20, 10)).save(tmp_path / "run_check_data.png")
+    write_report(folder, 1, print)
+    content = Page(folder / "report.html")
+    for text in ("50 images, 46 boxes and 5 classes", "1 of them has fewer than 10", "absent (0)"):
+        assert text in content.sections["data"]
+    assert "--check_data" not in content.sections["data"]
+    assert len(content.attributes("img")) == 5
 
 
 def test_a_measured_speed_is_shown(tmp_path):
