@@ -156,12 +156,7 @@ def compare_runs(args: Namespace) -> None:
                 bar.update,
             )
         program = describe_program(
-            one.detector.recipe,
-            name=one.detector.recipe.name,
-            command=args.command,
-            device_line=reason,
-            precision=one.detector.precision,
-            world_size=1,
+            one.detector.recipe, args.command, reason, one.detector.precision, world_size=1
         )
         program["checkpoint"] = one.path
         height, width = one.detector.prepare([images[0]]).shape[2:]

@@ -155,9 +155,7 @@ def main(argv: list[str] | None = None) -> None:
         write_analysis(
             args.output_dir, records.annotation_file, records.class_names, read_image, log
         )
-    program = describe_program(
-        recipe, f"{args.tag}{recipe.name}", args.command, reason, precision, ranks.world_size
-    )
+    program = describe_program(recipe, args.command, reason, precision, ranks.world_size)
     program["checkpoint"] = state["path"]
     write_report(args.output_dir, num_parameters(detector.model), log, program)
 

@@ -11,18 +11,25 @@ CLASSES = ["<script>alert(1)</script>", '"quo\'ted" & <b>bold</b>', "自行车",
 FILES = ["<img src=x onerror=alert(1)>.jpg", os.fsdecode(b"bild_\xff.jpg"), "ordinary.jpg"]
 METRICS = {"AP": 0.4321, "AP50": 0.6789, "AP75": 0.4, "APsmall": -1.0, "AR100": 0.5}
 BEST = {"score": 0.37, "precision": 0.8, "recall": 0.5, "f1": 0.61}
-HEADER = {
-    "env_info": "python 3.11, torch 2.13",
-    "config": "lr = 0.1\nname = '<SSD>'",
-    "exp_name": "SSD300",
+RECORD = {
+    "started": "2026-01-02T03:04:05",
+    "folder": "/data",
+    "command": ["python3", "train.py", "--data=<b>"],
     "model": "ssd_mmdet",
-    "command": "cd /data && python3 train.py --data='<b>'",
+    "recipe": {"name": "SSD<300>", "lr": 0.1},
+    "resumed": None,
+    "data": [{"path": "/data/<b>/train.json"}],
+    "device": "device: cpu (as asked)",
+    "precision": "O0",
+    "ranks": 1,
     "seed": 3,
+    "versions": {"commit": None, "python": "3.11", "torch": "2.13"},
 }
 
 
 def write_log(folder: Path) -> None:
-    lines = [HEADER]
+    (folder / "run.json").write_text(json.dumps(RECORD))
+    lines = [{"env_info": "python", "config": "lr = 0.1", "seed": 3, "exp_name": "x"}]
     for step in range(10, 101, 10):
         about = {"mode": "train", "epoch": 1, "iter": step, "lr": 0.1, "step": step}
         lines.append({**about, "loss_cls": 2 / step, "loss": 3 / step, "fps": 50.0, "time": 0.1})

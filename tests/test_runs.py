@@ -70,10 +70,10 @@ def test_a_run_and_an_evaluation_write_the_same_metrics(model, data, trained, tm
 
 def test_a_run_and_an_evaluation_write_a_page(model, data, trained, tmp_path):
     page = (trained / "report.html").read_text()
-    header = scripts.json_lines(trained)[0]
-    assert header["model"] == model
-    for text in (html.escape(header["command"]), header["env_info"], header["exp_name"]):
-        assert text in page
+    record = json.loads((trained / "run.json").read_text())
+    assert record["model"] == model
+    for text in (record["command"][-1], record["versions"]["torch"], record["recipe"]["name"]):
+        assert html.escape(text) in page
     assert page.count("<svg") >= 4  # loss, rate, speed and AP
     evaluate(model, data, trained, tmp_path)
     page = (tmp_path / "report.html").read_text()

@@ -20,7 +20,7 @@ from common.coco.evaluation import (
 from common.coco.images import ImageReader
 from common.coco.index import CocoIndex
 from common.coco.metrics import curves_of_classes
-from common.coco.page import digits, embedded, fact_rows, metric_text, positions, render
+from common.coco.page import digits, embedded, metric_text, positions, program_lines, render
 from common.coco.report import spread_over, to_xyxy
 from common.files import encoded, write_atomically
 from common.fps.benchmark import PHASES, Speed
@@ -120,8 +120,8 @@ def short_names(paths: Sequence[str]) -> list[str]:
 def summary_rows(runs: Sequence[Measured]) -> list[Row]:
     """Return the figures of the runs: accuracy, speed and size."""
     rows = [
-        Row("model", [str(run.program["model"]) for run in runs]),
-        Row("network", [str(run.program["exp_name"]) for run in runs]),
+        Row("model", [run.program["model"] for run in runs]),
+        Row("network", [run.program["recipe"]["name"] for run in runs]),
     ]
     for name in STATS:
         rows.append(metric_row(name, [run.evaluation.stats[name] for run in runs]))
@@ -192,8 +192,7 @@ def write_comparison(
     """Write `compare.html` and return its path. Raise UserError where it cannot be written."""
     programs = []
     for run in runs:
-        facts = fact_rows(run.program)
-        programs.append({"name": run.name, "facts": facts, "config": run.program["config"]})
+        programs.append({"name": run.name, **program_lines(run.program)})
     curves = pr_choices(runs)
     page = render(
         "compare.html",

@@ -7,6 +7,7 @@ folder has no file is left out.
 import base64
 import io
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +19,6 @@ from common.coco.counts import FEW_BOXES
 from common.coco.data_picture import data_picture_file
 from common.coco.metrics import METRICS_FILE, PR_CURVES_JSON
 from common.files import encoded, write_atomically
-from common.fps.calc_fps import read_json_log
 from common.fps.curves import panel_svg, read_panels
 from common.fps.summary import read_summary
 
@@ -61,15 +61,22 @@ def write_report(
 ) -> None:
     """Write `report.html` in the folder of a run or of an evaluation, and log its path.
 
-    `evaluation` is the header of the program that evaluated, where that was no training.
+    `evaluation` describes the program that evaluated, see `describe_program`, where that was no
+    training.
     `evaluation_folder` has the files of the evaluation, where that is not `folder`. Raise UserError
     where the page cannot be written.
     """
     evaluation_folder = evaluation_folder or folder
     logs = sorted(folder.glob("*.log.json"))
-    programs = training_programs(logs)
+    title = "Evaluation"
+    programs = []
+    for record in trainings(folder):
+        started = record["started"].replace("T", " ")
+        programs.append({"heading": f"Training, {started}", **program_lines(record)})
+        title = record["recipe"]["name"]
     if evaluation is not None:
-        programs.append(program("Evaluation", evaluation))
+        programs.append({"heading": "Evaluation", **program_lines(evaluation)})
+        title = evaluation["recipe"]["name"]
     metrics = read_json(evaluation_folder / METRICS_FILE)
     analysis = read_json(evaluation_folder / ANALYSIS_FILE)
     classes = metrics.get("classes", [])
@@ -78,7 +85,7 @@ def write_report(
     for name in PICTURES:
         pictures[name] = read_picture(evaluation_folder / f"{name}.png")
     content = {
-        "title": title_of(programs),
+        "title": title,
         "subtitle": str(folder.resolve()),
         "folder": str(folder),
         "figures": figures_of_run(metrics, read_summary(folder), num_parameters),
@@ -145,57 +152,35 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def training_programs(logs: Sequence[Path]) -> list[dict]:
-    """Return what the headers of a run's JSON logs say: one of every start."""
-    programs = []
-    for path in logs:
-        lines = read_json_log(path)
-        if lines and "env_info" in lines[0]:
-            started = path.name.removesuffix(".log.json")
-            programs.append(program(f"Training, {time_of_log(started)}", lines[0]))
-    return programs
+def trainings(folder: Path) -> list[dict]:
+    """Return what the records of a run say: one of each of its processes, in their order."""
+    records = [read_json(path) for path in folder.glob("run*.json")]
+    records.sort(key=lambda record: record["started"])
+    return records
 
 
-def time_of_log(name: str) -> str:
-    """Return the time in the name of a log, as 20261130_011211, for readers."""
-    try:
-        return datetime.strptime(name, "%Y%m%d_%H%M%S").strftime("%Y-%m-%d %H:%M:%S")
-    except ValueError:
-        return name
-
-
-HEADER_FACTS = {
-    "model": "model",
-    "exp_name": "network",
-    "checkpoint": "checkpoint",
-    "device": "device",
-    "ranks": "processes",
-    "precision": "precision",
-    "seed": "seed",
-    "env_info": "versions",
-}
-
-
-def program(heading: str, header: Mapping[str, object]) -> dict:
-    """Return what the page shows of a program, by the header of its log."""
-    return {
-        "heading": heading,
-        "name": header.get("exp_name", ""),
-        "command": header.get("command"),
-        "config": header.get("config"),
-        "facts": fact_rows(header),
+def program_lines(record: Mapping[str, object]) -> dict:
+    """Return what a page shows of a program, of which a `run.json` or its like is the record."""
+    versions = [f"{name} {version}" for name, version in record["versions"].items() if version]
+    values = {
+        "model": record["model"],
+        "network": record["recipe"]["name"],
+        "checkpoint": record.get("checkpoint"),
+        "data": ", ".join(file["path"] for file in record.get("data", [])),
+        "device": record["device"].removeprefix("device: "),
+        "processes": record["ranks"],
+        "precision": record["precision"],
+        "seed": record.get("seed"),
+        "versions": ", ".join(versions),
     }
-
-
-def fact_rows(header: Mapping[str, object]) -> list[tuple[str, object]]:
-    """Return the lines of a header that the page lists, each with its name."""
-    return [(name, header[key]) for key, name in HEADER_FACTS.items() if key in header]
-
-
-def title_of(programs: Sequence[dict]) -> str:
-    """Return the name of the network, of the last program that says it."""
-    names = [one["name"] for one in programs if one["name"]]
-    return names[-1] if names else "Evaluation"
+    if record.get("resumed"):
+        values["resumed from"] = record["resumed"]["checkpoint"]
+    recipe = "\n".join(f"{name} = {value!r}" for name, value in record["recipe"].items())
+    return {
+        "command": f"cd {shlex.quote(record['folder'])} && {shlex.join(record['command'])}",
+        "facts": [(name, value) for name, value in values.items() if value not in (None, "")],
+        "recipe": recipe,
+    }
 
 
 def figures_of_run(

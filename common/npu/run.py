@@ -4,7 +4,7 @@ import dataclasses
 import os
 import shlex
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -138,6 +138,22 @@ def start_process(
         be_exact(device)
     distributed.start(device, ranks, timeout_seconds)
     return Process(ranks, device, reason)
+
+
+def describe_program(
+    recipe, command: Sequence[str], device_line: str, precision: Precision, world_size: int
+) -> dict[str, object]:
+    """Return what `run.json` and a report say of a program: its call, its recipe, the versions."""
+    return {
+        "folder": os.getcwd(),
+        "command": list(command),
+        "model": recipe.model,
+        "recipe": record.recipe_as_json(recipe),
+        "device": device_line,
+        "precision": str(precision),
+        "ranks": world_size,
+        "versions": {"commit": record.commit(), **versions()},
+    }
 
 
 @dataclass(frozen=True)
@@ -445,19 +461,15 @@ class Run:
                 "checkpoint": os.path.abspath(self.resumed["path"]),
                 "step": self.resumed["iteration"],
             }
+        program = describe_program(
+            recipe, self.command, self.device_line, self.precision, self.ranks.world_size
+        )
         return {
-            "folder": os.getcwd(),
-            "command": list(self.command),
+            **program,
             FLAGS_ENTRY: self.flags,
-            "model": recipe.model,
-            "recipe": record.recipe_as_json(recipe),
             "resumed": resumed,
             "data": record.describe_files(inputs),
-            "device": self.device_line,
-            "precision": str(self.precision),
-            "ranks": self.ranks.world_size,
             "seed": self.seed,
-            "versions": {"commit": record.commit(), **versions()},
         }
 
     def parallel(

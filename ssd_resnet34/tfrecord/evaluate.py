@@ -153,9 +153,7 @@ def main(argv: list[str] | None = None) -> None:
             lr = recipe.lr_at(steps - 1, steps_per_epoch, ranks.world_size, recipe.batch_size)
             log.begin(steps, steps, steps_per_epoch)
             log.val(steps, lr, evaluation.mmdet())
-        program = describe_program(
-            recipe, f"{args.tag}{recipe.name}", args.command, reason, precision, ranks.world_size
-        )
+        program = describe_program(recipe, args.command, reason, precision, ranks.world_size)
         program["checkpoint"] = state["path"]
         write_report(
             args.model_dir,

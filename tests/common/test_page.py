@@ -11,7 +11,7 @@ from PIL import Image
 from common.coco import page
 from common.coco.page import write_report
 from common.errors import UserError
-from tests.pages import CLASSES, FILES, HEADER, write_evaluation, write_log
+from tests.pages import CLASSES, FILES, RECORD, write_evaluation, write_log
 
 VOID = {"meta", "link", "img", "input", "br"}
 
@@ -77,9 +77,10 @@ def test_a_page_has_a_part_for_every_file_of_the_folder(run):
     assert "no label" in content.sections["suspects"]
     programs = content.sections["programs"]
     assert "2026-01-02 03:04:05" in programs
-    assert HEADER["command"] in programs
-    assert HEADER["env_info"] in programs
-    assert "name = '<SSD>'" in programs
+    for text in ("cd /data && python3 train.py '--data=<b>'", "python 3.11, torch 2.13", "O0"):
+        assert text in programs
+    assert "name = 'SSD<300>'\nlr = 0.1" in programs
+    assert "/data/<b>/train.json" in programs
     assert len([1 for attributes in content.attributes("svg") if "role" not in attributes]) == 4
 
 
@@ -149,7 +150,7 @@ def test_what_is_not_there_is_left_out(tmp_path):
 
 def test_the_page_of_an_evaluation_names_its_program(tmp_path):
     write_evaluation(tmp_path)
-    program = {**HEADER, "exp_name": "FCOS", "checkpoint": "a/best.pt"}
+    program = {**RECORD, "recipe": {"name": "FCOS"}, "checkpoint": "a/best.pt"}
     write_report(tmp_path, 1, print, program)
     content = Page(tmp_path / "report.html")
     assert "curves" not in content.sections
