@@ -16,7 +16,7 @@ from common.fps.window import LossWindow, NotFinite
 from common.npu.checkpoint import checkpoints_newest_first
 from common.npu.device import in_host_memory, memory_mib, overflow_happened
 from common.npu.entry import as_user_error, leave_dead_workers_to_the_loader
-from common.npu.run import SECONDS_BETWEEN_CHECKPOINTS, Run
+from common.npu.run import SECONDS_BETWEEN_CHECKPOINTS, Run, WithoutRise
 from common.schedule import evaluation_interval
 
 NOT_EVALUATED = -1.0  # an AP that there is not
@@ -66,6 +66,7 @@ class Progress:
         self.steps_done = 0
         self.best_ap = NOT_EVALUATED
         self.last_ap = NOT_EVALUATED
+        self.without_rise = WithoutRise()
         self.goal_reached = False
         self.interrupted = False
         self.window = LossWindow(terms, run.device)
@@ -104,13 +105,13 @@ class Progress:
     def steps(self, loader: Iterable) -> Iterator[tuple[int, object]]:
         """Yield the number of each step, from 0, and its batch; `add` must follow each.
 
-        It ends early where the goal is reached, a signal asks for it, a rank meets bad data or one
-        of its loader workers has died: all ranks leave at the same step. But for the goal,
-        `interrupted` is set.
+        It ends early where the goal is reached, AP has not risen for as long as `--patience` says,
+        a signal asks for it, a rank meets bad data or one of its loader workers has died: all ranks
+        leave at the same step. But for the goal and the patience, `interrupted` is set.
         """
         batches = iter(loader)
         leave_dead_workers_to_the_loader()
-        while self.steps_done < self.end and not self.goal_reached:
+        while self.steps_done < self.end and not (self.goal_reached or self.patience_is_over):
             asked_at = time.perf_counter()
             batch = None
             try:
@@ -124,6 +125,12 @@ class Progress:
                 self.interrupted = True
                 return
             yield self.steps_done, batch
+
+    @property
+    def patience_is_over(self) -> bool:
+        """Whether AP has not risen in as many evaluations as `--patience` says."""
+        patience = self.run.settings.patience
+        return 0 < patience <= self.without_rise.evaluations
 
     def exit_status(self) -> int:
         """Return the exit status of an interrupted run; raise bad data as its UserError.
@@ -202,7 +209,7 @@ class Progress:
         evaluation begins there again. The default interval is an epoch, or the first epoch that
         ends some minutes after the last checkpoint. All ranks must call it.
         """
-        if self.steps_done == self.end or self.evaluation_due():
+        if self.steps_done == self.end or self.patience_is_over or self.evaluation_due():
             return True
         interval = self.run.settings.save_interval
         if interval:
@@ -225,7 +232,7 @@ class Progress:
         """Return whether an evaluation is wanted after this step and not done."""
         if not self.run.settings.evaluate or self._evaluated_at == self.steps_done:
             return False
-        if self.goal_reached:  # by an evaluation of an earlier step
+        if self.goal_reached or self.patience_is_over:  # by an evaluation of an earlier step
             return False
         if self.steps_done == self.end:
             return True
@@ -315,7 +322,20 @@ class Progress:
             self.run.log.info(f"AP goal {self.recipe.threshold:g} reached: training ends here")
         is_best = self.last_ap > self.best_ap
         self.best_ap = max(self.best_ap, self.last_ap)
+        self._count_without_rise(is_best, steps_done)
         return is_best
+
+    def _count_without_rise(self, is_best: bool, steps_done: int) -> None:
+        """Count an evaluation without a higher AP, once where a resumed run repeats it."""
+        if is_best:
+            self.without_rise = WithoutRise(0, steps_done)
+        elif steps_done != self.without_rise.steps_done:
+            self.without_rise = WithoutRise(self.without_rise.evaluations + 1, steps_done)
+        if self.patience_is_over and not self.goal_reached:
+            self.run.log.info(
+                f"AP has not risen above {self.best_ap:.5f} in {self.without_rise.evaluations} "
+                "evaluations (--patience): training ends here"
+            )
 
     def analysis_due(self) -> bool:
         """Return whether this rank is to explain the last evaluation, at the end of the run."""

@@ -169,6 +169,7 @@ class RunSettings:
     save: bool  # write checkpoints at all
     evaluate: bool  # whether accuracy counts, not only speed
     background_metrics: bool  # compute them in a process while training goes on
+    patience: int = 0  # evaluations without a higher AP, after which training ends; 0: never
     look: int = 0  # draw this many samples of an epoch, and train nothing
     epoch: int = 1  # that epoch, from 1
 
@@ -233,6 +234,11 @@ class Run:
         evaluates = args.kind == "acc"
         if evaluates:
             require_evaluator(evaluation_options.faster)
+        elif args.patience:
+            raise UserError(
+                f"--patience {args.patience}: this run does not evaluate",
+                "omit it, or what leaves the evaluations out",
+            )
         stop = StopRequest()
         torch.manual_seed(args.seed)
         if hasattr(args, "amp"):  # the flag was given
@@ -305,6 +311,7 @@ class Run:
                 save=args.save,
                 evaluate=evaluates,
                 background_metrics=args.background_metrics,
+                patience=args.patience,
                 look=args.look,
                 epoch=args.epoch,
             ),
@@ -501,6 +508,13 @@ def _told(error: BaseException) -> str:
     return f"error: {one_line(explained)}"
 
 
+class WithoutRise(NamedTuple):
+    """How long AP has not risen; a checkpoint has it, so that a resumed run goes on counting."""
+
+    evaluations: int = 0
+    steps_done: int = -1  # at the last evaluation that was counted
+
+
 class Difference(NamedTuple):
     """A value of a resumed run that is another one now."""
 
@@ -627,6 +641,7 @@ class RunState:
             self.run.precision.scaler.load_state_dict(state["scaler"])
         self.progress.steps_done = state["iteration"]
         self.progress.best_ap = state["best"]
+        self.progress.without_rise = WithoutRise(*state.get("without_rise", WithoutRise()))
         self.run.log.info(f"resumed from {state['path']} at iteration {state['iteration']}")
         for field, before, now in _differences(state["recipe"], self.description["recipe"]):
             self.run.log.info(f"from here on {field} is {now}; it was {before}")
@@ -780,5 +795,6 @@ class RunState:
             "scaler": self.run.precision.scaler.state_dict(),
             "iteration": self.progress.steps_done,
             "best": self.progress.best_ap,
+            "without_rise": tuple(self.progress.without_rise),
             **self.description,
         }

@@ -24,6 +24,7 @@ SHARED_FLAGS = (
     "--num-workers",
     "--amp-backend",
     "--background-metrics",
+    "--patience",
     "--compile",
     "--look",
     "--epoch",

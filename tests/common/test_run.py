@@ -478,6 +478,53 @@ def test_a_goal_ends_the_run(tmp_path):
     assert "AP goal 0.5 reached: training ends here" in run.log.text_path.read_text()
 
 
+def test_patience_ends_the_run_and_a_resumed_run_goes_on_counting(tmp_path):
+    recipe = replace(RECIPE, threshold=0.0, epochs=9, evaluation=tuple(range(1, 9)))
+    aps = {4: 0.2, 8: 0.3, 12: 0.25, 16: 0.3, 20: 0.1, 24: 0.4}
+
+    def go(folder, *words, batches=None):
+        run = start(folder, "--patience=3", *words, recipe=recipe)
+        state, progress = parts_of(run, recipe)
+        state.restore()
+        train(run, state, progress, batches, lambda: state.add_evaluation(look_up, aps))
+        return run.log.text_path.read_text(), progress
+
+    log, progress = go(tmp_path / "whole")
+    assert progress.steps_done == 20
+    line = "AP has not risen above 0.30000 in 3 evaluations (--patience): training ends here"
+    assert line in log
+    assert "Final Train Accuracy : 0.10000" in log
+    assert checkpoint.load(tmp_path / "whole" / "best.pt")["iteration"] == 8
+    assert (tmp_path / "whole" / "iter_20.pt").exists()
+
+    # Once interrupted before an evaluation, once from the best state, whose evaluation is repeated.
+    _, progress = go(tmp_path / "half", batches=InterruptedBatches(14))
+    assert progress.steps_done == 14
+    log, progress = go(tmp_path / "half", "--resume=auto")
+    assert (progress.steps_done, line in log) == (20, True)
+    log, progress = go(tmp_path / "other", f"--resume={tmp_path}/whole/best.pt")
+    assert (progress.steps_done, line in log) == (20, True)
+
+
+def test_patience_ends_a_run_whose_metrics_come_late(tmp_path):
+    recipe = replace(RECIPE, threshold=0.0, epochs=9, evaluation=(1, 2))
+    run = start(
+        tmp_path, "--patience=1", "--background_metrics", "--save_interval=4", recipe=recipe
+    )
+    state, progress = parts_of(run, recipe)
+    aps = {4: 0.3, 8: 0.3}
+    train(run, state, progress, evaluate=lambda: state.add_evaluation(look_up, aps))
+    assert 8 < progress.steps_done <= 12
+    assert "AP has not risen above 0.30000 in 1 evaluations" in run.log.text_path.read_text()
+    assert "TrainAccuracy = 0.30000" in (tmp_path / "tiny_bs2_1p_acc.log").read_text()
+    assert checkpoint.load(tmp_path / f"iter_{progress.steps_done}.pt")["best"] == 0.3
+
+
+def test_patience_needs_evaluations(tmp_path):
+    with pytest.raises(UserError, match="--patience 2: this run does not evaluate; omit it"):
+        start(tmp_path, "--patience=2", "--kind=perf")
+
+
 @dataclass
 class Metrics:
     """An evaluation that a process can send."""
@@ -576,7 +623,7 @@ class InterruptedBatches:
         return iter(self)
 
     def __iter__(self):
-        for number in range(12):
+        for number in range(36):
             if number == self.interrupted:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield torch.full((2, 2), float(number))
