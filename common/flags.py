@@ -108,7 +108,13 @@ FLAGS = (
     ),
     Flag("run", "--pretrained", "", "ImageNet weights of the backbone"),
     Flag("run", "-s --seed", 0, "seed of order and augmentation"),
-    Flag("run", "--max-iters --profile", 0, "stop after this many steps; 0: after the epochs"),
+    Flag("run", "--max-iters", 0, "stop after this many steps; 0: after the epochs"),
+    Flag(
+        "run",
+        "--profile",
+        0,
+        "only measure this many steps: phases, operators, memory; and the loader alone",
+    ),
     Flag(
         "run",
         "--log-interval --print-interval",

@@ -105,13 +105,13 @@ def main(argv: list[str] | None = None) -> int | None:
     if run.ranks.main and not run.only_draws:
         run.log.info(size_line(model, recipe.image_size, recipe.image_size))
     model.to(run.device, memory_format=memory_format(run.device))
-    criterion = run.compiled(DetectionLoss(recipe, num_classes).to(run.device))
+    criterion = run.compiled(DetectionLoss(recipe, num_classes).to(run.device), "loss")
     if run.only_draws:
         pipeline = Pipeline(recipe, train_set, build_loader, augment, samples_of_batch, criterion)
         steps_per_epoch = iterations_per_epoch(train_set, recipe, run.drawn_world_size)
         draw_batches(run, pipeline, model, steps_per_epoch, recipe.epochs * steps_per_epoch)
         return None
-    augment_batch = run.compiled(augment)
+    augment_batch = run.compiled(augment, "augment")
     optimizer = build_sgd(
         list(model.parameters()),
         run.device,

@@ -185,7 +185,7 @@ SSD_RESNET34 = {
     "--bn-group=1": ("seed", 0),
     "--allreduce-running-stats --seed 2": ("seed", 2),
     "--delay-allreduce --opt-loss --no-dali -s 2": ("seed", 2),
-    "--profile 5": ("max_iters", 5),
+    "--profile 5": ("profile", 5),
     "--print-interval=3": ("log_interval", 3),
     "--tag a_b": ("tag", "a_b"),
     "--evaluation": ("evaluation", []),

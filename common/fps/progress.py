@@ -6,11 +6,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from common.coco.evaluation import Evaluation
 from common.errors import UserError, one_line
 from common.fps.curves import draw_curves
 from common.fps.meter import Meter
+from common.fps.profile import time_loader
 from common.fps.summary import write_summary
 from common.fps.window import LossWindow, NotFinite
 from common.npu.checkpoint import checkpoints_newest_first
@@ -51,6 +53,12 @@ class Progress:
         self.end = total_steps
         if run.settings.max_iters:
             self.end = min(total_steps, run.settings.max_iters)
+        if run.profile is not None and self.end < run.profile.num_steps:
+            raise UserError(
+                f"--profile {run.profile.steps}: needs {run.profile.num_steps} steps, this run has "
+                f"{self.end}",
+                "raise --epochs",
+            )
         self.remedy = remedy
         self.log_period = steps_per_epoch if log_period is None else log_period
         # At least two lines an epoch and two a run, however short they are.
@@ -125,6 +133,16 @@ class Progress:
                 self.interrupted = True
                 return
             yield self.steps_done, batch
+        if self.run.profile is not None:
+            del batches  # and its workers
+            self._report_profile(loader)
+
+    def _report_profile(self, loader: Iterable) -> None:
+        """Log what `--profile` has measured, and how fast the loader is alone."""
+        if self.run.ranks.main:
+            self.run.log.info(self.run.profile.report(self.images_per_step))
+        if isinstance(loader, DataLoader):  # not with --fake_input
+            self.run.log.info(time_loader(loader, self.recipe.batch_size))
 
     @property
     def patience_is_over(self) -> bool:
@@ -158,6 +176,9 @@ class Progress:
         self._leave_out_compilation()
         self.meter.step(self._waited)
         self.run.log.bar.update()
+        if self.run.profile is not None:
+            folder = self.run.output_dir if self.run.ranks.main else None
+            self.run.profile.step_done(self._waited, folder)
         if self.log_due(self.steps_done):
             self._to_report = (self.steps_done, self.window.fetch())
             self.window = LossWindow(self.terms, self.run.device)

@@ -21,6 +21,7 @@ from common.coco.evaluation import EvaluationOptions, require_evaluator
 from common.coco.layout import Files
 from common.config_file import FLAGS_ENTRY
 from common.errors import UserError, one_line
+from common.fps.profile import Profile
 from common.fps.runlog import RunLog, header_of_step
 from common.npu import checkpoint, distributed, record
 from common.npu.background import BackgroundCall
@@ -208,6 +209,7 @@ class Run:
     flags: Mapping[str, object] | None = None  # those given, in it or in the file of --config
     repeated: Mapping[str, object] | None = None  # the run.json of --config
     replayed: ReplayedStep | None = None  # the step of `--replay`
+    profile: Profile | None = None  # of `--profile`
 
     @staticmethod
     def start(
@@ -231,7 +233,14 @@ class Run:
                 "--look and --replay need one process", "start it with python3, without torchrun"
             )
         evaluation_options = flags.evaluation_options(args)
-        evaluates = args.kind == "acc"
+        profile = None
+        max_iters = args.max_iters
+        if args.profile:
+            if args.resume not in ("none", "auto"):
+                raise UserError("--profile: the measured run is a new one", "omit --resume")
+            profile = Profile(args.profile, device)
+            max_iters = profile.num_steps
+        evaluates = args.kind == "acc" and profile is None
         if evaluates:
             require_evaluator(evaluation_options.faster)
         elif args.patience:
@@ -248,6 +257,9 @@ class Run:
         precision = Precision(device, level, recipe.loss_scale, args.amp_dtype, args.amp_backend)
         if args.compile and precision.apex is not None:
             raise UserError("--compile: not with --amp_backend apex", "omit one of them")
+        if profile is not None:
+            precision.backward = profile.measured("backward", precision.backward)
+            precision.step = profile.measured("optimizer", precision.step)
         compiler = Compiler(device, args.compile and not only_draws)
         workers = workers_per_rank(args.num_workers, ranks)
         log = RunLog(ranks, workers)
@@ -269,9 +281,9 @@ class Run:
             )
             replayed = _replayed_step(args, resumed)
         elif ranks.main:
-            resume = args.resume
+            resume = args.resume if profile is None else "none"
             has_own = checkpoint.written_since(args.started, args.output_dir)
-            if has_own and distributed.may_be_restarted():
+            if has_own and profile is None and distributed.may_be_restarted():
                 resume = "auto"
                 log.warning("the launcher has started all ranks anew")
             resumed = checkpoint.load_resume_state(
@@ -303,12 +315,12 @@ class Run:
             workers=workers,
             settings=RunSettings(
                 started=args.started,
-                max_iters=args.max_iters,
+                max_iters=max_iters,
                 log_interval=args.log_interval,
                 log_seconds=0.0 if "log_interval" in args.given else SECONDS_BETWEEN_LINES,
                 save_interval=args.save_interval,
                 keep=args.keep,
-                save=args.save,
+                save=args.save and profile is None,
                 evaluate=evaluates,
                 background_metrics=args.background_metrics,
                 patience=args.patience,
@@ -323,6 +335,7 @@ class Run:
             flags=record.repeatable_flags(args.given, flags.INPUTS),
             repeated=record.read_record(args.config) if args.config else None,
             replayed=replayed,
+            profile=profile,
         )
 
     @property
@@ -493,11 +506,20 @@ class Run:
         one_rank = self.ranks.world_size == 1
         if not one_rank:
             network = distributed.parallel(network, self.precision.reduce_dtype)
-        return self.compiler.network(network, cuda_graphs and one_rank), optimizer
+        network = self.compiler.network(network, cuda_graphs and one_rank)
+        if self.profile is not None:
+            self.profile.measure_network(network)
+        return network, optimizer
 
-    def compiled(self, function: Function) -> Function:
-        """Return a function or module as it is, with `--compile` its compiled form."""
-        return self.compiler.function(function)
+    def compiled(self, function: Function, phase: str) -> Function:
+        """Return a function or module as it is, with `--compile` its compiled form.
+
+        With `--profile` its calls are a phase of the step, of this name.
+        """
+        function = self.compiler.function(function)
+        if self.profile is not None:
+            return self.profile.measured(phase, function)
+        return function
 
 
 def _told(error: BaseException) -> str:

@@ -29,6 +29,7 @@ SHARED_FLAGS = (
     "--look",
     "--epoch",
     "--replay",
+    "--profile",
 )
 
 

@@ -49,8 +49,8 @@ def recipe_of(*words):
     [
         ["--weight-decay", "0.25", "--data-path=/a_b/c_d", "--max-iters=3"],
         ["--weight_decay", "0.25", "--data_path=/a_b/c_d", "--max_iters=3"],
-        ["--wd=0.25", "-d", "/a_b/c_d", "--profile", "3"],
-        ["--wd=0.25", "--data", "/a_b/c_d", "--profile=3"],
+        ["--wd=0.25", "-d", "/a_b/c_d", "--max-iters", "3"],
+        ["--wd=0.25", "--data", "/a_b/c_d", "--max-iters=3"],
     ],
 )
 def test_dash_and_underscore_are_the_same_in_names_only(words):
