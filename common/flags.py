@@ -152,6 +152,12 @@ FLAGS = (
         "compute COCO's metrics in a process of its own while training goes on; they are logged "
         "when they are there",
     ),
+    Flag(
+        "run",
+        "--freeze",
+        "",
+        "backbone, or the number of its first stages that stay as they are",
+    ),
     Flag("run", "--patience", 0, "end after so many evaluations without a higher AP; 0: never so"),
     Flag(
         "run",

@@ -196,6 +196,16 @@ class FCOS(nn.Module):
         return self.bbox_head(levels)
 
 
+def backbone_stages(model: nn.Module) -> list[list[nn.Module]]:
+    """Return the stages of the backbone, the first ones first, as `--freeze` counts them.
+
+    The stem belongs to the first one, which is frozen in any case where there are weights.
+    """
+    backbone = model.backbone
+    stem = [backbone.conv1, backbone.bn1]
+    return [[*stem, backbone.layer1], [backbone.layer2], [backbone.layer3], [backbone.layer4]]
+
+
 def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
     """Return the network for `num_classes` foreground classes, with random weights, not frozen."""
     return FCOS(recipe, num_classes)

@@ -55,7 +55,7 @@ from fcos.data import (
 from fcos.evaluate import detect_all, evaluate_and_save
 from fcos.look import samples_of_batch
 from fcos.loss import DetectionLoss
-from fcos.model import build_model, param_groups
+from fcos.model import backbone_stages, build_model, param_groups
 from fcos.old_flags import OLD_FLAGS
 from fcos.weights import decides_mean, load_weights, recipe_of_checkpoint, with_mean_of
 
@@ -119,6 +119,7 @@ def main(argv: list[str] | None = None) -> int | None:
             "weights: random: nothing is frozen, batch norm trains; for --pretrained: "
             "bash download_weights.sh fcos"
         )
+    run.freeze(model, backbone_stages(model), has_weights=len(trained) > 0)
     if run.ranks.main and not run.only_draws:
         run.log.info(size_line(model, *canvas))
     model.to(run.device, memory_format=memory_format(run.device))

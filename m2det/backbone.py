@@ -126,6 +126,28 @@ class ResNet(nn.Module):
         return shallow, deep
 
 
+def stages_of(backbone: VGG16 | ResNet) -> list[list[nn.Module]]:
+    """Return the stages of a backbone, the first ones first.
+
+    Those of VGG end with a max pool, and the last one is fc6 and fc7. The first one of a ResNet
+    begins with the stem.
+    """
+    if isinstance(backbone, ResNet):
+        stem = [backbone.conv1, backbone.bn1]
+        return [
+            [*stem, backbone.layer1],
+            [backbone.layer2],
+            [backbone.layer3],
+            [backbone.layer4],
+        ]
+    stages = [[]]
+    for layer in backbone:
+        stages[-1].append(layer)
+        if isinstance(layer, nn.MaxPool2d):
+            stages.append([])
+    return stages
+
+
 def make_backbone(name: str) -> nn.Module:
     """Return the backbone of that name, with He's random weights.
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2det.anchors import anchors_per_cell
-from m2det.backbone import make_backbone
+from m2det.backbone import make_backbone, stages_of
 from m2det.config import Recipe
 
 COORDINATES = 4
@@ -243,6 +243,11 @@ def _rows_of_anchors(output: Tensor, channels: int) -> Tensor:
     The rows are in the order of the anchors: row, column, shape.
     """
     return output.permute(0, 2, 3, 1).reshape(output.shape[0], -1, channels)
+
+
+def backbone_stages(model: nn.Module) -> list[list[nn.Module]]:
+    """Return the stages of the backbone, the first ones first, as `--freeze` counts them."""
+    return stages_of(model.base)
 
 
 def build_model(recipe: Recipe, num_classes: int) -> nn.Module:

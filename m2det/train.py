@@ -56,7 +56,7 @@ from m2det.data import (
 from m2det.evaluate import detect_all, evaluate_and_save
 from m2det.look import samples_of_batch
 from m2det.loss import DetectionLoss
-from m2det.model import build_model
+from m2det.model import backbone_stages, build_model
 from m2det.old_flags import OLD_FLAGS
 from m2det.weights import load_weights, note_on_image_size, recipe_of_checkpoint
 
@@ -117,6 +117,7 @@ def main(argv: list[str] | None = None) -> int | None:
         run.log.info(f"{checkpoint['path']}: {report}")
     if not weights and run.resumed is None:
         run.log.info("weights: random; for --pretrained: bash download_weights.sh m2det")
+    run.freeze(model, backbone_stages(model), has_weights=len(trained) > 0)
     if run.ranks.main and not run.only_draws:
         run.log.info(size_line(model, recipe.image_size, recipe.image_size))
     model.to(run.device, memory_format=memory_format(run.device))

@@ -193,6 +193,19 @@ class SSD(nn.Module):
         return self.bbox_head(self.backbone(images))
 
 
+def backbone_stages(model: nn.Module) -> list[list[nn.Module]]:
+    """Return the stages of the backbone, the first ones first, as `--freeze` counts them.
+
+    Each ends with a max pool; the last one is fc6 and fc7. The extra levels are none of them.
+    """
+    stages = [[]]
+    for layer in model.backbone.features:
+        stages[-1].append(layer)
+        if isinstance(layer, nn.MaxPool2d):
+            stages.append([])
+    return stages
+
+
 def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
     """Return the network for `num_classes` foreground classes, with random weights.
 

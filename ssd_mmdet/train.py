@@ -53,7 +53,7 @@ from ssd_mmdet.data import (
 from ssd_mmdet.evaluate import detect_all, evaluate_and_save
 from ssd_mmdet.look import samples_of_batch
 from ssd_mmdet.loss import DetectionLoss
-from ssd_mmdet.model import build_model
+from ssd_mmdet.model import backbone_stages, build_model
 from ssd_mmdet.weights import load_weights, recipe_of_checkpoint
 
 LOSSES = ("loss_cls", "loss_bbox", "loss")
@@ -102,6 +102,7 @@ def main(argv: list[str] | None = None) -> int | None:
         run.log.info(f"{checkpoint['path']}: {report}")
     if not weights and run.resumed is None:
         run.log.info("weights: random; for --pretrained: bash download_weights.sh ssd_mmdet")
+    run.freeze(model, backbone_stages(model), has_weights=len(trained) > 0)
     if run.ranks.main and not run.only_draws:
         run.log.info(size_line(model, recipe.image_size, recipe.image_size))
     model.to(run.device, memory_format=memory_format(run.device))

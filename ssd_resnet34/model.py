@@ -106,6 +106,15 @@ def make_extra_block(in_channels: int, block: ExtraBlock) -> nn.Sequential:
     )
 
 
+def backbone_stages(model: nn.Module) -> list[list[nn.Module]]:
+    """Return the stages of the backbone, the first ones first, as `--freeze` counts them.
+
+    The stem belongs to the first one.
+    """
+    *stem, first, second, third = model.model
+    return [[*stem, first], [second], [third]]
+
+
 def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
     """Return the network for `num_classes` foreground classes, with random weights."""
     return SSD(recipe, num_classes)

@@ -51,7 +51,7 @@ from ssd_resnet34.data import (
 from ssd_resnet34.evaluate import detect_all, evaluate_and_save
 from ssd_resnet34.look import samples_of_batch
 from ssd_resnet34.loss import DetectionLoss
-from ssd_resnet34.model import build_model
+from ssd_resnet34.model import backbone_stages, build_model
 from ssd_resnet34.old_flags import OLD_FLAGS
 from ssd_resnet34.weights import load_weights, recipe_of_checkpoint
 
@@ -104,6 +104,7 @@ def main(argv: list[str] | None = None) -> int | None:
         run.log.info(f"{checkpoint['path']}: {report}")
     if not weights and run.resumed is None:
         run.log.info("weights: random; for --pretrained: bash download_weights.sh ssd_resnet34")
+    run.freeze(model, backbone_stages(model), has_weights=len(trained) > 0)
     if run.ranks.main and not run.only_draws:
         run.log.info(size_line(model, recipe.image_size, recipe.image_size))
     model.to(run.device, memory_format=memory_format(run.device))

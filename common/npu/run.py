@@ -38,6 +38,7 @@ from common.npu.device import (
 )
 from common.npu.distributed import Ranks
 from common.npu.entry import StopRequest, as_user_error
+from common.npu.freezing import freeze_stages, number_of_stages, trained_line
 from common.npu.loading import workers_per_rank
 from common.npu.output import claim_output_folder, renamed_folders
 from common.npu.precision import Precision, default_level
@@ -171,6 +172,7 @@ class RunSettings:
     evaluate: bool  # whether accuracy counts, not only speed
     background_metrics: bool  # compute them in a process while training goes on
     patience: int = 0  # evaluations without a higher AP, after which training ends; 0: never
+    freeze: str = ""  # "backbone", or the number of its first stages that stay as they are
     look: int = 0  # draw this many samples of an epoch, and train nothing
     epoch: int = 1  # that epoch, from 1
 
@@ -210,6 +212,7 @@ class Run:
     repeated: Mapping[str, object] | None = None  # the run.json of --config
     replayed: ReplayedStep | None = None  # the step of `--replay`
     profile: Profile | None = None  # of `--profile`
+    frozen_stages: int = 0  # of the backbone, by `freeze`
 
     @staticmethod
     def start(
@@ -324,6 +327,7 @@ class Run:
                 evaluate=evaluates,
                 background_metrics=args.background_metrics,
                 patience=args.patience,
+                freeze=args.freeze,
                 look=args.look,
                 epoch=args.epoch,
             ),
@@ -397,6 +401,27 @@ class Run:
                 changes.append(f"{field.name} {trained!r} instead of {requested!r}")
         if changes:
             self.log.info(f"{checkpoint['path']}: its network is trained: {', '.join(changes)}")
+
+    def freeze(self, model: nn.Module, stages: list[list[nn.Module]], has_weights: bool) -> None:
+        """Keep the first stages of the backbone as they are, as many as `--freeze` says.
+
+        It comes before the optimizer is built. Raise UserError where there are not as many, and
+        where the network has no weights yet.
+        """
+        asked = self.settings.freeze
+        self.frozen_stages = number_of_stages(asked, len(stages))
+        if self.frozen_stages == 0:
+            return
+        if not has_weights:
+            raise UserError(
+                f"--freeze {asked}: the weights of the backbone are random",
+                "give trained ones with --checkpoint or --pretrained, or omit it",
+            )
+        freeze_stages(stages[: self.frozen_stages])
+        self.log.info(
+            f"--freeze {asked}: {self.frozen_stages} of {len(stages)} stages of the backbone stay "
+            f"as they are, {trained_line(model)}"
+        )
 
     @contextmanager
     def open_output(
@@ -633,6 +658,7 @@ class RunState:
             "training images": len(train_set),
             "checksum of the training set": train_set.checksum(),
             "seed": run.seed,
+            "frozen stages of the backbone": run.frozen_stages,
         }
         self.description = {
             "written_by": recipe.model,

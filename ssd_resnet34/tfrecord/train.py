@@ -34,6 +34,7 @@ from common.npu.device import memory_format
 from common.npu.loading import require_memory_for_batch
 from common.npu.precision import build_sgd, set_learning_rate
 from common.npu.run import Run, RunState
+from ssd_resnet34.model import backbone_stages
 from ssd_resnet34.tfrecord.augment import augment
 from ssd_resnet34.tfrecord.categories import find_categories, require_known_categories
 from ssd_resnet34.tfrecord.check import check_data
@@ -135,6 +136,7 @@ def main(argv: list[str] | None = None) -> int | None:
         run.log.info(f"{args.resnet_checkpoint}: {report}")
     elif not run.resumed:
         run.log.warning("weights: random; --resnet_checkpoint gives the backbone's")
+    run.freeze(model, backbone_stages(model), has_weights=trained is not None)
     if run.ranks.main and not run.only_draws:
         run.log.info(size_line(model, recipe.image_size, recipe.image_size))
     model.to(run.device, memory_format=memory_format(run.device))
