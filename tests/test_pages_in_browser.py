@@ -2,7 +2,9 @@
 
 import pytest
 
+import compare
 from common.coco.page import write_report
+from tests import scripts
 from tests.browser import Browser, find_browser
 from tests.pages import CLASSES, write_evaluation, write_log
 
@@ -84,6 +86,23 @@ def test_a_picture_opens_large_and_closes(page):
     assert page.run("document.querySelector('#large img').naturalWidth") == 400
     page.run("document.getElementById('large').click()")
     assert not page.run("document.getElementById('large').open")
+
+
+def test_a_comparison_opens_without_a_request_or_a_complaint(
+    browser, detectors, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(compare, "SECONDS_OF_SPEED", 0.0)
+    data = scripts.subset(tmp_path / "coco", train=1, val=2, classes=["person", "cat", "dog"])
+    runs = [str(detectors["ssd_resnet34"])] * 2
+    compare.main([*runs, f"--data={data}", f"--output_dir={tmp_path}", "--device=cpu"])
+    for width in (1280, 400):
+        browser.resize(width, 900)
+        browser.open(tmp_path / "compare.html")
+        assert browser.requests() == [(tmp_path / "compare.html").as_uri()]
+        assert browser.complaints() == []
+        assert browser.run("document.documentElement.scrollWidth") == width
+    browser.run("document.querySelector('#images .picture').click()")
+    assert browser.run("document.getElementById('large').open")
 
 
 def test_a_class_shows_its_curves(page):

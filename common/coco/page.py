@@ -14,9 +14,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from common.coco.analysis import ERROR_TYPES
 from common.coco.analysis_report import ANALYSIS_FILE
 from common.coco.counts import FEW_BOXES
 from common.coco.data_picture import data_picture_file
+from common.coco.error_pictures import BACKGROUND_NAME
+from common.coco.evaluation import ABSENT
 from common.coco.metrics import METRICS_FILE, PR_CURVES_JSON
 from common.files import encoded, write_atomically
 from common.fps.curves import panel_svg, read_panels
@@ -27,10 +30,13 @@ TEMPLATES = Path(__file__).with_name("templates")
 MAIN_METRICS = ("AP", "AP50")
 SUMMARY_METRICS = ("AP", "AP50", "AP75", "APsmall", "APmedium", "APlarge", "AR100")
 PICTURES = ("detections", "worst_images", "suspect_labels")
-JPEG_QUALITY = 85  # of photographs
+JPEG_QUALITY = 80  # of photographs
 # A confusion matrix of more classes has no numbers in its cells, one of still more is not shown.
 READABLE_CLASSES = 20
 MOST_CLASSES = 120
+# In the list of confusions, in the place of a class.
+NO_BOX = "(no box)"
+NO_DETECTION = "(missed)"
 CONFUSIONS_LISTED = 100
 WARNINGS_LISTED = 20
 NO_FIGURE = "-"
@@ -79,6 +85,8 @@ def write_report(
         title = evaluation["recipe"]["name"]
     metrics = read_json(evaluation_folder / METRICS_FILE)
     analysis = read_json(evaluation_folder / ANALYSIS_FILE)
+    if not is_of_same_evaluation(analysis, metrics):
+        analysis = {}
     classes = metrics.get("classes", [])
     curves = pr_choices(read_json(evaluation_folder / PR_CURVES_JSON), classes)
     pictures = {}
@@ -152,6 +160,15 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
+def is_of_same_evaluation(analysis: Mapping[str, object], metrics: Mapping[str, object]) -> bool:
+    """Return whether an analysis is that of the metrics; `--no-analysis` leaves a former one.
+
+    It begins with their score of the best F1, unless no detection is right.
+    """
+    score = metrics.get("best_f1", {}).get("score", ABSENT)
+    return score == ABSENT or analysis.get("min_score") == score
+
+
 def trainings(folder: Path) -> list[dict]:
     """Return what the records of a run say: one of each of its processes, in their order."""
     records = [read_json(path) for path in folder.glob("run*.json")]
@@ -195,6 +212,10 @@ def figures_of_run(
     best = metrics.get("best_f1")
     if best and best["score"] >= 0:
         of_run.append(figure(f"score of the best F1, {best['f1']:.3f}", f"{best['score']:.3f}"))
+    if "images" in metrics:
+        of_run.append(figure("images of the val set", digits(metrics["images"], 0)))
+    if "speed" in metrics:
+        of_run.append(figure("images/s in evaluation", digits(metrics["speed"], 1)))
     if "step" in metrics:
         of_run.append(figure("iterations before the evaluation", digits(metrics["step"], 0)))
     if "ActualFPS" in summary:
@@ -278,8 +299,14 @@ def confusion_table(confusion: Mapping[str, object] | None) -> dict | None:
             share = count / total
             cells.append({"count": count, "strength": f"{share:.2f}"})
             if count and truth != detected:
-                row = {"truth": truth, "detected": detected, "count": count, "share": share}
-                largest.append(row)
+                largest.append(
+                    {
+                        "truth": NO_BOX if truth == BACKGROUND_NAME else truth,
+                        "detected": NO_DETECTION if detected == BACKGROUND_NAME else detected,
+                        "count": count,
+                        "share": share,
+                    }
+                )
         rows.append(cells)
     largest.sort(key=lambda row: -row["count"])
     return {
@@ -298,7 +325,7 @@ def error_rows(errors: Mapping[str, dict]) -> list[dict]:
     rows = []
     for name, error in errors.items():
         share = error["dAP"] / dearest if dearest > 0 else 0
-        rows.append({"name": name, **error, "share": share})
+        rows.append({"name": name, "meaning": ERROR_TYPES[name], **error, "share": share})
     return rows
 
 

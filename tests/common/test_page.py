@@ -77,7 +77,7 @@ def test_a_page_has_a_part_for_every_file_of_the_folder(run):
     assert "no label" in content.sections["suspects"]
     programs = content.sections["programs"]
     assert "2026-01-02 03:04:05" in programs
-    for text in ("cd /data && python3 train.py '--data=<b>'", "python 3.11, torch 2.13", "O0"):
+    for text in ("cd /data && python3 train.py '--data=<b>'", "555, python 3.11, torch 2.13", "O0"):
         assert text in programs
     assert "name = 'SSD<300>'\nlr = 0.1" in programs
     assert "/data/<b>/train.json" in programs
@@ -146,6 +146,16 @@ def test_what_is_not_there_is_left_out(tmp_path):
     assert "train.py --check_data" in content.sections["data"]
     assert "Nothing was evaluated" in content.sections["summary"]
     assert "evaluate.py --benchmark" in content.sections["speed"]
+
+
+def test_the_analysis_of_another_evaluation_is_left_out(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["best_f1"]["score"] = 0.41
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    write_report(run, 1, print)
+    sections = Page(run / "report.html").sections
+    assert "classes" in sections
+    assert not {"confusion", "errors", "worst_images", "suspects"} & sections.keys()
 
 
 def test_the_page_of_an_evaluation_names_its_program(tmp_path):
