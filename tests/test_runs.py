@@ -158,6 +158,21 @@ def test_a_resumed_run_has_the_options_of_its_flags(model, data, trained, tmp_pa
     assert saved["optimizer"]["param_groups"][0]["weight_decay"] == 0.25
 
 
+def test_a_run_is_repeated_from_its_folder(data, tmp_path, monkeypatch):
+    first, again = tmp_path / "first", tmp_path / "again"
+    train("ssd_mmdet", data, first, "--kind=perf")
+    monkeypatch.chdir(tmp_path)
+    flags = (f"--config={first}/run.json", "--output_dir=again")
+    module("ssd_mmdet", "train").main(flags)
+    scripts.assert_same_state(first / "iter_2.pt", again / "iter_2.pt")
+    before = json.loads((first / "run.json").read_text())
+    now = json.loads((again / "run.json").read_text())
+    assert now["recipe"] == before["recipe"]
+    assert now["data"] == before["data"]
+    assert sum("sha256" in file for file in now["data"]) == 2
+    assert now["flags"] == {**before["flags"], "output_dir": str(again)}
+
+
 def test_a_run_that_is_refused_has_moved_nothing(model, data, trained, tmp_path):
     before = sorted(trained.parent.rglob("*"))
     recipe = checkpoint.load(trained / "best.pt")["recipe"]
