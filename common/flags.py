@@ -158,6 +158,7 @@ FLAGS = (
         "",
         "backbone, or the number of its first stages that stay as they are",
     ),
+    Flag("run", "--subset", "", "train on so many images, or on a share such as 0.1; of --seed"),
     Flag("run", "--patience", 0, "end after so many evaluations without a higher AP; 0: never so"),
     Flag(
         "run",

@@ -14,7 +14,7 @@ from common.config_file import flags_of_config, words_of_flag
 # Flags for which -1 has a meaning, and those of which there must be one at least; all other numbers
 # are at least 0.
 MAY_BE_MINUS_ONE = ("num_workers", "local_rank", "eval_interval")
-AT_LEAST_ONE = ("batch_size", "eval_batch_size", "epoch")
+AT_LEAST_ONE = ("batch_size", "eval_batch_size", "epoch", "repeat")
 MAX_INTEGER = 2**63
 INDEXED_DEVICE = re.compile(r"(npu|cuda):(\d+)")
 

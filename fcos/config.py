@@ -87,7 +87,13 @@ class Recipe:
 
     # Optimisation
     batch_size: int = option(2, "images per process", "-b")
-    epochs: int = option(12, "passes over the training set", "-e")
+    epochs: int = option(12, "epochs of `repeat` passes over the training set", "-e")
+    repeat: int = option(1, "passes over the training set in an epoch")
+    balance: float = option(
+        0.0,
+        "images come more often if they have a class that less than this share of the images has "
+        "(0: off)",
+    )
     lr: float = option(0.01, "learning rate for a global batch of 16 images")
     lr_decay_epochs: tuple[int, ...] = option(
         (8, 11), "epochs (from 0) at whose start the learning rate decays"

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from common.arithmetic import ceil_div, round_up
 from common.coco.images import ImageReader
 from common.coco.index import CocoIndex
+from common.coco.sampling import EpochRecords, repeat_factors
 from common.errors import UserError
 from common.npu.device import compiles_each_shape, many_shapes, memory_format
 from common.npu.distributed import Ranks
@@ -357,16 +358,25 @@ def orientation_groups(records: CocoIndex) -> list[np.ndarray]:
     return [group for group in groups if len(group)]
 
 
+def epoch_records(records: CocoIndex, recipe: Recipe) -> EpochRecords:
+    """Return which records an epoch has."""
+    factors = None
+    if recipe.balance:
+        factors = repeat_factors(records, recipe.balance)
+    return EpochRecords(orientation_groups(records), recipe.repeat, factors)
+
+
 def iterations_per_epoch(records: CocoIndex, recipe: Recipe, world_size: int) -> int:
     """Return the steps of an epoch, in which each group fills whole batches on all ranks."""
     global_batch = recipe.batch_size * world_size
-    return sum(ceil_div(len(group), global_batch) for group in orientation_groups(records))
+    groups = epoch_records(records, recipe).groups
+    return sum(ceil_div(len(group), global_batch) for group in groups)
 
 
 def epoch_order(
     groups: list[np.ndarray], batch_size: int, world_size: int, seed: int, epoch: int
 ) -> np.ndarray:
-    """Return the records of an epoch in shuffled order, batches of one group each.
+    """Return the positions of an epoch in shuffled order, batches of one group each.
 
     Rank r takes the r-th of `world_size` equal sections. Each group is shuffled and filled up from
     its own beginning to whole batches on all ranks; then the batches of all are shuffled. The seed
@@ -397,7 +407,7 @@ class TrainingOrder(Sampler):
                 "no image of the training set has an annotation and sides of "
                 f"{SMALLEST_IMAGE_SIDE} pixels; check --data_path"
             )
-        self.groups = orientation_groups(records)
+        self.epoch_records = epoch_records(records, recipe)
         self.batch_size = recipe.batch_size
         self.ranks = ranks
         self.seed = seed
@@ -415,9 +425,14 @@ class TrainingOrder(Sampler):
         for iteration in range(self.start, self.end):
             epoch = iteration // self.steps_per_epoch
             if epoch != order_epoch:
-                order = epoch_order(
-                    self.groups, self.batch_size, self.ranks.world_size, self.seed, epoch
-                ).tolist()
+                positions = epoch_order(
+                    self.epoch_records.groups,
+                    self.batch_size,
+                    self.ranks.world_size,
+                    self.seed,
+                    epoch,
+                )
+                order = self.epoch_records.of_epoch(self.seed, epoch)[positions].tolist()
                 order_epoch = epoch
             batch = first_batch_of_rank + iteration % self.steps_per_epoch
             first = batch * self.batch_size

@@ -28,6 +28,7 @@ from common.coco.index import CocoIndex, read_index
 from common.coco.layout import Files, find_coco
 from common.coco.page import write_report
 from common.coco.report import image_by_id, turned_images
+from common.coco.sampling import balance_line
 from common.coco.trained import trained_boxes_line
 from common.errors import UserError
 from common.fps.network_size import num_parameters, size_line
@@ -100,6 +101,8 @@ def main(argv: list[str] | None = None) -> int | None:
     train_set, val_set = read_data(run, train_files, val_files, weights)
     num_classes = len(train_set.class_names)
     flags.check_num_classes(args, num_classes)
+    if recipe.balance:
+        run.log.info(balance_line(train_set, recipe.balance))
     # That of the smallest image.
     canvas = canvas_size([(1, 2)], recipe.shapes, recipe.scales)
     require_memory_for_batch(recipe.batch_size, canvas, run.ranks, run.device)
@@ -248,7 +251,7 @@ def read_data(
     run.log.info(trained_boxes_line(index, untrained_boxes(index)))
     if run.settings.evaluate:
         val_set.require_annotations()
-    return training_records(index), val_set
+    return run.subset_of(training_records(index)), val_set
 
 
 def evaluate(

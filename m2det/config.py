@@ -84,7 +84,13 @@ class Recipe:
 
     # Optimisation
     batch_size: int = option(16, "images per process", "-b")
-    epochs: int = option(160, "passes over the training set", "-e")
+    epochs: int = option(160, "epochs of `repeat` passes over the training set", "-e")
+    repeat: int = option(1, "passes over the training set in an epoch")
+    balance: float = option(
+        0.0,
+        "images come more often if they have a class that less than this share of the images has "
+        "(0: off)",
+    )
     lr: float = option(
         0.001, "learning rate after warm-up; 0.004: the original's, for a total batch up to 32"
     )

@@ -21,6 +21,7 @@ from common.coco.images import ImageReader
 from common.coco.index import CocoIndex, name_to_bytes, read_index
 from common.coco.layout import Files, find_coco
 from common.coco.resize import resize_as_opencv
+from common.coco.sampling import EpochRecords, repeat_factors
 from common.errors import UserError
 from common.npu.device import memory_format
 from common.npu.distributed import Ranks
@@ -349,10 +350,18 @@ def epoch_order(length: int, batch_size: int, world_size: int, seed: int, epoch:
     return order[: length // global_batch * global_batch]
 
 
+def epoch_records(records: CocoIndex, recipe: Recipe) -> EpochRecords:
+    """Return which records an epoch has."""
+    factors = None
+    if recipe.balance:
+        factors = repeat_factors(records, recipe.balance)
+    return EpochRecords([np.arange(len(records))], recipe.repeat, factors)
+
+
 def iterations_per_epoch(records: CocoIndex, recipe: Recipe, world_size: int) -> int:
     """Return the steps of an epoch: those of full batches, as in the original, but at least one."""
     global_batch = recipe.batch_size * world_size
-    return max(1, len(records) // global_batch)
+    return max(1, len(epoch_records(records, recipe)) // global_batch)
 
 
 class TrainingOrder(Sampler):
@@ -367,7 +376,7 @@ class TrainingOrder(Sampler):
     ):
         if not len(records):
             raise UserError("the training set has no image; check --data_path")
-        self.num_records = len(records)
+        self.epoch_records = epoch_records(records, recipe)
         self.batch_size = recipe.batch_size
         self.ranks = ranks
         self.seed = seed
@@ -386,9 +395,11 @@ class TrainingOrder(Sampler):
         for iteration in range(self.start, self.end):
             epoch = iteration // self.steps_per_epoch
             if epoch != order_epoch:
-                order = epoch_order(
-                    self.num_records, self.batch_size, world_size, self.seed, epoch
-                ).tolist()
+                positions = epoch_order(
+                    len(self.epoch_records), self.batch_size, world_size, self.seed, epoch
+                )
+                records = self.epoch_records.of_epoch(self.seed, epoch)
+                order = records[positions.numpy()].tolist()
                 order_epoch = epoch
             first = iteration % self.steps_per_epoch * global_batch
             positions = range(first + self.ranks.rank, first + global_batch, world_size)

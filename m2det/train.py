@@ -30,6 +30,7 @@ from common.coco.index import CocoIndex
 from common.coco.layout import Files
 from common.coco.page import write_report
 from common.coco.report import image_by_id, turned_images
+from common.coco.sampling import balance_line
 from common.coco.trained import trained_boxes_line
 from common.errors import UserError
 from common.fps.network_size import num_parameters, size_line
@@ -107,6 +108,8 @@ def main(argv: list[str] | None = None) -> int | None:
     train_set, val_set = read_data(run, recipe, train_files, val_files, weights)
     num_classes = len(train_set.class_names)
     flags.check_num_classes(args, num_classes)
+    if recipe.balance:
+        run.log.info(balance_line(train_set, recipe.balance))
     canvas = (recipe.image_size, recipe.image_size)
     require_memory_for_batch(recipe.batch_size, canvas, run.ranks, run.device)
 
@@ -251,7 +254,7 @@ def read_data(
     run.log.info(trained_boxes_line(train_set, untrained_boxes(train_set, recipe)))
     if run.settings.evaluate:
         val_set.require_annotations()
-    return train_set, val_set
+    return run.subset_of(train_set), val_set
 
 
 def evaluate(

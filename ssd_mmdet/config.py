@@ -70,6 +70,11 @@ class Recipe:
         24, "epochs of `repeat` passes over the training set", "-e", "--train-epochs"
     )
     repeat: int = option(5, "passes over the training set in an epoch")
+    balance: float = option(
+        0.0,
+        "images come more often if they have a class that less than this share of the images has "
+        "(0: off)",
+    )
     lr: float = option(2e-3, "learning rate for a global batch of 64 images")
     lr_decay_epochs: tuple[int, ...] = option(
         (16, 22), "epochs (from 0) at whose start the learning rate decays"

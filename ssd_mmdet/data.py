@@ -18,6 +18,7 @@ from common.arithmetic import ceil_div, round_up
 from common.coco.images import ImageReader
 from common.coco.index import CocoIndex
 from common.coco.resize import resize_as_opencv
+from common.coco.sampling import EpochRecords, repeat_factors
 from common.errors import UserError
 from common.npu.device import memory_format
 from common.npu.distributed import Ranks
@@ -270,16 +271,22 @@ def boxes_in_window(boxes: np.ndarray, window: Window, size: int) -> np.ndarray:
     return ((boxes - origin) * scale).clip(0, size)
 
 
-def orientation_groups(records: CocoIndex, recipe: Recipe) -> list[np.ndarray]:
-    """Return the positions of upright (or square) and of landscape images in an epoch.
+def epoch_records(records: CocoIndex, recipe: Recipe) -> EpochRecords:
+    """Return which records an epoch has, upright (or square) ones and landscape ones apart.
 
-    An epoch is `repeat` passes over the R records: position p stands for record p modulo R. As in
-    the original, each batch is of one group only. A group without images is left out.
+    As in the original, each batch is of one group only. A group without images is left out.
     """
     is_landscape = records.sizes[:, 1] > records.sizes[:, 0]
-    is_landscape = np.tile(is_landscape, recipe.repeat)
     groups = [np.flatnonzero(~is_landscape), np.flatnonzero(is_landscape)]
-    return [group for group in groups if len(group)]
+    factors = None
+    if recipe.balance:
+        factors = repeat_factors(records, recipe.balance)
+    return EpochRecords([group for group in groups if len(group)], recipe.repeat, factors)
+
+
+def orientation_groups(records: CocoIndex, recipe: Recipe) -> list[np.ndarray]:
+    """Return the positions of upright (or square) and of landscape images in an epoch."""
+    return epoch_records(records, recipe).groups
 
 
 def iterations_per_epoch(records: CocoIndex, recipe: Recipe, world_size: int) -> int:
@@ -345,8 +352,7 @@ class TrainingOrder(Sampler):
                 "no image of the training set has an annotation and sides of "
                 f"{SMALLEST_IMAGE_SIDE} pixels; check --data_path"
             )
-        self.groups = orientation_groups(records, recipe)
-        self.num_records = len(records)
+        self.epoch_records = epoch_records(records, recipe)
         self.batch_size = recipe.batch_size
         self.ranks = ranks
         self.seed = seed
@@ -358,23 +364,25 @@ class TrainingOrder(Sampler):
         return self.end - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        order = None
+        order = []
         order_epoch = -1
         first_batch_of_rank = self.ranks.rank * self.steps_per_epoch
         for iteration in range(self.start, self.end):
             epoch = iteration // self.steps_per_epoch
             if epoch != order_epoch:
-                order = epoch_order(
-                    self.groups, self.batch_size, self.ranks.world_size, self.seed, epoch
+                positions = epoch_order(
+                    self.epoch_records.groups,
+                    self.batch_size,
+                    self.ranks.world_size,
+                    self.seed,
+                    epoch,
                 )
+                order = self.epoch_records.of_epoch(self.seed, epoch)[positions].tolist()
                 order_epoch = epoch
             batch = first_batch_of_rank + iteration % self.steps_per_epoch
             first = batch * self.batch_size
-            keys = []
-            for position in range(first, first + self.batch_size):
-                record = int(order[position]) % self.num_records
-                keys.append((epoch, position, record))
-            yield keys
+            positions = range(first, first + self.batch_size)
+            yield [(epoch, position, order[position]) for position in positions]
 
 
 class EvaluationSet(Dataset):

@@ -60,7 +60,13 @@ class Recipe:
 
     # Optimisation
     batch_size: int = option(32, "images per process", "-b")
-    epochs: int = option(90, "passes over the training set", "-e")
+    epochs: int = option(90, "epochs of `repeat` passes over the training set", "-e")
+    repeat: int = option(1, "passes over the training set in an epoch")
+    balance: float = option(
+        0.0,
+        "images come more often if they have a class that less than this share of the images has "
+        "(0: off)",
+    )
     lr: float = option(2.68e-3, "learning rate for 32 images, before rounding to lr_step")
     lr_step: float = option(
         2.5e-3, "the scaled rate is rounded to a multiple of this (0: no rounding)"

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from common.arithmetic import ceil_div, round_up
 from common.coco.images import ImageReader
 from common.coco.index import CocoIndex
+from common.coco.sampling import EpochRecords, repeat_factors
 from common.errors import UserError
 from common.npu.device import memory_format
 from common.npu.distributed import Ranks
@@ -284,10 +285,18 @@ def prepare_image(image: np.ndarray, recipe: Recipe) -> Tensor:
     return normalise(resized.unsqueeze(0), recipe).squeeze(0)
 
 
+def epoch_records(records: CocoIndex, recipe: Recipe) -> EpochRecords:
+    """Return which records an epoch has."""
+    factors = None
+    if recipe.balance:
+        factors = repeat_factors(records, recipe.balance)
+    return EpochRecords([np.arange(len(records))], recipe.repeat, factors)
+
+
 def iterations_per_epoch(records: CocoIndex, recipe: Recipe, world_size: int) -> int:
-    """Return the steps of an epoch, in which all ranks together go through the images once."""
+    """Return the steps of an epoch, in which all ranks together go through its images once."""
     global_batch = recipe.batch_size * world_size
-    return ceil_div(len(records), global_batch)
+    return ceil_div(len(epoch_records(records, recipe)), global_batch)
 
 
 def epoch_order(length: int, batch_size: int, world_size: int, seed: int, epoch: int) -> Tensor:
@@ -314,7 +323,7 @@ class TrainingOrder(Sampler):
     ):
         if not len(records):
             raise UserError("no image of the training set has an annotation; check --data_path")
-        self.num_records = len(records)
+        self.epoch_records = epoch_records(records, recipe)
         self.batch_size = recipe.batch_size
         self.ranks = ranks
         self.seed = seed
@@ -333,9 +342,11 @@ class TrainingOrder(Sampler):
         for iteration in range(self.start, self.end):
             epoch = iteration // self.steps_per_epoch
             if epoch != order_epoch:
-                order = epoch_order(
-                    self.num_records, self.batch_size, world_size, self.seed, epoch
-                ).tolist()
+                positions = epoch_order(
+                    len(self.epoch_records), self.batch_size, world_size, self.seed, epoch
+                )
+                records = self.epoch_records.of_epoch(self.seed, epoch)
+                order = records[positions.numpy()].tolist()
                 order_epoch = epoch
             first = iteration % self.steps_per_epoch * global_batch
             positions = range(first + self.ranks.rank, first + global_batch, world_size)

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from common import flags
 from common.coco.evaluation import EvaluationOptions, require_evaluator
 from common.coco.layout import Files
+from common.coco.sampling import draw_subset, subset_size
 from common.config_file import FLAGS_ENTRY
 from common.errors import UserError, one_line
 from common.fps.profile import Profile
@@ -47,6 +48,7 @@ from common.npu.weights import load_same, weights_on_cpu
 if TYPE_CHECKING:
     from common.fps.progress import Progress
 
+Records = TypeVar("Records")  # an index of a training set, of annotations or of TFRecord files
 # A default interval of steps is longer where the steps are so short that less time would pass.
 SECONDS_BETWEEN_LINES = 1.0
 SECONDS_BETWEEN_CHECKPOINTS = 180.0
@@ -172,6 +174,7 @@ class RunSettings:
     evaluate: bool  # whether accuracy counts, not only speed
     background_metrics: bool  # compute them in a process while training goes on
     patience: int = 0  # evaluations without a higher AP, after which training ends; 0: never
+    subset: str = ""  # train on so many images, or on this share of them; "": on all
     freeze: str = ""  # "backbone", or the number of its first stages that stay as they are
     look: int = 0  # draw this many samples of an epoch, and train nothing
     epoch: int = 1  # that epoch, from 1
@@ -327,6 +330,7 @@ class Run:
                 evaluate=evaluates,
                 background_metrics=args.background_metrics,
                 patience=args.patience,
+                subset=args.subset,
                 freeze=args.freeze,
                 look=args.look,
                 epoch=args.epoch,
@@ -401,6 +405,18 @@ class Run:
                 changes.append(f"{field.name} {trained!r} instead of {requested!r}")
         if changes:
             self.log.info(f"{checkpoint['path']}: its network is trained: {', '.join(changes)}")
+
+    def subset_of(self, records: Records) -> Records:
+        """Return those of the training records that `--subset` asks for, drawn by the seed."""
+        asked = self.settings.subset
+        available = len(records)
+        if asked == "" or available == 0:
+            return records
+        size = subset_size(asked, available)
+        self.log.info(
+            f"--subset {asked}: {size} of {available} images are trained on (seed {self.seed})"
+        )
+        return records.subset(draw_subset(size, available, self.seed))
 
     def freeze(self, model: nn.Module, stages: list[list[nn.Module]], has_weights: bool) -> None:
         """Keep the first stages of the backbone as they are, as many as `--freeze` says.

@@ -26,6 +26,7 @@ SHARED_FLAGS = (
     "--background-metrics",
     "--patience",
     "--freeze",
+    "--subset",
     "--compile",
     "--look",
     "--epoch",

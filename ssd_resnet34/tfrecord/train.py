@@ -250,7 +250,7 @@ def read_training_records(
         run.log.info(categories.line())
     records = categories.of(records)
     require_known_categories(records)
-    return training_records(records)
+    return run.subset_of(training_records(records))
 
 
 def evaluate(
