@@ -258,7 +258,7 @@ class Progress:
         if self.steps_done == self.end:
             return True
         epochs_done, steps_of_next = divmod(self.steps_done, self.steps_per_epoch)
-        if steps_of_next:
+        if steps_of_next or epochs_done == 0:
             return False
         interval = evaluation_interval(
             self.recipe.eval_interval, self.recipe.evaluation, self.recipe.epochs

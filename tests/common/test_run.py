@@ -459,7 +459,7 @@ def test_an_evaluation_is_due_after_its_epochs_and_at_the_end(tmp_path):
 def test_evaluations_have_an_interval(tmp_path, recipe, steps):
     _, progress = parts_of(start(tmp_path, recipe=recipe), recipe)
     due = []
-    for steps_done in range(1, progress.end + 1):
+    for steps_done in range(progress.end + 1):
         progress.steps_done = steps_done
         if progress.evaluation_due():
             due.append(steps_done)
