@@ -213,8 +213,13 @@ class Progress:
 
         The caller may know already whether a line follows the present step: that stays.
         """
+        settings = self.run.settings
+        if settings.log_seconds == 0:
+            return
+        steps = math.ceil(settings.log_seconds / seconds_a_step)
         self._quiet_after = self.steps_done
-        self._quiet_until = line + math.ceil(self.run.settings.log_seconds / seconds_a_step)
+        # In epochs of few steps the interval between lines is less than what the settings say.
+        self._quiet_until = line + max(steps, settings.log_interval)
 
     def first_epoch_done(self) -> bool:
         """Return whether this process has now done an epoch's number of steps, or all its steps.
