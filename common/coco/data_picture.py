@@ -5,14 +5,17 @@ from pathlib import Path
 
 import numpy as np
 
+from common.arithmetic import ceil_div
 from common.coco.counts import FEW_BOXES, TrainingBoxes
 from common.coco.coverage import Coverage, percent
+from common.coco.fonts import font_families
 from common.files import write_atomically
 
 CLASSES_DRAWN = 30  # the most frequent ones
 NAME_LENGTH = 24  # characters of a class name
-SIZE_COLUMNS = 2.0 ** np.arange(1, 11.5, 0.5)  # sides in pixels: 2, 2.8, 4 ... 1024
+SIZE_COLUMNS = 2.0 ** np.arange(1, 11.5, 0.5)  # sides in pixels: 2, 2.8, 4 ... 2048
 RATIO_COLUMNS = 2.0 ** np.arange(-4, 4.25, 0.25)  # width over height
+MOST_BARS = 40  # of the numbers of boxes an image
 MAP_CELLS = 32  # along a side of the map of box centres
 SEEN_COLOUR = "tab:blue"
 UNSEEN_COLOUR = "tab:orange"
@@ -63,7 +66,7 @@ def _draw_classes(axes, boxes: TrainingBoxes) -> None:
     positions = np.arange(len(drawn))
     bars = axes.barh(positions, counts[drawn], color=colours)
     axes.bar_label(bars, padding=3, fontsize="small")
-    axes.set_yticks(positions, names, fontsize="small")
+    axes.set_yticks(positions, names, fontsize="small", fontfamily=font_families(names))
     axes.set_ylim(max(len(drawn), 8) - 0.5, -0.5)  # the most frequent at the top
     axes.margins(x=0.15)
     axes.set_title(f"boxes a class: the first {len(drawn)} of {len(counts)} classes")
@@ -103,7 +106,7 @@ def _draw_sizes(axes, coverage: Coverage) -> None:
     axes.set_xscale("log", base=2)
     ticks = SIZE_COLUMNS[::2]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.margins(y=0.12)
+    axes.set_ylim(0, 1.12 * totals.max())  # with room for the shares
     axes.set_title(
         f"sizes: {percent(coverage.share)} of the boxes are seen by {coverage.preset} "
         f"({coverage.input_size})"
@@ -117,7 +120,7 @@ def _draw_images(axes, boxes: TrainingBoxes) -> None:
     """Draw how many images have how many boxes."""
     an_image = boxes.boxes_an_image()
     most = int(an_image.max())
-    step = max(1, -(-most // 40))
+    step = max(1, ceil_div(most, MOST_BARS))
     edges = np.arange(0, most + step + 1, step) - 0.5
     axes.hist(an_image, edges, color=SEEN_COLOUR, edgecolor="white")
     axes.set_title(f"boxes an image: median {np.median(an_image):g}, most {most}")
@@ -141,13 +144,15 @@ def _draw_ratios(axes, boxes: TrainingBoxes) -> None:
 
 def _draw_centers(axes, boxes: TrainingBoxes) -> None:
     """Draw where in their images the boxes are, as a map of their centres."""
+    from matplotlib.ticker import MaxNLocator
+
     centers = (boxes.boxes_xyxy[:, :2] + boxes.boxes_xyxy[:, 2:]) / 2
     relative = centers / boxes.sizes_of_boxes[:, ::-1]
     counts, _, _ = np.histogram2d(
         relative[:, 1], relative[:, 0], bins=MAP_CELLS, range=((0, 1), (0, 1))
     )
     image = axes.imshow(counts, extent=(0, 1, 1, 0), cmap="viridis", vmin=0, aspect="auto")
-    axes.figure.colorbar(image, ax=axes, label="boxes")
+    axes.figure.colorbar(image, ax=axes, label="boxes", ticks=MaxNLocator(integer=True))
     axes.set_title("centres of the boxes in their images")
     axes.set_xlabel("x, share of the width")
     axes.set_ylabel("y, share of the height")

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from common.arithmetic import ceil_div
+from common.coco.fonts import text_font
 from common.files import write_atomically
 
 # Of a sheet, in pixels.
@@ -67,7 +68,7 @@ def draw_boxes(
 
     if colours is None:
         colours = [class_colour(label) for label in labels]
-    style = _Style.of(picture)
+    style = _Style.of(picture, names)
     tags = {}
     for i in from_best:
         if not names[i]:
@@ -100,14 +101,15 @@ class _Style(NamedTuple):
     small_font: ImageFont.ImageFont
 
     @staticmethod
-    def of(picture: Image.Image) -> "_Style":
+    def of(picture: Image.Image, names: Sequence[str]) -> "_Style":
         shorter_side = min(picture.size)
         font_size = max(11, round(shorter_side / 30))
+        characters = "".join(names)
         return _Style(
             line_width=max(2, round(shorter_side / 200)),
             small_side=shorter_side * SMALL_BOX,
-            font=ImageFont.load_default(font_size),
-            small_font=ImageFont.load_default(max(9, round(font_size * 0.7))),
+            font=text_font(font_size, characters),
+            small_font=text_font(max(9, round(font_size * 0.7)), characters),
         )
 
 
@@ -184,7 +186,7 @@ def draw_sheet(path: Path, examples: Sequence[Example], class_names: Sequence[st
     sheet_size = (GAP + PAIRS_ABREAST * pair_width, GAP + num_rows * pair_height)
     sheet = Image.new("RGB", sheet_size, "white")
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(TITLE_FONT_SIZE)
+    font = text_font(TITLE_FONT_SIZE)
     for number, example in enumerate(examples):
         ground_truth, detections = _draw_panels(example, class_names)
         left = GAP + number % PAIRS_ABREAST * pair_width

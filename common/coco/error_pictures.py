@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from common.arithmetic import ceil_div
 from common.coco.analysis import ERROR_TYPES, SUSPECT_KINDS, Analysis, ImageErrors, Suspect
 from common.coco.draw import draw_boxes
+from common.coco.fonts import font_families, has_cjk, text_font
 from common.files import write_atomically
 
 # Colours that colour-blind people can tell apart, all bright enough for black letters.
@@ -100,7 +101,7 @@ def draw_confusion(
     is_small = len(names) <= CLASSES_WITH_COUNTS + 1
     font_size = 9 if is_small else 6.5
     # The margins are computed, because matplotlib takes seconds to find them for so many names.
-    longest = max(len(name) for name in names)
+    longest = max(_columns(name) for name in names)
     names_inches = 0.0085 * font_size * longest
     left = names_inches + 0.5
     bottom = names_inches + 0.75
@@ -111,8 +112,9 @@ def draw_confusion(
     area = (left / width, bottom / height, side / width, side / height)
     axes = figure.add_axes(area)
     axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.6, vmin=0, vmax=1))
-    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=font_size)
-    axes.set_yticks(range(len(names)), names, fontsize=font_size)
+    families = font_families(names)
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=font_size, fontfamily=families)
+    axes.set_yticks(range(len(names)), names, fontsize=font_size, fontfamily=families)
     axes.set_xlabel("detected (background: missed)")
     axes.set_ylabel("true (background: false detection)")
     figure.text(0.01, 1 - 0.25 / height, title, fontsize="medium")
@@ -136,6 +138,11 @@ def draw_confusion(
         note = note.replace("colours", f"colours and numbers from {100 * WRITTEN_SHARE:.0f} %")
     figure.text(0.01, 0.08 / height, note, fontsize="small", color=TEXT_COLOUR)
     _save(path, figure)
+
+
+def _columns(name: str) -> int:
+    """Return how wide a name is, in letters: Chinese characters take two."""
+    return sum(2 if has_cjk(character) else 1 for character in name)
 
 
 def _shares(confusion: np.ndarray) -> np.ndarray:
@@ -177,7 +184,7 @@ def draw_worst_images(path: Path, examples: Sequence[WorstExample], score: float
     height = GAP + header + sum(heights) + num_rows * (TITLE_HEIGHT + GAP)
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(FONT_SIZE)
+    font = text_font(FONT_SIZE)
     legend = [
         (RIGHT_COLOUR, "found, right"),
         (MISSED_COLOUR, "missed"),
@@ -199,6 +206,7 @@ def draw_worst_images(path: Path, examples: Sequence[WorstExample], score: float
             missed = f"{example.file_name}: {example.errors.is_missed.sum()} missed"
             false = f"{example.errors.is_false.sum()} false"
             for panel, text in zip(pairs[number], (missed, false), strict=True):
+                font = text_font(FONT_SIZE, text)
                 text = _shortened(text, PANEL_SIDE, font)
                 draw.text((left, top), text, fill=TEXT_COLOUR, font=font)
                 sheet.paste(panel, (left, top + TITLE_HEIGHT))
@@ -274,11 +282,10 @@ def draw_suspects(
     height = GAP + len(blocks) * 2 * TITLE_HEIGHT + num_rows * tile_height
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(FONT_SIZE + 2)
-    small_font = ImageFont.load_default(SMALL_FONT_SIZE)
+    heading_font = text_font(FONT_SIZE + 2)
     top = GAP
     for heading, tiles in blocks:
-        draw.text((GAP, top), heading, fill="black", font=font)
+        draw.text((GAP, top), heading, fill="black", font=heading_font)
         top += round(1.5 * TITLE_HEIGHT)
         for number, (suspect, tile) in enumerate(tiles):
             left = GAP + number % TILES_ABREAST * (TILE_SIDE + GAP)
@@ -286,9 +293,10 @@ def draw_suspects(
                 top += tile_height
             lines = (_suspect_line(suspect), suspect.file_name)
             for i, text in enumerate(lines):
-                text = _shortened(text, TILE_SIDE, small_font)
+                font = text_font(SMALL_FONT_SIZE, text)
+                text = _shortened(text, TILE_SIDE, font)
                 place = (left, top + i * TILE_TITLE_HEIGHT // 2)
-                draw.text(place, text, fill=TEXT_COLOUR, font=small_font)
+                draw.text(place, text, fill=TEXT_COLOUR, font=font)
             sheet.paste(tile, (left, top + TILE_TITLE_HEIGHT))
         top += tile_height
     _save_sheet(path, sheet)
@@ -324,7 +332,7 @@ def _cut_out(image: np.ndarray, box_xyxy: Sequence[float]) -> Image.Image:
     return tile
 
 
-def _shortened(text: str, width: int, font: ImageFont.ImageFont) -> str:
+def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
     """Return a text that is at most `width` pixels wide; its end is what counts in a file name."""
     shortened = text
     while font.getlength(shortened) > width and len(text) > 1:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from common.coco.draw import class_colour, draw_boxes
+from common.coco.fonts import text_font
 from common.files import write_atomically
 
 SAMPLES_A_PAGE = 12
@@ -189,11 +190,10 @@ def draw_pair(sample: Sample, class_names: Sequence[str]) -> Image.Image:
     pair_height = LINE_HEIGHT + panel_size[1] + LINE_HEIGHT * len(lines) + 4
     pair = Image.new("RGB", (PAIR_WIDTH, pair_height), "white")
     draw = ImageDraw.Draw(pair)
-    font = _font()
     title = f"image {sample.image_id}"
     if sample.file:
         title = f"{Path(sample.file).name}, {title}"
-    draw.text((0, 0), title, fill=TEXT_COLOUR, font=font)
+    draw.text((0, 0), title, fill=TEXT_COLOUR, font=text_font(FONT_SIZE, title))
     pair.paste(left_panel, (0, LINE_HEIGHT))
     pair.paste(right_panel, (PANEL_SIDE + GAP, LINE_HEIGHT))
     top = LINE_HEIGHT + panel_size[1] + 4
@@ -225,7 +225,7 @@ class _Entry(NamedTuple):
 
     def width(self) -> float:
         swatch_width = SWATCH_SIDE + 5 if self.swatch else 0
-        return swatch_width + _font().getlength(self.text)
+        return swatch_width + text_font(FONT_SIZE, self.text).getlength(self.text)
 
 
 def _box_entries(sample: Sample, class_names: Sequence[str]) -> list[_Entry]:
@@ -275,9 +275,6 @@ def _draw_entry(draw: ImageDraw.ImageDraw, entry: _Entry, left: float, top: int)
         corners = (left, swatch_top, left + SWATCH_SIDE, swatch_top + SWATCH_SIDE)
         draw.rectangle(corners, fill=entry.swatch)
         left += SWATCH_SIDE + 5
-    draw.text((left, top), entry.text, fill=entry.colour, font=_font())
+    font = text_font(FONT_SIZE, entry.text)
+    draw.text((left, top), entry.text, fill=entry.colour, font=font)
     return end
-
-
-def _font() -> ImageFont.ImageFont:
-    return ImageFont.load_default(FONT_SIZE)
