@@ -15,6 +15,8 @@ from common.config_file import flags_of_config, words_of_flag
 # are at least 0.
 MAY_BE_MINUS_ONE = ("num_workers", "local_rank", "eval_interval")
 AT_LEAST_ONE = ("batch_size", "eval_batch_size", "epoch", "repeat")
+# Flags that are off where they are not given: whoever gives one means a number.
+AT_LEAST_ONE_IF_GIVEN = ("look", "replay", "profile")
 MAX_INTEGER = 2**63
 INDEXED_DEVICE = re.compile(r"(npu|cuda):(\d+)")
 
@@ -129,9 +131,9 @@ class Parser(argparse.ArgumentParser):
             self.error(explain_unknown(unknown_words))
         if self.reads_config and args.config.endswith(CONFIG_SUFFIX):
             self.error(explain_unknown([args.config]))
-        self._check_ranges(args)
         args.command = command
         args.given = self._given_flags(words)
+        self._check_ranges(args)
         return args
 
     def error(self, message: str):
@@ -256,7 +258,7 @@ class Parser(argparse.ArgumentParser):
             least = 0
             if name in MAY_BE_MINUS_ONE:
                 least = -1
-            elif name in AT_LEAST_ONE:
+            elif name in AT_LEAST_ONE or (name in AT_LEAST_ONE_IF_GIVEN and name in args.given):
                 least = 1
             limit = MAX_INTEGER if isinstance(value, int) else float("inf")
             if not least <= value < limit:

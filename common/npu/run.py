@@ -234,6 +234,8 @@ class Run:
             args.device, args.device_id, args.timeout, args.deterministic, args.exact, card
         )
         only_draws = args.look > 0 or args.replay > 0
+        if args.look and args.replay:
+            raise UserError("--look and --replay: each draws other samples", "omit one of them")
         if only_draws and ranks.world_size > 1:
             raise UserError(
                 "--look and --replay need one process", "start it with python3, without torchrun"

@@ -77,6 +77,14 @@ def test_numbers_without_sense(words, capsys):
     assert "must be at least 0 and below " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--look", "--replay", "--profile"])
+def test_what_is_off_by_default_is_not_switched_off_by_0(flag, capsys):
+    with pytest.raises(SystemExit):
+        parser().parse_args([f"{flag}=0"])
+    assert f"{flag} 0: must be at least 1" in capsys.readouterr().err
+    parser().parse_args([])
+
+
 def test_the_command_line_is_the_default(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", "--save_interval", "5"])
     assert parser().parse_args().save_interval == 5
