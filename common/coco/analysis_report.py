@@ -14,7 +14,6 @@ from common.coco.analysis import (
     analyse,
     errors_of_image,
 )
-from common.coco.draw import MIN_SCORE
 from common.coco.error_pictures import (
     BACKGROUND_NAME,
     WorstExample,
@@ -22,7 +21,7 @@ from common.coco.error_pictures import (
     draw_suspects,
     draw_worst_images,
 )
-from common.coco.evaluation import CONFUSION_FILE, read_results
+from common.coco.evaluation import CONFUSION_FILE, read_results, shown_score
 from common.coco.index import CocoIndex, name_from_bytes, read_annotations
 from common.coco.metrics import METRICS_FILE, read_metrics
 from common.coco.report import RESULTS_FILE
@@ -53,9 +52,7 @@ def write_analysis(
     """
     ground_truth = read_annotations(annotation_file, classes=class_names)
     result_rows = read_results(folder / RESULTS_FILE)
-    score = read_metrics(folder / METRICS_FILE)["best_f1"]["score"]
-    if score < 0:  # no detection is right
-        score = MIN_SCORE
+    score = shown_score(read_metrics(folder / METRICS_FILE)["best_f1"]["score"])
     analysis = analyse(ground_truth, result_rows, score)
     _write_json(folder / ANALYSIS_FILE, analysis_entries(analysis))
     _write_json(folder / SUSPECTS_FILE, suspects_in_coco_format(analysis.suspects, ground_truth))
@@ -124,8 +121,9 @@ def dominant_error(analysis: Analysis) -> str:
         return f"what went wrong: nothing that costs AP50, which is {100 * analysis.ap50:.1f}"
     others = []
     for name in ranked[1:]:
-        if analysis.errors[name].cost > 0:
-            others.append(f"{name} {100 * analysis.errors[name].cost:.1f}")
+        points = f"{100 * analysis.errors[name].cost:.1f}"
+        if float(points) > 0:
+            others.append(f"{name} {points}")
     sentence = (
         f"what went wrong: {first} ({ERROR_TYPES[first]}) costs "
         f"{100 * analysis.errors[first].cost:.1f} AP50, the most"

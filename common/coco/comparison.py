@@ -11,12 +11,7 @@ import torch
 
 from common.coco.coverage import text_table
 from common.coco.draw import draw_panel
-from common.coco.evaluation import (
-    ABSENT,
-    STATS,
-    Evaluation,
-    gather_result_rows,
-)
+from common.coco.evaluation import STATS, Evaluation, gather_result_rows, shown_score
 from common.coco.images import ImageReader
 from common.coco.index import CocoIndex
 from common.coco.metrics import curves_of_classes
@@ -29,7 +24,6 @@ from common.npu.distributed import Ranks
 COMPARISON_FILE = "compare.html"
 IMAGES_SHOWN = 8
 IMAGES_AHEAD = 16  # that are read at once
-MIN_SCORE = 0.3  # of what is drawn of a run that has no score of a best F1
 BEST_MARK = "*"  # behind the best of several figures
 SECTIONS = (
     ("summary", "Summary"),
@@ -55,9 +49,8 @@ class Measured:
 
     @property
     def min_score(self) -> float:
-        """The score of the best F1, from which detections are drawn."""
-        score = self.evaluation.best.score
-        return MIN_SCORE if score == ABSENT else score
+        """The score from which detections are drawn."""
+        return shown_score(self.evaluation.best.score)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.coco.draw import MIN_SCORE
 from common.coco.index import CocoIndex, read_annotations
 from common.coco.matching import (
     NO_MATCH,
@@ -104,7 +105,7 @@ class Evaluation:
     classes: list[ClassMetrics]  # by category id
     best: OperatingPoint  # of all classes together
     precision: np.ndarray  # (10 IoU thresholds, 101 recalls, classes) for all areas
-    # (C + 1, C + 1) int64 [true, detected] of the detections from `best.score` on; the last is
+    # (C + 1, C + 1) int64 [true, detected] of the detections from `shown_score` on; the last is
     # background: a missed box or a false detection
     confusion: np.ndarray
     folder: Path | None = None  # where its files are
@@ -123,6 +124,14 @@ class Evaluation:
             entries[name] = round(self.stats[stat], 4)
         copypaste = " ".join(f"{self.stats[stat]:.3f}" for stat in MMDET_NAMES)
         return {**entries, "bbox_mAP_copypaste": copypaste}
+
+
+def shown_score(best_score: float) -> float:
+    """Return the score from which detections count in pictures and in the analysis.
+
+    It is the one with the best F1 of all classes, or MIN_SCORE where no detection is right.
+    """
+    return MIN_SCORE if best_score == ABSENT else best_score
 
 
 def to_result_rows(image_id: int, boxes_xyxy, scores, labels, category_ids) -> np.ndarray:
@@ -219,7 +228,9 @@ def evaluate(
         classes=_class_metrics(ground_truth, precision, recall, points.classes),
         best=points.pooled,
         precision=precision,
-        confusion=confusion_matrix(comparison, points.pooled.score, POINT_IOU, num_classes),
+        confusion=confusion_matrix(
+            comparison, shown_score(points.pooled.score), POINT_IOU, num_classes
+        ),
     )
 
 

@@ -18,6 +18,7 @@ from common.coco.evaluation import (
     draw_pr_curves,
     evaluate,
     save_results,
+    shown_score,
 )
 from common.coco.images import ImageReader, turned_images_line
 from common.coco.index import CocoIndex
@@ -68,7 +69,7 @@ def report_results(
             folder / CONFUSION_FILE,
             evaluation.confusion,
             [metrics.name for metrics in evaluation.classes],
-            max(0.0, evaluation.best.score),
+            shown_score(evaluation.best.score),
             POINT_IOU,
         )
     with errors.hold_back():

@@ -12,11 +12,14 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from common.coco.draw import MIN_SCORE
 from common.coco.evaluation import (
+    ABSENT,
     draw_pr_curves,
     evaluate,
     gather_result_rows,
     save_results,
+    shown_score,
     to_result_rows,
 )
 from common.coco.index import read_annotations
@@ -193,6 +196,17 @@ def test_absent_backend_names_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     with pytest.raises(UserError, match=r"faster_coco_eval.*; pip install .*faster-coco-eval"):
         evaluate(VAL, np.empty((0, 7)), faster=True)
+
+
+def test_without_a_right_detection_only_confident_ones_are_confused():
+    image_id = read_annotations(VAL).image_ids[0]
+    category_id = read_annotations(VAL).category_ids[0]
+    far_away = [image_id, 5000, 5000, 10, 10, 0.9, category_id]
+    unsure = [image_id, 6000, 6000, 10, 10, 0.1, category_id]
+    evaluation = evaluate(VAL, np.array([far_away, unsure]))
+    assert evaluation.best.score == ABSENT
+    assert shown_score(evaluation.best.score) == MIN_SCORE
+    assert evaluation.confusion[-1].sum() == 1
 
 
 def test_mmdet_keys():
