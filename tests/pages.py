@@ -23,6 +23,7 @@ RECORD = {
     "precision": "O0",
     "ranks": 1,
     "seed": 3,
+    "flags": {},
     "versions": {"commit": "5" * 60, "python": "3.11", "torch": "2.13"},
 }
 

@@ -21,9 +21,11 @@ from common.coco.data_picture import data_picture_file
 from common.coco.error_pictures import BACKGROUND_NAME
 from common.coco.evaluation import ABSENT
 from common.coco.metrics import METRICS_FILE, PR_CURVES_JSON
+from common.errors import UserError
 from common.files import encoded, write_atomically
 from common.fps.curves import panel_svg, read_panels
 from common.fps.summary import read_summary
+from common.npu.record import read_record
 
 REPORT_FILE = "report.html"
 TEMPLATES = Path(__file__).with_name("templates")
@@ -154,10 +156,19 @@ def inline_svg(element: str):
 
 
 def read_json(path: Path) -> dict:
-    """Return the content of a JSON file of ours, nothing where there is no such file."""
+    """Return the content of a JSON file of ours, nothing where there is no such file.
+
+    Raise UserError where the file is not whole.
+    """
     if not path.exists():
         return {}
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not JSON ({error}): no {REPORT_FILE} is written",
+            "delete it, or evaluate into this folder again, which writes it anew",
+        ) from None
 
 
 def is_of_same_evaluation(analysis: Mapping[str, object], metrics: Mapping[str, object]) -> bool:
@@ -170,8 +181,12 @@ def is_of_same_evaluation(analysis: Mapping[str, object], metrics: Mapping[str, 
 
 
 def trainings(folder: Path) -> list[dict]:
-    """Return what the records of a run say: one of each of its processes, in their order."""
-    records = [read_json(path) for path in folder.glob("run*.json")]
+    """Return what the records of a run say: one of each of its processes, in their order.
+
+    Files that are no record are left out.
+    """
+    found = [read_record(path) for path in folder.glob("run*.json")]
+    records = [record for record in found if record is not None]
     records.sort(key=lambda record: record["started"])
     return records
 

@@ -214,3 +214,16 @@ def test_a_page_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "report.html").mkdir()
     with pytest.raises(UserError, match=r"report\.html cannot be written"):
         write_report(tmp_path, 1, print)
+
+
+def test_a_broken_file_is_named(run):
+    (run / "metrics.json").write_text('{"AP": 0.')
+    with pytest.raises(UserError, match=r"metrics.json is not JSON .*; delete it, or evaluate"):
+        write_report(run, 1, print)
+
+
+def test_other_files_with_such_a_name_are_no_records(run):
+    (run / "run_notes.json").write_text('{"who": "me"}')
+    (run / "runs.json").write_text("[")
+    write_report(run, 1, print)
+    assert "2026-01-02 03:04:05" in Page(run / "report.html").sections["programs"]
