@@ -28,7 +28,8 @@ source common/npu/env_npu.sh
 
 echo
 echo "Look at:"
-for file in report.html detections.png curves.png pr_curves.png train_0.log; do
+for file in report.html detections.png worst_images.png suspect_labels.png errors.png confusion.png \
+    curves.png pr_curves.png train_0.log; do
     [ -e "quickstart/output/$file" ] && echo "  quickstart/output/$file"
 done
 echo "Next: bash download_dataset.sh, then bash ssd_resnet34/test/train_full_1p.sh --data_path=coco"
