@@ -86,4 +86,4 @@ def test_presets_are_recipes_of_this_network(name):
     levels = len(recipe.anchor_maps)
     assert len(recipe.anchor_sizes) == levels + 1
     assert len(recipe.anchor_steps) == len(recipe.anchor_ratios) == levels
-    assert max((*recipe.evaluation, *recipe.lr_decay_epochs)) < recipe.epochs
+    assert max((*recipe.evaluation, *recipe.lr_decay_epochs), default=0) < recipe.epochs
