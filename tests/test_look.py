@@ -196,6 +196,16 @@ def test_look_at_another_epoch_has_its_order(model, data, tmp_path, drawn):
         train(model, data, "--look=1", "--epoch=1000", f"--output_dir={tmp_path}/run")
 
 
+def test_look_needs_no_annotations_to_evaluate_against(data, tmp_path, drawn):
+    content = json.loads((data / "annotations/instances_val2017.json").read_text())
+    path = tmp_path / "val.json"
+    path.write_text(json.dumps({**content, "annotations": []}))
+    files = (f"--val_annotations={path}", f"--val_images={data}/val2017")
+    words = ("--look=1", "--kind=acc", "--patience=2", f"--output_dir={tmp_path}/run")
+    train("ssd_mmdet", data, *files, *words)
+    assert len(drawn) == 1
+
+
 # ---- the pictures of people
 
 

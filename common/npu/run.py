@@ -248,10 +248,10 @@ class Run:
                 raise UserError("--profile: the measured run is a new one", "omit --resume")
             profile = Profile(args.profile, device)
             max_iters = profile.num_steps
-        evaluates = args.kind == "acc" and profile is None
+        evaluates = args.kind == "acc" and profile is None and not only_draws
         if evaluates:
             require_evaluator(evaluation_options.faster)
-        elif args.patience:
+        elif args.patience and not only_draws:
             raise UserError(
                 f"--patience {args.patience}: this run does not evaluate",
                 "omit it, or what leaves the evaluations out",
