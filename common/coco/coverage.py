@@ -334,8 +334,8 @@ def advise(
         )
     if num_rare:
         sentence += (
-            f"; and label more of the {num_rare} of {num_classes} classes with fewer than "
-            f"{FEW_BOXES} boxes"
+            f"; and label more: {num_rare} of {num_classes} classes have fewer than {FEW_BOXES} "
+            "boxes"
         )
     return f"advice: {sentence}."
 

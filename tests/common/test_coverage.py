@@ -136,8 +136,8 @@ def test_the_advice_fits_the_boxes(sides, inputs, advice):
 def test_the_advice_names_how_many_classes_have_few_boxes():
     found = report([100] * 23, 500, labels=[0] * 20 + [1] * 3)
     assert found.lines[-1] == (
-        "advice: fine as it is: 100% of the boxes are seen; and label more of the 1 of 2 classes "
-        "with fewer than 10 boxes."
+        "advice: fine as it is: 100% of the boxes are seen; and label more: 1 of 2 classes have "
+        "fewer than 10 boxes."
     )
 
 
