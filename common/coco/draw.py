@@ -196,9 +196,22 @@ def draw_sheet(path: Path, examples: Sequence[Example], class_names: Sequence[st
         left += PANEL_SIDE + GAP
         draw.text((left, top), DETECTIONS_TITLE, fill="#444444", font=font)
         sheet.paste(detections, (left, top + TITLE_HEIGHT))
-    picture = io.BytesIO()
-    sheet.save(picture, "PNG")
-    write_atomically(path, picture.getvalue())
+    write_png(path, sheet)
+
+
+def write_png(path: Path, picture: Image.Image) -> None:
+    """Write a picture as PNG, atomically."""
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    write_atomically(path, content.getvalue())
+
+
+def fit_image(image: np.ndarray, side: int) -> tuple[Image.Image, float]:
+    """Return an image (H, W, 3) uint8 RGB whose longer side has `side` pixels, and the scale."""
+    height, width = image.shape[:2]
+    scale = side / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return Image.fromarray(image).resize(size, Image.Resampling.LANCZOS), scale
 
 
 def draw_panel(image, boxes_xyxy, labels, class_names, scores=None) -> Image.Image:
@@ -206,11 +219,8 @@ def draw_panel(image, boxes_xyxy, labels, class_names, scores=None) -> Image.Ima
 
     It is resized before drawing: lines and letters have one size in all panels.
     """
-    height, width = image.shape[:2]
-    scale = PANEL_SIDE / max(height, width)
-    panel_size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    resized = Image.fromarray(image).resize(panel_size, Image.Resampling.LANCZOS)
-    return draw_boxes(np.asarray(resized), boxes_xyxy * scale, labels, class_names, scores)
+    panel, scale = fit_image(image, PANEL_SIDE)
+    return draw_boxes(np.asarray(panel), boxes_xyxy * scale, labels, class_names, scores)
 
 
 def _draw_panels(example: Example, class_names: Sequence[str]) -> tuple[Image.Image, Image.Image]:

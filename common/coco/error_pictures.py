@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from common.arithmetic import ceil_div
 from common.coco.analysis import ERROR_TYPES, SUSPECT_KINDS, Analysis, ImageErrors, Suspect
-from common.coco.draw import draw_boxes
+from common.coco.draw import draw_boxes, fit_image, write_png
 from common.coco.fonts import font_families, has_cjk, text_font
 from common.files import write_atomically
 
@@ -212,15 +212,13 @@ def draw_worst_images(path: Path, examples: Sequence[WorstExample], score: float
                 sheet.paste(panel, (left, top + TITLE_HEIGHT))
                 left += PANEL_SIDE + GAP
         top += TITLE_HEIGHT + heights[row] + GAP
-    _save_sheet(path, sheet)
+    write_png(path, sheet)
 
 
 def _draw_pair(example: WorstExample) -> tuple[Image.Image, Image.Image]:
     """Return the image with its ground truth, and with its detections; errors lie on top."""
-    height, width = example.image.shape[:2]
-    scale = PANEL_SIDE / max(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    resized = np.asarray(Image.fromarray(example.image).resize(size, Image.Resampling.LANCZOS))
+    panel, scale = fit_image(example.image, PANEL_SIDE)
+    resized = np.asarray(panel)
     errors = example.errors
     order = np.argsort(errors.is_missed, kind="stable")
     boxes = _draw_coloured(
@@ -299,7 +297,7 @@ def draw_suspects(
                 draw.text(place, text, fill=TEXT_COLOUR, font=font)
             sheet.paste(tile, (left, top + TILE_TITLE_HEIGHT))
         top += tile_height
-    _save_sheet(path, sheet)
+    write_png(path, sheet)
 
 
 def _suspect_line(suspect: Suspect) -> str:
@@ -339,9 +337,3 @@ def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
         text = text[1:]
         shortened = f"…{text}"
     return shortened
-
-
-def _save_sheet(path: Path, sheet: Image.Image) -> None:
-    picture = io.BytesIO()
-    sheet.save(picture, "PNG")
-    write_atomically(path, picture.getvalue())

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from common.coco.draw import class_colour, draw_boxes
+from common.coco.draw import class_colour, draw_boxes, fit_image
 from common.coco.fonts import text_font
 from common.files import write_atomically
 
@@ -164,10 +164,7 @@ def draw_pair(sample: Sample, class_names: Sequence[str]) -> Image.Image:
     colour of its own. The text below has the matches of each box, first of those without any, and
     the loss terms.
     """
-    height, width = sample.image.shape[:2]
-    scale = PANEL_SIDE / max(height, width)
-    panel_size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    panel = Image.fromarray(sample.image).resize(panel_size, Image.Resampling.LANCZOS)
+    panel, scale = fit_image(sample.image, PANEL_SIDE)
     boxes = sample.boxes_xyxy * scale
     numbers = np.arange(len(boxes))
     names = [class_names[label] for label in sample.labels.tolist()]
@@ -187,7 +184,7 @@ def draw_pair(sample: Sample, class_names: Sequence[str]) -> Image.Image:
 
     lines = _wrapped(_box_entries(sample, class_names))
     lines += _wrapped(_loss_entries(sample))
-    pair_height = LINE_HEIGHT + panel_size[1] + LINE_HEIGHT * len(lines) + 4
+    pair_height = LINE_HEIGHT + panel.height + LINE_HEIGHT * len(lines) + 4
     pair = Image.new("RGB", (PAIR_WIDTH, pair_height), "white")
     draw = ImageDraw.Draw(pair)
     title = f"image {sample.image_id}"
@@ -196,7 +193,7 @@ def draw_pair(sample: Sample, class_names: Sequence[str]) -> Image.Image:
     draw.text((0, 0), title, fill=TEXT_COLOUR, font=text_font(FONT_SIZE, title))
     pair.paste(left_panel, (0, LINE_HEIGHT))
     pair.paste(right_panel, (PANEL_SIDE + GAP, LINE_HEIGHT))
-    top = LINE_HEIGHT + panel_size[1] + 4
+    top = LINE_HEIGHT + panel.height + 4
     for line in lines:
         left = 0
         for entry in line:
