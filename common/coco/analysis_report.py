@@ -25,6 +25,7 @@ from common.coco.evaluation import CONFUSION_FILE, read_results, shown_score
 from common.coco.index import CocoIndex, name_from_bytes, read_annotations
 from common.coco.metrics import METRICS_FILE, read_metrics
 from common.coco.report import RESULTS_FILE
+from common.errors import UserError, one_line
 from common.files import encoded, write_atomically
 
 ANALYSIS_FILE = "analysis.json"
@@ -47,9 +48,10 @@ def write_analysis(
     """Explain the evaluation whose results, metrics and pictures are in the folder; log it.
 
     `class_names` are those that were detected. `read_image` returns the image (H, W, 3) uint8 RGB
-    of an id, or None where it is not there. Pictures that there is nothing for are removed: they
-    would be those of another evaluation.
+    of an id, or None where the data set has none; one that cannot be read is logged and not drawn.
+    Pictures that there is nothing for are removed: they would be those of another evaluation.
     """
+    read_image = _with_errors_logged(read_image, log)
     ground_truth = read_annotations(annotation_file, classes=class_names)
     result_rows = read_results(folder / RESULTS_FILE)
     score = shown_score(read_metrics(folder / METRICS_FILE)["best_f1"]["score"])
@@ -64,6 +66,23 @@ def write_analysis(
     _write_worst_images(folder / WORST_IMAGES_FILE, analysis, examples, log)
     _write_suspects(folder, analysis, read_image, log)
     return analysis
+
+
+def _with_errors_logged(read_image: ReadImage, log: Callable[[str], None]) -> ReadImage:
+    """Return the function that logs the error of an image, once, and returns None for it."""
+    unreadable = set()
+
+    def read(image_id: int) -> np.ndarray | None:
+        if image_id in unreadable:
+            return None
+        try:
+            return read_image(image_id)
+        except UserError as error:
+            unreadable.add(image_id)
+            log(f"not drawn: {one_line(error)}")
+            return None
+
+    return read
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -105,24 +105,21 @@ def _meanings(models: dict[str, Presets]) -> list[str]:
 
 
 def _conclusion(candidates: list[Candidate]) -> str:
-    """Return one sentence: which preset fits best, and which best of each other kind of detector.
+    """Return one sentence: which preset fits best, of each kind of detector.
 
-    A point in a box is less than an anchor that fits it: shares of different kinds say little about
-    which of the two detectors is better.
+    A point in a box is less than an anchor that fits it: shares of different kinds do not compare.
     """
-    best_of_kind = {}
+    candidates_of_kind = {}
     for candidate in candidates:
-        best_of_kind.setdefault(candidate.kind, []).append(candidate)
-    for kind, of_kind in best_of_kind.items():
-        best_of_kind[kind] = _first_of_the_best(of_kind)
-    best, *others = sorted(best_of_kind.values(), key=lambda one: one.coverage.share, reverse=True)
-    sentence = f"fits best: {best.label}, which sees {percent(best.coverage.share)} of the boxes"
-    for other in others:
-        sentence += (
-            f"; of the detectors with {other.kind} {other.label}, which sees "
-            f"{percent(other.coverage.share)}"
+        candidates_of_kind.setdefault(candidate.kind, []).append(candidate)
+    clauses = []
+    for kind, of_kind in candidates_of_kind.items():
+        best = _first_of_the_best(of_kind)
+        clauses.append(
+            f"of the detectors with {kind} {best.label}, which sees "
+            f"{percent(best.coverage.share)} of the boxes"
         )
-    return f"{sentence}."
+    return f"fits best: {'; '.join(clauses)}."
 
 
 def _first_of_the_best(candidates: list[Candidate]) -> Candidate:

@@ -88,7 +88,7 @@ def draw_confusion(
     title = f"detections with a score from {score:.2f}, at IoU {iou:g}"
     num_classes = len(class_names)
     shown = np.arange(num_classes + 1)
-    shares = _shares(confusion)
+    shares = confusion_shares(confusion)
     if num_classes > MOST_CLASSES:
         wrong = confusion.sum(axis=0) + confusion.sum(axis=1) - 2 * np.diag(confusion)
         worst = np.sort(np.argsort(-wrong[:-1], kind="stable")[:MOST_CLASSES])
@@ -145,8 +145,8 @@ def _columns(name: str) -> int:
     return sum(2 if has_cjk(character) else 1 for character in name)
 
 
-def _shares(confusion: np.ndarray) -> np.ndarray:
-    """Return each cell's share of its row, in the last row of its column."""
+def confusion_shares(confusion: np.ndarray) -> np.ndarray:
+    """Return each cell's share of its row, in the last row of its column, (C + 1, C + 1)."""
     shares = confusion / confusion.sum(axis=1, keepdims=True).clip(min=1)
     num_detected = confusion.sum(axis=0).clip(min=1)
     shares[-1] = confusion[-1] / num_detected

@@ -121,7 +121,7 @@ def lowest_scores(
         f"evaluate the checkpoint with --output_dir={folder_of_file}, which writes it, or give a "
         "number as the lowest score"
     )
-    if "best_f1" not in metrics:
+    if "best_f1" not in metrics or "classes" not in metrics:
         raise UserError(f"no {path} with the scores of the best F1", remedy)
     points = {entry["name"]: OperatingPoint(**entry["best_f1"]) for entry in metrics["classes"]}
     missing = [name for name in class_names if name not in points]

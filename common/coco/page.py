@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from common.coco.analysis import ERROR_TYPES
 from common.coco.analysis_report import ANALYSIS_FILE
 from common.coco.counts import FEW_BOXES
 from common.coco.data_picture import data_picture_file
-from common.coco.error_pictures import BACKGROUND_NAME
+from common.coco.error_pictures import BACKGROUND_NAME, confusion_shares
 from common.coco.evaluation import ABSENT
 from common.coco.metrics import METRICS_FILE, PR_CURVES_JSON
 from common.errors import UserError
@@ -300,18 +301,18 @@ def positions(choices: Sequence[dict]) -> dict[str, int]:
 def confusion_table(confusion: Mapping[str, object] | None) -> dict | None:
     """Return a confusion matrix as the page shows it, None where there is none.
 
-    Each cell has its count, and its share of the row as the strength of its colour.
+    Each cell has its count and, as the strength of its colour, its share of the row; in the last
+    row, of false detections, its share of the column, as in `confusion.png`.
     """
     if not confusion:
         return None
     names = confusion["names"]
     rows = []
     largest = []
-    for truth, counts in zip(names, confusion["counts"], strict=True):
-        total = max(1, sum(counts))
+    shares_of_cells = confusion_shares(np.array(confusion["counts"])).tolist()
+    for truth, counts, shares in zip(names, confusion["counts"], shares_of_cells, strict=True):
         cells = []
-        for detected, count in zip(names, counts, strict=True):
-            share = count / total
+        for detected, count, share in zip(names, counts, shares, strict=True):
             cells.append({"count": count, "strength": f"{share:.2f}"})
             if count and truth != detected:
                 largest.append(

@@ -13,6 +13,7 @@ from common.coco.error_pictures import draw_confusion
 from common.coco.evaluation import EvaluationOptions, to_result_rows
 from common.coco.index import read_annotations, read_index
 from common.coco.report import image_by_id, report_results, to_xyxy
+from common.errors import UserError
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_coco"
 VAL = str(TINY / "annotations" / "instances_val2017.json")
@@ -125,6 +126,18 @@ def test_images_that_are_not_there_are_not_drawn(records, tmp_path):
     assert drawn.height < 600  # one row
     written(records, detections(records), tmp_path, lambda _: None)
     assert not (tmp_path / "worst_images.png").exists()
+
+
+def test_images_that_cannot_be_read_are_logged_once_and_not_drawn(records, tmp_path):
+    def fail(image_id):
+        raise UserError(f"image {image_id} has gone", "bring it back")
+
+    _, lines = written(records, detections(records), tmp_path, fail)
+    not_drawn = [line for line in lines if line.startswith("not drawn: image ")]
+    assert not_drawn
+    assert len(set(not_drawn)) == len(not_drawn)
+    assert not (tmp_path / "worst_images.png").exists()
+    assert (tmp_path / "analysis.json").exists()
 
 
 def test_the_sentence_names_the_dearest_error_first(records):
