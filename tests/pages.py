@@ -1,12 +1,14 @@
-"""A folder as a run leaves it, made by hand, with names that a page must not take for markup."""
+"""A folder as a run leaves it, made by hand, with names that are no markup; a page, read back."""
 
 import json
 import os
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+VOID = {"meta", "link", "img", "input", "br"}  # elements without an end
 CLASSES = ["<script>alert(1)</script>", '"quo\'ted" & <b>bold</b>', "自行车", "plain"]
 FILES = ["<img src=x onerror=alert(1)>.jpg", os.fsdecode(b"bild_\xff.jpg"), "ordinary.jpg"]
 METRICS = {"AP": 0.4321, "AP50": 0.6789, "AP75": 0.4, "APsmall": -1.0, "AR100": 0.5}
@@ -84,3 +86,40 @@ def write_evaluation(folder: Path, classes: list[str] = CLASSES, images: int = 4
     for name in ("detections", "worst_images", "suspect_labels"):
         pixels = rng.integers(0, 256, (40 * images, 400, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{name}.png")
+
+
+class Page(HTMLParser):
+    """The elements of a page with their attributes, and the text of each section."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.elements = []
+        self.sections = {}
+        self.open = []
+        self._section = None
+        self.feed(path.read_bytes().decode("utf-8"))
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.elements.append((tag, attributes))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "section":
+            self._section = attributes["id"]
+            self.sections[self._section] = ""
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+        if tag == "section":
+            self._section = None
+
+    def handle_data(self, data):
+        if self._section and self.open[-1] not in ("script", "style"):
+            self.sections[self._section] += data
+
+    def attributes(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]

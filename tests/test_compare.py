@@ -15,7 +15,7 @@ from common.coco.page import metric_text
 from common.errors import UserError
 from common.npu import checkpoint
 from tests import scripts
-from tests.common.test_page import Page
+from tests.pages import Page
 from tests.small_models import TFRECORD, module
 
 CLASSES = ["person", "cat", "dog"]

@@ -361,7 +361,7 @@ def test_a_step_of_two_ranks_is_replayed_in_one_process(
     assert header["first_step"] == 1
     train(model, data, *words, "--replay=2", "--device_id=0")
     printed = capsys.readouterr().out
-    assert "step 2 (epoch 1) of a run on 2 ranks" in printed
+    assert "step 2 (epoch 1) of the run, ranks: 2" in printed
     assert [sample.image_id for sample in drawn] == ids_of_order(model, data, 2, world_size=2)
     of_ranks = batch_losses(printed)
     assert len(of_ranks) == 2
@@ -465,7 +465,7 @@ def test_the_command_of_a_launch_scripts_message_runs_in_one_process(data, tmp_p
         cwd="/",
     )
     assert done.returncode == 0, done.stderr
-    assert f"step {step} (epoch 1) of a run on 2 ranks" in done.stdout
+    assert f"step {step} (epoch 1) of the run, ranks: 2" in done.stdout
     ids = ids_of_order("ssd_resnet34", data, step, world_size=2)
     assert re.findall(r"^image (\d+); ", done.stdout, re.MULTILINE) == list(map(str, ids))
 
@@ -498,7 +498,7 @@ def test_the_command_of_a_rank_tables_run_goes_to_the_folder_of_the_main_rank(da
         ["bash", "-c", command], env=environment, capture_output=True, text=True, cwd="/"
     )
     assert done.returncode == 0, done.stderr
-    assert f"step {step} (epoch 1) of a run on 2 ranks" in done.stdout
+    assert f"step {step} (epoch 1) of the run, ranks: 2" in done.stdout
     ids = ids_of_order(TFRECORD, data, step, world_size=2)
     assert re.findall(r"^image (\d+); ", done.stdout, re.MULTILINE) == list(map(str, ids))
     assert (tmp_path / f"training/D0/result_npu_look/step_{step}_1.jpg").exists()

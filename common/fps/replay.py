@@ -95,7 +95,7 @@ def _replay(
         raise UserError(f"--replay {number}: the run has {total_steps} steps", "give one of them")
     _require_same_run(run, pipeline)
     epoch = ceil_div(number, steps_per_epoch)
-    print(f"step {number} (epoch {epoch}) of a run on {run.replayed.world_size} ranks")
+    print(f"step {number} (epoch {epoch}) of the run, ranks: {run.replayed.world_size}")
     print(_load_weights(run, model))
     model.train()
 

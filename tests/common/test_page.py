@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
@@ -11,46 +10,7 @@ from PIL import Image
 from common.coco import page
 from common.coco.page import write_report
 from common.errors import UserError
-from tests.pages import CLASSES, FILES, RECORD, write_evaluation, write_log
-
-VOID = {"meta", "link", "img", "input", "br"}
-
-
-class Page(HTMLParser):
-    """The elements of a page with their attributes, and the text of each section."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.elements = []
-        self.sections = {}
-        self.open = []
-        self._section = None
-        self.feed(path.read_bytes().decode("utf-8"))
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.elements.append((tag, attributes))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "section":
-            self._section = attributes["id"]
-            self.sections[self._section] = ""
-
-    def handle_startendtag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-        if tag == "section":
-            self._section = None
-
-    def handle_data(self, data):
-        if self._section and self.open[-1] not in ("script", "style"):
-            self.sections[self._section] += data
-
-    def attributes(self, tag):
-        return [attributes for name, attributes in self.elements if name == tag]
+from tests.pages import CLASSES, FILES, RECORD, Page, write_evaluation, write_log
 
 
 @pytest.fixture
