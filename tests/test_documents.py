@@ -1,5 +1,6 @@
-"""The commands that documents tell users to run, with the programs of others."""
+"""What documents tell users: commands with the programs of others, and messages of ours."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -48,3 +49,41 @@ def test_the_converters_commands_make_what_every_program_reads(tmp_path):
         assert index.class_names == ("dog",)
         assert len(index) == len(index.table) == 2
         assert index.table.box_xywh[0, 2:].round().tolist() == [10, 10]
+
+
+SOURCES = ("*.py", "*.sh", "common/**/*.py", "common/**/*.sh", "ssd_*/**/*.py", "m2det/*.py")
+VALUE = "\0"  # in place of a value of an f-string: no message has this character
+
+
+def texts_of_the_code():
+    """Every text in the programs and their shell scripts, with single spaces between words."""
+    texts = []
+    paths = [path for pattern in (*SOURCES, "fcos/*.py") for path in ROOT.glob(pattern)]
+    for path in paths:
+        if path.suffix == ".sh":
+            words_of_echo = r"[\"'] \\\n *[\"']"  # one string ends in a line, another begins
+            texts.append(re.sub(words_of_echo, " ", path.read_text()))
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                is_text = [isinstance(part, ast.Constant) for part in node.values]
+                parts = zip(node.values, is_text, strict=True)
+                texts.append("".join(part.value if text else VALUE for part, text in parts))
+    return [" ".join(text.split()) for text in texts]
+
+
+def test_the_troubleshooting_page_quotes_messages_of_the_code():
+    """A quoted message may be of several texts, of a problem and a remedy for instance."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    messages = re.findall(r"`(?:error|log): ([^`]+)`", page)
+    texts = texts_of_the_code()
+    unknown = []
+    for message in messages:
+        for piece in re.split(r"\.\.\.|; ", message):
+            words = piece.strip(" ;:,()")
+            if not any(words in text for text in texts):
+                unknown.append(f"{words!r} of {message!r}")
+    assert len(messages) > 100
+    assert not unknown, "\n".join(unknown)
