@@ -13,6 +13,7 @@ from common.errors import UserError
 
 FLAGS_ENTRY = "flags"  # of run.json, which has much else
 YAML_SUFFIXES = (".yaml", ".yml")
+REMEDY = "give the run.json of a run, or a JSON file of flags"
 
 
 def flags_of_config(path: str) -> dict[str, object]:
@@ -23,8 +24,8 @@ def flags_of_config(path: str) -> dict[str, object]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--config {path} cannot be read: {reason}") from None
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise UserError(f"--config {path} cannot be read: {reason}", REMEDY) from None
     content = _parse_yaml(path, text) if path.endswith(YAML_SUFFIXES) else _parse_json(path, text)
     if isinstance(content, dict) and isinstance(content.get(FLAGS_ENTRY), dict):
         content = content[FLAGS_ENTRY]

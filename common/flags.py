@@ -458,8 +458,8 @@ def ap_goal(args: argparse.Namespace, checkpoint: dict) -> float:
 def starting_weights(args: argparse.Namespace, model: str, ranks: Ranks) -> list[dict]:
     """Load the checkpoints that a new run starts from: the backbone's, then the detector's.
 
-    `--recipe finetune` without either takes the newest checkpoint of `model`. All ranks must call
-    it.
+    `--recipe finetune` without either takes the newest checkpoint of `model`, and notes it as a
+    flag that was given: it may not be the newest when the run is repeated. All ranks must call it.
     """
     states = []
     for path in (args.pretrained, args.checkpoint):
@@ -467,6 +467,7 @@ def starting_weights(args: argparse.Namespace, model: str, ranks: Ranks) -> list
             states.append(checkpoint.load(path))
     if args.recipe == "finetune" and not states:
         states.append(checkpoint_to_use(args, model, ranks))
+        args.given["checkpoint"] = states[0]["path"]
     return states
 
 

@@ -22,6 +22,8 @@ def subset_size(asked: str, available: int) -> int:
         raise UserError(f"--subset {asked}: is no number", remedy)
     if 0 < number < 1:
         return math.ceil(number * available)
+    if number == 1 and not asked.isdecimal():
+        raise UserError(f"--subset {asked}: is it one image or all of them?", remedy)
     if number != int(number) or not 1 <= number <= available:
         raise UserError(f"--subset {asked}: the training set has {available} images", remedy)
     return int(number)
@@ -40,8 +42,14 @@ def repeat_factors(records: CocoIndex, threshold: float) -> np.ndarray:
 
     A class that a share f of the images has, below `threshold`, gets the factor sqrt(threshold /
     f). The factor of an image is the largest of its classes. Crowds do not count. Source: Gupta et
-    al., LVIS, CVPR 2019, the appendix on repeat factor sampling.
+    al., LVIS, CVPR 2019, the appendix on repeat factor sampling. Raise UserError for a threshold
+    that is no share.
     """
+    if threshold > 1:
+        raise UserError(
+            f"--balance {threshold:g}: is a share of the images, at most 1",
+            "give a share such as 0.1",
+        )
     factors = np.ones(len(records))
     images = np.repeat(np.arange(len(records)), np.diff(records.offsets))
     is_object = ~records.table.crowd

@@ -180,10 +180,13 @@ class Progress:
             folder = self.run.output_dir if self.run.ranks.main else None
             self.run.profile.step_done(self._waited, folder)
         if self.log_due(self.steps_done):
-            self._to_report = (self.steps_done, self.window.fetch())
-            self.window = LossWindow(self.terms, self.run.device)
+            self._end_window()
             if in_host_memory(self.run.device):
                 self.report()
+
+    def _end_window(self) -> None:
+        self._to_report = (self.steps_done, self.window.fetch())
+        self.window = LossWindow(self.terms, self.run.device)
 
     def _leave_out_compilation(self) -> None:
         """Stop the clock, afterwards, for what `--compile` took in this step, and log it."""
@@ -369,8 +372,12 @@ class Progress:
         return was_evaluated and self.run.ranks.main and self.run.evaluation_options.analysis
 
     def finish(self) -> None:
-        """Write the summary and draw the curves."""
+        """Write the summary and draw the curves; of a run that ends early, log the last steps."""
         self.report()
+        ends_early = self.goal_reached or self.patience_is_over
+        if ends_early and self.window.steps and self.steps_done > self._began_at:
+            self._end_window()
+            self.report()
         log = self.run.log
         folder = self.run.output_dir
         kind = "acc" if self.run.settings.evaluate else "perf"

@@ -211,7 +211,8 @@ class Run:
     device_line: str  # what it runs on, and why
     inputs: tuple[str, ...] = ()  # files and folders that the flags name
     command: tuple[str, ...] = ()  # the words of the command line
-    flags: Mapping[str, object] | None = None  # those given, in it or in the file of --config
+    # Those given, in it or in the file of --config
+    flags: Mapping[str, object] = dataclasses.field(default_factory=dict)
     repeated: Mapping[str, object] | None = None  # the run.json of --config
     replayed: ReplayedStep | None = None  # the step of `--replay`
     profile: Profile | None = None  # of `--profile`
@@ -342,7 +343,7 @@ class Run:
             device_line=reason,
             inputs=flags.inputs(args),
             command=args.command,
-            flags=record.repeatable_flags(args.given, flags.INPUTS),
+            flags=args.given,
             repeated=record.read_record(args.config) if args.config else None,
             replayed=replayed,
             profile=profile,
@@ -527,13 +528,25 @@ class Run:
         program = describe_program(
             recipe, self.command, self.device_line, self.precision, self.ranks.world_size
         )
+        flags_to_repeat = record.repeatable_flags(self.flags, flags.INPUTS)
+        for name in record.WEIGHTS_FLAGS:
+            if name in flags_to_repeat:
+                flags_to_repeat[name] = self._path_after_renaming(flags_to_repeat[name])
         return {
             **program,
-            FLAGS_ENTRY: self.flags,
+            FLAGS_ENTRY: flags_to_repeat,
             "resumed": resumed,
             "data": record.describe_files(inputs),
             "seed": self.seed,
         }
+
+    def _path_after_renaming(self, path: str) -> str:
+        """Return where a file lies now: a former run in the output folder has been renamed."""
+        folder = os.path.abspath(self.output_dir)
+        former_runs = renamed_folders(self.output_dir)
+        if os.path.exists(path) or not former_runs or not Path(path).is_relative_to(folder):
+            return path
+        return str(former_runs[0] / Path(path).relative_to(folder))
 
     def parallel(
         self, model: nn.Module, optimizer: Optimizer, cuda_graphs: bool = False

@@ -59,7 +59,10 @@ def test_flags_of_a_file_are_checked_like_others(tmp_path, capsys):
 
 def test_a_file_of_flags_that_cannot_be_used(tmp_path):
     path = tmp_path / "a.json"
-    with pytest.raises(UserError, match=r"a\.json cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"a\.json cannot be read: No such file .*run\.json"):
+        parse("--config", str(path))
+    path.write_bytes(b"\x80")
+    with pytest.raises(UserError, match="cannot be read: it is no text"):
         parse("--config", str(path))
     for text, problem in (
         ("{", "is not JSON"),

@@ -366,3 +366,14 @@ def test_numbers_below_nought_are_refused(flag, capsys):
         parser().parse_args([f"--{flag}={least - 1}"])
     name = flag.replace("-", "_")
     assert capsys.readouterr().err.startswith(f"error: --{name} {least - 1}")
+
+
+def test_the_checkpoint_that_finetuning_finds_is_a_flag_of_its_run(monkeypatch):
+    found = {"path": "former/best.pt"}
+    monkeypatch.setattr(flags, "checkpoint_to_use", lambda args, model, ranks: found)
+    recipes = {**RECIPES, "finetune": Recipe()}
+    parser = flags.make_parser("Train.", *flags.TRAINING_GROUPS, recipes=recipes)
+    for preset, given in (("small", None), ("finetune", "former/best.pt")):
+        args = parser.parse_args([f"--recipe={preset}"])
+        assert flags.starting_weights(args, "net", None) == ([found] if given else [])
+        assert args.given.get("checkpoint") == given

@@ -98,6 +98,16 @@ def test_a_run_can_be_repeated_from_its_file_in_any_folder(tmp_path, monkeypatch
     assert of_folder(tmp_path / "out")["flags"] == {**first["flags"], "max_iters": 2}
 
 
+def test_the_file_says_where_the_weights_of_a_renamed_run_are(tmp_path):
+    run = start(tmp_path / "out", "--max_iters=1", "--kind=perf")
+    train(run, *parts_of(run))
+    weights = tmp_path / "out/iter_1.pt"
+    run = start(tmp_path / "out", "--max_iters=2", "--kind=perf", f"--checkpoint={weights}")
+    train(run, *parts_of(run))
+    (former,) = tmp_path.glob("out_*")
+    assert of_folder(tmp_path / "out")["flags"]["checkpoint"] == str(former / "iter_1.pt")
+
+
 def test_a_list_of_numbers_is_a_line(tmp_path):
     content = {"steps": [3, -5], "scale": [0.5, 1e-07], "command": ["a  b", "[ 1,  2 ]"]}
     record.RunRecord(tmp_path, content).begin()

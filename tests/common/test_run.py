@@ -520,6 +520,18 @@ def test_patience_ends_a_run_whose_metrics_come_late(tmp_path):
     assert checkpoint.load(tmp_path / f"iter_{progress.steps_done}.pt")["best"] == 0.3
 
 
+def test_the_last_steps_of_a_run_that_ends_early_are_logged(tmp_path):
+    recipe = replace(RECIPE, threshold=0.0, epochs=9, evaluation=(1, 2))
+    run = start(tmp_path, "--patience=1", recipe=recipe)
+    run.settings = replace(run.settings, log_seconds=1e6)
+    state, progress = parts_of(run, recipe)
+    aps = {4: 0.3, 8: 0.3}
+    train(run, state, progress, evaluate=lambda: state.add_evaluation(look_up, aps))
+    assert progress.logged_at == 8
+    lines = run.log.text_path.read_text().splitlines()
+    assert [line for line in lines if "Epoch [" in line and "[4/4]" in line]
+
+
 def test_patience_needs_evaluations(tmp_path):
     with pytest.raises(UserError, match="--patience 2: this run does not evaluate; omit it"):
         start(tmp_path, "--patience=2", "--kind=perf")

@@ -36,7 +36,7 @@ def test_a_subset_is_a_number_or_a_share(asked, size):
     assert subset_size(asked, 20) == size
 
 
-@pytest.mark.parametrize("asked", ["0", "21", "-1", "1.5", "half", "nan", "inf", "1e9"])
+@pytest.mark.parametrize("asked", ["0", "21", "-1", "1.5", "half", "nan", "inf", "1e9", "1.0"])
 def test_other_subsets_are_refused(asked):
     with pytest.raises(UserError, match=re.escape(f"--subset {asked}: ")):
         subset_size(asked, 20)
@@ -65,6 +65,8 @@ def test_factors_are_those_of_the_rarest_class(records):
     found = repeat_factors(records, threshold)
     assert found.tolist() == pytest.approx(factors)
     assert found.max() > 1.5
+    with pytest.raises(UserError, match="--balance 2: is a share of the images, at most 1"):
+        repeat_factors(records, 2.0)
     line = balance_line(records, threshold)
     assert f"{np.count_nonzero(found > 1)} of {len(records)} images come more than once" in line
 
