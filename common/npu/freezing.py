@@ -51,4 +51,4 @@ def trained_line(model: nn.Module) -> str:
         total += parameter.numel()
         if parameter.requires_grad:
             trained += parameter.numel()
-    return f"{trained / 1e6:.1f} of {total / 1e6:.1f} M parameters train"
+    return f"{trained / 1e6:.2f} of {total / 1e6:.2f} M parameters train"

@@ -155,8 +155,11 @@ def differences(record: Mapping[str, object], now: Mapping[str, object]) -> list
 
 
 def recipe_as_json(recipe) -> dict[str, object]:
-    """Return the numbers of a recipe by their names, with lists for tuples."""
-    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+    """Return the numbers of a recipe by their names, with lists for tuples.
+
+    Infinity, for which JSON has no number, is a text.
+    """
+    return json.loads(json.dumps(dataclasses.asdict(recipe)), parse_constant=str)
 
 
 def _now() -> str:

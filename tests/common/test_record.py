@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import math
 from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -115,6 +117,12 @@ def test_a_list_of_numbers_is_a_line(tmp_path):
     assert '"steps": [ 3, -5 ]' in text
     assert '"scale": [ 0.5, 1e-07 ]' in text
     assert content.items() <= json.loads(text).items()
+
+
+def test_a_recipe_with_infinity_is_json():
+    recipe = record.recipe_as_json(replace(RECIPE, evaluation=(0.5, -math.inf)))
+    assert recipe["evaluation"] == [0.5, "-Infinity"]
+    json.dumps(recipe, allow_nan=False)
 
 
 def test_in_what_a_repeated_run_differs():
