@@ -17,6 +17,8 @@ VOC = """<annotation><filename>{name}.jpg</filename>
 <bndbox><xmin>5</xmin><ymin>6</ymin><xmax>15</xmax><ymax>16</ymax></bndbox></object>
 </annotation>"""
 
+WEBSITE = ("mkdocs==1.6.1", "mkdocs-material==9.8.2")
+
 
 def commands(program):
     """The command lines of a program in docs/data.md."""
@@ -87,3 +89,26 @@ def test_the_troubleshooting_page_quotes_messages_of_the_code():
                 unknown.append(f"{words!r} of {message!r}")
     assert len(messages) > 100
     assert not unknown, "\n".join(unknown)
+
+
+def test_every_page_is_in_the_websites_navigation():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/**/*.md")]
+    for model in ("ssd_mmdet", "ssd_resnet34", "ssd_resnet34/tfrecord", "m2det", "fcos"):
+        pages.append(ROOT / model / "README.md")
+    named = set(re.findall(r"- .+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert {str(page.relative_to(ROOT)) for page in pages} <= named
+    for page in named:
+        assert (ROOT / ".ci/site" / page).samefile(ROOT / page)
+
+
+@pytest.mark.slow
+@pytest.mark.again  # installs packages
+def test_the_website_is_built_without_a_warning(tmp_path):
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+    pip = [environment / "bin/python", "-m", "pip", "install", "--quiet", *WEBSITE]
+    subprocess.run(pip, check=True)
+    site = tmp_path / "site"
+    build = [environment / "bin/mkdocs", "build", "--strict", "--site-dir", site]
+    subprocess.run(build, cwd=ROOT, check=True)
+    assert "wrong checksum" in (site / "docs/troubleshooting/index.html").read_text()
