@@ -104,7 +104,7 @@ def test_evaluation_takes_the_newest_checkpoint_or_the_named_one(trained, data, 
     name, values = summary(tmp_path, "eval")
     assert name.startswith("mine_SSD-ResNet34_bs")
     assert values["TrainAccuracy"] == accuracy
-    assert re.search(r"^person +AP", done.stdout, re.MULTILINE)
+    assert re.search(r"^person +\d+ +\d\.\d{3} ", done.stdout, re.MULTILINE)
 
 
 def test_format_only_writes_a_submission(trained, data, tmp_path):
