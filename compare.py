@@ -12,7 +12,7 @@ precision-recall curves and the same images side by side.
 Without a run the table has a line for each preset of the four models and of the TFRecord recipe, as
 far as they see other boxes: the size of the network input, and the share of the training set's
 boxes that have an anchor (FCOS: a point), by the size of the box in its image. No network is built
-and no image is read.
+and no image is decoded.
 """
 
 import sys

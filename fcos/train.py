@@ -21,17 +21,15 @@ from dataclasses import replace
 from torch import nn
 
 from common import flags
-from common.coco.analysis_report import write_analysis
 from common.coco.check import check_data
 from common.coco.coverage import Presets
 from common.coco.index import CocoIndex, read_index
 from common.coco.layout import Files, find_coco
-from common.coco.page import write_report
 from common.coco.report import image_by_id, turned_images
 from common.coco.sampling import balance_line
 from common.coco.trained import trained_boxes_line
 from common.errors import UserError
-from common.fps.network_size import num_parameters, size_line
+from common.fps.network_size import size_line
 from common.fps.progress import Progress
 from common.fps.replay import Pipeline, draw_batches
 from common.npu import distributed, entry
@@ -201,17 +199,8 @@ def main(argv: list[str] | None = None) -> int | None:
             state.save()
             return progress.exit_status()
         progress.finish()
-        if progress.analysis_due():
-            read_image = image_by_id(val_set, TURNS_IF_BOTH_FIT)
-            write_analysis(
-                run.output_dir,
-                val_set.annotation_file,
-                val_set.class_names,
-                read_image,
-                run.log.info,
-            )
-        if run.ranks.main:
-            write_report(run.output_dir, num_parameters(model), run.log.info)
+        read_image = image_by_id(val_set, TURNS_IF_BOTH_FIT)
+        progress.explain(model, val_set.annotation_file, val_set.class_names, read_image)
     return None
 
 

@@ -248,12 +248,12 @@ def image_rows(runs: Sequence[Measured], records: CocoIndex, turns_if_both_fit: 
         panel = draw_panel(image, boxes, ground_truth.label, records.class_names)
         panels = [{"title": "ground truth", "picture": embedded(panel)}]
         for run in runs:
-            found = run.result_rows[run.result_rows[:, 0] == records.image_ids[i]]
-            found = found[found[:, 5] >= run.min_score]
-            labels = [label_of[category_id] for category_id in found[:, 6]]
-            panel = draw_panel(
-                image, to_xyxy(found[:, 1:5]), labels, records.class_names, found[:, 5]
-            )
+            is_shown = run.result_rows[:, 0] == records.image_ids[i]
+            is_shown &= run.result_rows[:, 5] >= run.min_score
+            shown = run.result_rows[is_shown]
+            labels = [label_of[category_id] for category_id in shown[:, 6]]
+            shown_boxes = to_xyxy(shown[:, 1:5])
+            panel = draw_panel(image, shown_boxes, labels, records.class_names, shown[:, 5])
             title = f"{run.name}, score from {run.min_score:.2f}"
             panels.append({"title": title, "picture": embedded(panel)})
         rows.append({"file": Path(records.path(i)).name, "panels": panels})

@@ -48,6 +48,34 @@ class Matching(NamedTuple):
     unseen: str  # what becomes of the others
 
 
+def anchor_matching(
+    fields: tuple[str, ...], seen_boxes: Callable[[np.ndarray, Any], np.ndarray]
+) -> Matching:
+    """Return how boxes meet the anchors of a model that resizes images to a square.
+
+    The side of the square is the recipe's `image_size`; the parameters are those of Matching.
+    """
+    return Matching(
+        kind="anchors",
+        fields=("image_size", *fields),
+        input_size=_square_size,
+        boxes_in_input=_boxes_in_square,
+        seen_boxes=seen_boxes,
+        seen="an anchor overlaps the box with an IoU above 0.5",
+        unseen="learned from the one anchor that overlaps them most, too little to be found "
+        "reliably",
+    )
+
+
+def _square_size(recipe: Any) -> str:
+    return f"{recipe.image_size} x {recipe.image_size}"
+
+
+def _boxes_in_square(boxes_xyxy: np.ndarray, image_sizes: np.ndarray, recipe: Any) -> np.ndarray:
+    factors = recipe.image_size / image_sizes[:, ::-1]  # of x and y
+    return boxes_xyxy * np.tile(factors, 2)
+
+
 class Presets(NamedTuple):
     """The preset of a run, with the flags of the command on top, and all presets of its model."""
 

@@ -71,9 +71,8 @@ def write_report(
     """Write `report.html` in the folder of a run or of an evaluation, and log its path.
 
     `evaluation` describes the program that evaluated, see `describe_program`, where that was no
-    training.
-    `evaluation_folder` has the files of the evaluation, where that is not `folder`. Raise UserError
-    where the page cannot be written.
+    training. `evaluation_folder` has the files of the evaluation, where that is not `folder`. Raise
+    UserError where the page cannot be written.
     """
     evaluation_folder = evaluation_folder or folder
     logs = sorted(folder.glob("*.log.json"))

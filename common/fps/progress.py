@@ -2,16 +2,20 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from common.coco.analysis_report import ReadImage, write_analysis
 from common.coco.evaluation import Evaluation
+from common.coco.page import write_report
 from common.errors import UserError, one_line
 from common.fps.curves import draw_curves
 from common.fps.meter import Meter
+from common.fps.network_size import num_parameters
 from common.fps.profile import time_loader
 from common.fps.summary import write_summary
 from common.fps.window import LossWindow, NotFinite
@@ -28,12 +32,11 @@ class Progress:
     """Counts the steps of a run, logs them, and knows what is due.
 
     `recipe` gives `lr_at`, `batch_size`, `epochs`, `evaluation` (epochs), `eval_interval`,
-    `threshold` and `name`; `terms` are
-    the names of what is logged, the total `loss` after its summands. A run has `steps_per_epoch`
-    and ends after `total_steps`, or after `--max_iters`. Log lines follow every `--log_interval`
-    steps; the count begins anew every `log_period` steps, by default an epoch. Where the flag is
-    not given, lines that would follow another one too soon are left out, but never the last one.
-    `remedy` ends the message on a loss that is not finite.
+    `threshold` and `name`; `terms` are the names of what is logged, the total `loss` after its
+    summands. A run has `steps_per_epoch` and ends after `total_steps`, or after `--max_iters`. Log
+    lines follow every `--log_interval` steps; the count begins anew every `log_period` steps, by
+    default an epoch. Where the flag is not given, lines that would follow another one too soon are
+    left out, but never the last one. `remedy` ends the message on a loss that is not finite.
     """
 
     def __init__(
@@ -366,11 +369,6 @@ class Progress:
                 "evaluations (--patience): training ends here"
             )
 
-    def analysis_due(self) -> bool:
-        """Return whether this rank is to explain the last evaluation, at the end of the run."""
-        was_evaluated = self.last_ap != NOT_EVALUATED
-        return was_evaluated and self.run.ranks.main and self.run.evaluation_options.analysis
-
     def finish(self) -> None:
         """Write the summary and draw the curves; of a run that ends early, log the last steps."""
         self.report()
@@ -387,6 +385,11 @@ class Progress:
             return
         if not self.run.ranks.main:
             return
+        fps = None
+        if self.run.profile is not None:  # which has slowed some of the steps
+            fps = self.run.profile.images_per_second(self.images_per_step)
+        elif self._logged_losses:
+            fps = self.meter.fps_average
         closing_lines = write_summary(
             folder,
             network=self.recipe.name,
@@ -394,12 +397,39 @@ class Progress:
             num_ranks=self.run.ranks.world_size,
             kind=kind,
             seconds=time.time() - self.run.settings.started,
-            fps=self.meter.fps_average if self._logged_losses else None,
+            fps=fps,
             accuracy=None if self.last_ap == NOT_EVALUATED else self.last_ap,
             losses=self._logged_losses,
         )
         log.info("\n".join(closing_lines))
         draw_curves(sorted(folder.glob("*.log.json")), folder / "curves.png")
+
+    def explain(
+        self,
+        model: nn.Module,
+        annotation_file: str,
+        class_names: Sequence[str],
+        read_image: ReadImage,
+        evaluation_folder: Path | None = None,
+    ) -> None:
+        """Explain the last evaluation of the run, if any, and write `report.html` on the main rank.
+
+        The annotations, classes and images are those of the val set, as `write_analysis` takes
+        them. `evaluation_folder` has the files of the evaluation, where that is not the run's.
+        """
+        run = self.run
+        if not run.ranks.main:
+            return
+        was_evaluated = self.last_ap != NOT_EVALUATED
+        if was_evaluated and run.evaluation_options.analysis:
+            folder = evaluation_folder or run.output_dir
+            write_analysis(folder, annotation_file, class_names, read_image, run.log.info)
+        write_report(
+            run.output_dir,
+            num_parameters(model),
+            run.log.info,
+            evaluation_folder=evaluation_folder,
+        )
 
 
 def event_figures(evaluation: Evaluation) -> dict[str, float]:

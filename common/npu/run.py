@@ -512,7 +512,7 @@ class Run:
             yield
         except BaseException as error:
             with suppress(UserError):  # of a full disk: the first error is the one to report
-                written.end(_told(error), progress.steps_done, progress.best_ap)
+                written.end(_result_of(error), progress.steps_done, progress.best_ap)
             raise
         result = record.STOPPED if progress.interrupted else record.FINISHED
         written.end(result, progress.steps_done, progress.best_ap)
@@ -578,7 +578,7 @@ class Run:
         return function
 
 
-def _told(error: BaseException) -> str:
+def _result_of(error: BaseException) -> str:
     """Return an error as the result of a run."""
     explained = as_user_error(error) if isinstance(error, Exception) else None
     if explained is None:

@@ -22,11 +22,9 @@ from dataclasses import replace
 from torch import nn
 
 from common import flags
-from common.coco.analysis_report import write_analysis
 from common.coco.coverage import Presets
-from common.coco.page import write_report
 from common.errors import UserError
-from common.fps.network_size import num_parameters, size_line
+from common.fps.network_size import size_line
 from common.fps.progress import Progress
 from common.fps.replay import Pipeline, draw_batches
 from common.npu import distributed, entry
@@ -211,22 +209,14 @@ def main(argv: list[str] | None = None) -> int | None:
             state.save()
             return progress.exit_status()
         progress.finish()
-        if progress.analysis_due():
-            write_analysis(
-                run.output_dir / EVALUATION_FOLDER,
-                args.val_json_file,
-                val_set.class_names,
-                val_set.image_by_id,
-                run.log.info,
-            )
+        progress.explain(
+            model,
+            args.val_json_file,
+            val_set.class_names,
+            val_set.image_by_id,
+            run.output_dir / EVALUATION_FOLDER,
+        )
         port_lines.print_logged()
-        if run.ranks.main:
-            write_report(
-                run.output_dir,
-                num_parameters(model),
-                run.log.info,
-                evaluation_folder=run.output_dir / EVALUATION_FOLDER,
-            )
     return None
 
 

@@ -52,6 +52,8 @@ def test_a_profile_says_where_the_time_of_a_step_goes(tmp_path, capsys):
     output = capsys.readouterr().out
     text = output[output.index("profile of 2 steps after 10 of warm-up") :]
     whole = float(re.search(r"warm-up: ([\d.]+) ms a step", text)[1])
+    final = float(re.search(r"Final Performance images/sec : ([\d.]+)", text)[1])
+    assert final == pytest.approx(2 * 1000 / whole, rel=0.05)  # of the timed steps only
     rows = re.findall(r"^  (\w+) +([\d.]+) ms +([\d.]+)%$", text, re.MULTILINE)
     assert [name for name, _, _ in rows] == ["data", *PHASES, "other"]
     assert sum(float(milliseconds) for _, milliseconds, _ in rows) == pytest.approx(whole, abs=0.2)
