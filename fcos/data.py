@@ -360,9 +360,7 @@ def orientation_groups(records: CocoIndex) -> list[np.ndarray]:
 
 def epoch_records(records: CocoIndex, recipe: Recipe) -> EpochRecords:
     """Return which records an epoch has."""
-    factors = None
-    if recipe.balance:
-        factors = repeat_factors(records, recipe.balance)
+    factors = repeat_factors(records, recipe.balance)
     return EpochRecords(orientation_groups(records), recipe.repeat, factors)
 
 

@@ -352,9 +352,7 @@ def epoch_order(length: int, batch_size: int, world_size: int, seed: int, epoch:
 
 def epoch_records(records: CocoIndex, recipe: Recipe) -> EpochRecords:
     """Return which records an epoch has."""
-    factors = None
-    if recipe.balance:
-        factors = repeat_factors(records, recipe.balance)
+    factors = repeat_factors(records, recipe.balance)
     return EpochRecords([np.arange(len(records))], recipe.repeat, factors)
 
 

@@ -278,9 +278,7 @@ def epoch_records(records: CocoIndex, recipe: Recipe) -> EpochRecords:
     """
     is_landscape = records.sizes[:, 1] > records.sizes[:, 0]
     groups = [np.flatnonzero(~is_landscape), np.flatnonzero(is_landscape)]
-    factors = None
-    if recipe.balance:
-        factors = repeat_factors(records, recipe.balance)
+    factors = repeat_factors(records, recipe.balance)
     return EpochRecords([group for group in groups if len(group)], recipe.repeat, factors)
 
 

@@ -287,9 +287,7 @@ def prepare_image(image: np.ndarray, recipe: Recipe) -> Tensor:
 
 def epoch_records(records: CocoIndex, recipe: Recipe) -> EpochRecords:
     """Return which records an epoch has."""
-    factors = None
-    if recipe.balance:
-        factors = repeat_factors(records, recipe.balance)
+    factors = repeat_factors(records, recipe.balance)
     return EpochRecords([np.arange(len(records))], recipe.repeat, factors)
 
 

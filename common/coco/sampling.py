@@ -37,14 +37,18 @@ def draw_subset(size: int, available: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).permutation(available)[:size])
 
 
-def repeat_factors(records: CocoIndex, threshold: float) -> np.ndarray:
+def repeat_factors(records: CocoIndex, threshold: float) -> np.ndarray | None:
     """Return how often each image (I,) float64 is to come in an epoch, at least once.
+
+    With a threshold of 0 nothing is balanced: return None.
 
     A class that a share f of the images has, below `threshold`, gets the factor sqrt(threshold /
     f). The factor of an image is the largest of its classes. Crowds do not count. Source: Gupta et
     al., LVIS, CVPR 2019, the appendix on repeat factor sampling. Raise UserError for a threshold
     that is no share.
     """
+    if threshold == 0:
+        return None
     if threshold > 1:
         raise UserError(
             f"--balance {threshold:g}: is a share of the images, at most 1",

@@ -289,27 +289,8 @@ class Run:
                 warn=log.warning,
             )
             replayed = _replayed_step(args, resumed)
-        elif ranks.main:
-            resume = args.resume if profile is None else "none"
-            has_own = checkpoint.written_since(args.started, args.output_dir)
-            if has_own and profile is None and distributed.may_be_restarted():
-                resume = "auto"
-                log.warning("the launcher has started all ranks anew")
-            resumed = checkpoint.load_resume_state(
-                resume, args.output_dir, recipe.model, weights_flag, warn=log.warning
-            )
-            if resumed is None and resume == "auto":
-                log.info(
-                    f"--resume auto: no whole checkpoint in {args.output_dir}: a new run begins"
-                )
-                newest = _newest_of_renamed_runs(args.output_dir)
-                if newest is not None:
-                    log.warning(f"a former run was renamed; --resume={newest} goes on with it")
-            if resumed is not None:
-                for flag in ("pretrained", "checkpoint", "resnet_checkpoint"):
-                    path = vars(args).get(flag)
-                    if path:
-                        log.info(f"--{flag} {path} is not read: the resumed run has its own")
+        elif ranks.main and profile is None:
+            resumed = _state_to_resume(args, recipe.model, weights_flag, log)
         return Run(
             ranks=ranks,
             device=device,
@@ -608,6 +589,30 @@ def _differences(before: dict, now: dict) -> list[Difference]:
         if name in before and before[name] != value:
             differences.append(Difference(name, before[name], value))
     return differences
+
+
+def _state_to_resume(args: Namespace, model: str, weights_flag: str, log: RunLog) -> dict | None:
+    """Return the state that a run goes on from, None for a new one; log what is noticed."""
+    resume = args.resume
+    has_own = checkpoint.written_since(args.started, args.output_dir)
+    if has_own and distributed.may_be_restarted():
+        resume = "auto"
+        log.warning("the launcher has started all ranks anew")
+    state = checkpoint.load_resume_state(
+        resume, args.output_dir, model, weights_flag, warn=log.warning
+    )
+    if state is not None:
+        for flag in ("pretrained", "checkpoint", "resnet_checkpoint"):
+            path = vars(args).get(flag)
+            if path:
+                log.info(f"--{flag} {path} is not read: the resumed run has its own")
+        return state
+    if resume == "auto":
+        log.info(f"--resume auto: no whole checkpoint in {args.output_dir}: a new run begins")
+        newest = _newest_of_renamed_runs(args.output_dir)
+        if newest is not None:
+            log.warning(f"a former run was renamed; --resume={newest} goes on with it")
+    return None
 
 
 def _replayed_step(args: Namespace, state: dict | None) -> ReplayedStep:
