@@ -58,9 +58,14 @@ def has_cjk(text: str) -> bool:
 
 @lru_cache
 def cjk_font_file() -> str | None:
-    """Return the file of an installed font with Chinese characters, None where there is none."""
-    from matplotlib.font_manager import findSystemFonts
+    """Return the file of an installed font with Chinese characters, None where there is none.
 
+    matplotlib finds it; a program that only detects may not have it.
+    """
+    try:
+        from matplotlib.font_manager import findSystemFonts
+    except ImportError:
+        return None
     files = sorted(findSystemFonts())
     for beginning in CJK_FONT_FILES:
         for file in files:

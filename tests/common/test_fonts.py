@@ -1,5 +1,7 @@
 """Names with Chinese characters are drawn in a font that has them, where one is installed."""
 
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -25,6 +27,16 @@ def test_chinese_characters_are_no_empty_squares():
 def test_latin_names_keep_their_font():
     assert text_font(20, "traffic light").getname() == text_font(20).getname()
     assert font_families(["traffic light", "$x$", "café"]) == ["DejaVu Sans"]
+
+
+def test_pictures_need_no_matplotlib(monkeypatch):
+    for function in (text_font, cjk_font_file):
+        function.cache_clear()
+    monkeypatch.setitem(sys.modules, "matplotlib.font_manager", None)
+    assert text_font(20, "红绿灯").getname() == text_font(20).getname()
+    monkeypatch.undo()
+    for function in (text_font, cjk_font_file):
+        function.cache_clear()
 
 
 @NEEDS_FONT
