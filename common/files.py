@@ -1,6 +1,7 @@
 """Files that a reader finds either as they were or whole."""
 
 import errno
+import io
 import os
 import tempfile
 from collections.abc import Iterator
@@ -54,6 +55,13 @@ def write_atomically(path: Path, content: bytes) -> None:
     finally:
         if partial.exists():
             partial.unlink()
+
+
+def write_figure(path: Path | str, figure, dots_per_inch: int) -> None:
+    """Write a matplotlib figure as a PNG file, atomically."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=dots_per_inch)
+    write_atomically(path, picture.getvalue())
 
 
 def require_writable(folder: Path) -> None:

@@ -1,6 +1,5 @@
 """The picture of a training set: classes, sizes of the boxes and what is seen of them, places."""
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ from common.arithmetic import ceil_div
 from common.coco.counts import FEW_BOXES, TrainingBoxes
 from common.coco.coverage import Coverage, percent
 from common.coco.fonts import font_families
-from common.files import write_atomically
+from common.files import write_figure
 
 CLASSES_DRAWN = 30  # the most frequent ones
 NAME_LENGTH = 24  # characters of a class name
@@ -19,6 +18,7 @@ MOST_BARS = 40  # of the numbers of boxes an image
 MAP_CELLS = 32  # along a side of the map of box centres
 SEEN_COLOUR = "tab:blue"
 UNSEEN_COLOUR = "tab:orange"
+DOTS_PER_INCH = 110
 
 
 def data_picture_file(output_dir: Path) -> Path:
@@ -32,7 +32,7 @@ def draw_data(path: Path, boxes: TrainingBoxes, coverage: Coverage) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(14, 8), dpi=110, layout="constrained")
+    figure = Figure(figsize=(14, 8), layout="constrained")
     panels = figure.subplot_mosaic(
         [["classes", "sizes", "sizes"], ["classes", "images", "map"], ["classes", "ratios", "map"]],
         width_ratios=(1.1, 1, 1),
@@ -45,9 +45,7 @@ def draw_data(path: Path, boxes: TrainingBoxes, coverage: Coverage) -> None:
     _draw_centers(panels["map"], boxes)
     for axis in (panels["classes"].xaxis, panels["images"].xaxis, panels["images"].yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    write_atomically(path, picture.getvalue())
+    write_figure(path, figure, DOTS_PER_INCH)
 
 
 def _draw_classes(axes, boxes: TrainingBoxes) -> None:

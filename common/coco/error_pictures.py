@@ -1,6 +1,5 @@
 """Pictures of what went wrong: costs of errors, confusion, worst images, suspect labels."""
 
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from common.arithmetic import ceil_div
 from common.coco.analysis import ERROR_TYPES, SUSPECT_KINDS, Analysis, ImageErrors, Suspect
 from common.coco.draw import draw_boxes, fit_image, write_png
 from common.coco.fonts import font_families, has_cjk, text_font
-from common.files import write_atomically
+from common.files import write_figure
 
 # Colours that colour-blind people can tell apart, all bright enough for black letters.
 RIGHT_COLOUR = "#7fb2ff"
@@ -23,6 +22,7 @@ TEXT_COLOUR = "#333333"
 OUTSIDE_COLOUR = "#dddddd"  # where a cut-out reaches over the border of the image
 BAR_COLOUR = "#4c78a8"
 SUM_COLOUR = "#9aa5b1"
+DOTS_PER_INCH = 110
 
 # Of the sheets, in pixels.
 PANEL_SIDE = 460
@@ -70,7 +70,7 @@ def draw_errors(path: Path, analysis: Analysis) -> None:
     axes.set_title(f"what costs AP50, which is {100 * analysis.ap50:.1f}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.3)
-    _save(path, figure)
+    write_figure(path, figure, DOTS_PER_INCH)
 
 
 def draw_confusion(
@@ -137,7 +137,7 @@ def draw_confusion(
     if not is_small:
         note = note.replace("colours", f"colours and numbers from {100 * WRITTEN_SHARE:.0f} %")
     figure.text(0.01, 0.08 / height, note, fontsize="small", color=TEXT_COLOUR)
-    _save(path, figure)
+    write_figure(path, figure, DOTS_PER_INCH)
 
 
 def _columns(name: str) -> int:
@@ -151,12 +151,6 @@ def confusion_shares(confusion: np.ndarray) -> np.ndarray:
     num_detected = confusion.sum(axis=0).clip(min=1)
     shares[-1] = confusion[-1] / num_detected
     return shares
-
-
-def _save(path: Path, figure) -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
-    write_atomically(path, picture.getvalue())
 
 
 class WorstExample(NamedTuple):

@@ -25,7 +25,7 @@ from common.coco.matching import (
     confusion_matrix,
 )
 from common.errors import UserError
-from common.files import write_atomically
+from common.files import write_atomically, write_figure
 
 STATS = (
     "AP",
@@ -425,6 +425,4 @@ def draw_pr_curves(path: Path, evaluation: Evaluation) -> None:
     axes.set_title(f"mean of {num_present} classes")
     figure.legend(loc="outside lower center", ncols=len(curves))
     axes.grid(alpha=0.3)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    write_atomically(path, picture.getvalue())
+    write_figure(path, figure, dots_per_inch=120)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from common.files import write_atomically
+from common.files import write_figure
 from common.fps.calc_fps import read_json_log
 
 WIDTH = 10.0  # of the picture, in inches
@@ -57,7 +57,7 @@ def draw_curves(log_json_paths: Sequence[str | Path], out_png: str | Path) -> No
     """
     panels = read_panels(log_json_paths)
     height = MARGIN + PANEL_HEIGHT * len(panels)
-    figure = Figure(figsize=(WIDTH, height), dpi=DOTS_PER_INCH, layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True)
     for ax, panel in zip(axes, panels, strict=True):
         draw_panel(ax, panel)
@@ -67,9 +67,7 @@ def draw_curves(log_json_paths: Sequence[str | Path], out_png: str | Path) -> No
     steps_per_epoch = find_steps_per_epoch(panels)
     if steps_per_epoch is not None:
         draw_epochs(axes[0], steps_per_epoch)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    write_atomically(out_png, picture.getvalue())
+    write_figure(out_png, figure, DOTS_PER_INCH)
 
 
 def read_panels(log_json_paths: Sequence[str | Path]) -> list[Panel]:
