@@ -185,8 +185,11 @@ def trainings(folder: Path) -> list[dict]:
 
     Files that are no record are left out.
     """
-    found = [read_record(path) for path in folder.glob("run*.json")]
-    records = [record for record in found if record is not None]
+    records = []
+    for path in folder.glob("run*.json"):
+        record = read_record(path)
+        if record is not None:
+            records.append(record)
     records.sort(key=lambda record: record["started"])
     return records
 
