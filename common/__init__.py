@@ -6,4 +6,6 @@ that makes `import torch` fail. `common.npu.device` loads it instead, with a hel
 
 import os
 
+__version__ = "1.0.0"  # of the whole project; the only place that has it
+
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")

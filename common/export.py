@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import flags
+from common import __version__, flags
 from common.coco.detections import Detections
 from common.coco.images import read_image
 from common.coco.sample import write_sample
@@ -706,10 +706,13 @@ def count_without_counterpart(expected, exported, max_detections: int) -> int:
 
 
 def describe(graph, notes: dict[str, str], recipe, fields: tuple[str, ...]) -> None:
-    """Put notes and the recipe's numbers that a deployer needs, as JSON, into the metadata."""
+    """Put notes, our version and the recipe's numbers that a deployer needs into the metadata.
+
+    The numbers are written as JSON.
+    """
     import onnx
 
-    metadata = dict(notes)
+    metadata = {**notes, "onestage_version": __version__}
     for field in fields:
         metadata[field] = json.dumps(getattr(recipe, field))
     onnx.helper.set_model_props(graph, metadata)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from common import __version__
 from common.config_file import flags_of_config, words_of_flag
 
 # Flags for which -1 has a meaning, and those of which there must be one at least; all other numbers
@@ -115,6 +116,11 @@ class Parser(argparse.ArgumentParser):
     old_flags: tuple[OldFlag, ...] = ()
     reads_config = False
     preset_helps: Mapping[str, Mapping[str, str]] = {}
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        text = f"onestage {__version__}"
+        self.add_argument("--version", action="version", version=text, help="print it and exit")
 
     def parse_args(self, argv=None, namespace=None):
         words = sys.argv[1:] if argv is None else list(argv)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from common import __version__
 from common.errors import UserError
 
 OLDEST_TORCH = (2, 6)
@@ -374,7 +375,11 @@ def device_versions(device: torch.device) -> list[str]:
 
 def versions() -> dict[str, str]:
     """Return the versions of what this run uses by their names, torch_npu's where it is loaded."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
+    found = {
+        "onestage": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     if "torch_npu" in sys.modules:
         found["torch_npu"] = sys.modules["torch_npu"].__version__
     found["platform"] = platform.platform()

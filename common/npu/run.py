@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from common import flags
+from common import __version__, flags
 from common.coco.evaluation import EvaluationOptions, require_evaluator
 from common.coco.layout import Files
 from common.coco.sampling import draw_subset, subset_size
@@ -698,6 +698,7 @@ class RunState:
         }
         self.description = {
             "written_by": recipe.model,
+            "onestage_version": __version__,
             "recipe": dataclasses.asdict(recipe),
             "classes": list(train_set.class_names),
             "category_ids": list(val_set.category_ids),

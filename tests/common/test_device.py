@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from common import __version__
 from common.errors import UserError
 from common.npu import device as module
 from common.npu.device import (
@@ -186,6 +187,7 @@ def test_what_differs_between_devices():
     assert chunk_size(torch.zeros(7, 2, device="meta")) == 7
     assert record_event(CPU) is None
     assert 20 < memory_mib(CPU) < 1 << 20
+    assert environment().startswith(f"onestage {__version__}, python ")
     assert f"torch {torch.__version__}" in environment()
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from common import __version__
 from common.coco.layout import Files
 from common.npu import record
 from tests.common.test_run import RECIPE, parts_of, start, train
@@ -42,6 +43,7 @@ def test_a_run_says_what_it_was_and_how_it_ended(tmp_path):
     }
     assert at_end["recipe"]["lr"] == 0.1
     assert (at_end["ranks"], at_end["resumed"]) == (1, None)
+    assert at_end["versions"]["onestage"] == __version__
     assert at_end["versions"]["torch"] == torch.__version__
     assert at_end["data"] == [
         {"path": str(tmp_path)},
