@@ -162,8 +162,15 @@ RECIPES: dict[str, Recipe] = {
     "1p": SSD300,
     "8p": SSD300,
     "ssd512": SSD512,
-    # From a checkpoint, whose network it takes; the schedule follows --epochs.
+    # From a checkpoint, whose network it takes; the schedule follows --epochs. An epoch is one pass
+    # over the images, as in the other models; by default there are as many passes as in the rest.
     "finetune": replace(
-        SSD300, lr_decay_epochs=(), lr_decay_at=DECAYS, evaluation=(), eval_interval=AUTOMATIC
+        SSD300,
+        epochs=120,
+        repeat=1,
+        lr_decay_epochs=(),
+        lr_decay_at=DECAYS,
+        evaluation=(),
+        eval_interval=AUTOMATIC,
     ),
 }

@@ -69,3 +69,10 @@ def test_named_epochs_take_the_place_of_the_parts(model):
     recipe = finetune(model, epochs=20, **{field: (10, 20)})
     rates = [recipe.lr_at(step, 100, 1, recipe.batch_size) for step in (999, 1000, 1999)]
     assert rates[1] == rates[2] == pytest.approx(rates[0] / 10)
+
+
+def test_an_epoch_of_finetuning_is_one_pass():
+    for model in MODELS:
+        assert finetune(model).repeat == 1
+    rest = importlib.import_module("ssd_mmdet.config").RECIPES["1p"]
+    assert finetune("ssd_mmdet").epochs == rest.epochs * rest.repeat
