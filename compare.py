@@ -217,10 +217,7 @@ def load_state(run: str) -> dict:
     folder = Path(run)
     if not folder.is_dir():
         return checkpoint.load(run)
-    best = folder / checkpoint.BEST
-    if best.is_file():
-        return checkpoint.load(best)
-    state = checkpoint.load_newest(folder)
+    state = checkpoint.load_best(folder)
     if state is None:
         raise UserError(f"{run}: no checkpoint in this folder", "give the folder of a run")
     return state

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ FLAGS = (
         "files",
         "--checkpoint --checkpoint-path",
         "",
-        "weights to start from; by default the newest checkpoint (train: none)",
+        "weights to start from; by default the newest checkpoint (train: none; finetune: the best)",
     ),
     # How results are reported.
     Flag("evaluation", "--per-class", False, "print the figures of every class"),
@@ -458,32 +459,38 @@ def ap_goal(args: argparse.Namespace, checkpoint: dict) -> float:
 def starting_weights(args: argparse.Namespace, model: str, ranks: Ranks) -> list[dict]:
     """Load the checkpoints that a new run starts from: the backbone's, then the detector's.
 
-    `--recipe finetune` without either takes the newest checkpoint of `model`, and notes it as a
-    flag that was given: it may not be the newest when the run is repeated. All ranks must call it.
+    `--recipe finetune` without either takes the checkpoint of highest AP of the newest run of
+    `model`, and notes it as a flag that was given: the run may not be the newest when this one is
+    repeated. All ranks must call it.
     """
     states = []
     for path in (args.pretrained, args.checkpoint):
         if path:
             states.append(checkpoint.load(path))
     if args.recipe == "finetune" and not states:
-        states.append(checkpoint_to_use(args, model, ranks))
+        states.append(checkpoint_to_use(args, model, ranks, checkpoint.load_best))
         args.given["checkpoint"] = states[0]["path"]
     return states
 
 
-def checkpoint_to_use(args: argparse.Namespace, model: str, ranks: Ranks | None = None) -> dict:
+def checkpoint_to_use(
+    args: argparse.Namespace,
+    model: str,
+    ranks: Ranks | None = None,
+    load_from: Callable[[Path], dict | None] = checkpoint.load_newest,
+) -> dict:
     """Load `--checkpoint`, else the newest whole checkpoint that the main rank finds.
 
     It looks in `--output-dir`, then in folders beside it and in those of the launch scripts there,
-    the last changed one first. Runs of other models than `model` are passed over. Raise UserError
-    where there is none.
+    the last changed one first. `load_from` takes a checkpoint of a folder, None where it has none.
+    Runs of other models than `model` are passed over. Raise UserError where there is none.
     """
     if args.checkpoint:
         return checkpoint.load(args.checkpoint)
     ranks = ranks or Ranks()
     state = None
     if ranks.main:
-        state = _newest_around(args.output_dir, model)
+        state = _newest_around(args.output_dir, model, load_from)
     state = ranks.from_main(state)
     if state is None:
         raise UserError(
@@ -492,13 +499,15 @@ def checkpoint_to_use(args: argparse.Namespace, model: str, ranks: Ranks | None 
     return state
 
 
-def _newest_around(output_dir: Path, model: str) -> dict | None:
+def _newest_around(
+    output_dir: Path, model: str, load_from: Callable[[Path], dict | None]
+) -> dict | None:
     parent = output_dir.absolute().parent
     neighbours = [*parent.glob("*"), *parent.glob("test/output/*")]
     folders = [path for path in neighbours if path.is_dir()]
     folders.sort(key=os.path.getmtime, reverse=True)
     for folder in (output_dir, *folders):
-        state = checkpoint.load_newest(folder)
+        state = load_from(folder)
         if state is None:
             continue
         actual = model_of(state, tensors_of(state))

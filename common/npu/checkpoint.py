@@ -190,6 +190,17 @@ def load_newest(folder: Path, warn: Callable[[str], None] | None = None) -> dict
     return None
 
 
+def load_best(folder: Path) -> dict | None:
+    """Load `best.pt` of a folder, else its newest whole checkpoint."""
+    best = folder / BEST
+    if best.is_file():
+        try:
+            return load(best)
+        except UserError as error:
+            print(f"skipping {error}", file=sys.stderr)
+    return load_newest(folder)
+
+
 def load_resume_state(
     resume: str,
     folder: Path,

@@ -206,6 +206,18 @@ def test_the_best_one_is_found_where_there_is_no_other(tmp_path):
     assert checkpoint.load_newest(tmp_path)["path"] == str(tmp_path / "iter_1.pt")
 
 
+def test_of_a_run_the_best_one_is_taken_before_the_newest(tmp_path, capsys):
+    assert checkpoint.load_best(tmp_path) is None
+    checkpoint.save(tmp_path / "iter_9.pt", {"run": {}, "iteration": 9})
+    assert checkpoint.load_best(tmp_path)["path"] == str(tmp_path / "iter_9.pt")
+    checkpoint.save(tmp_path / "best.pt", {"run": {}, "iteration": 3})
+    assert checkpoint.load_best(tmp_path)["path"] == str(tmp_path / "best.pt")
+    (tmp_path / "best.pt").write_bytes(b"half")
+    capsys.readouterr()
+    assert checkpoint.load_best(tmp_path)["path"] == str(tmp_path / "iter_9.pt")
+    assert "best.pt" in capsys.readouterr().err
+
+
 def test_later_checkpoints_are_set_aside_and_not_deleted(tmp_path):
     for iteration in (5, 40, 300):
         checkpoint.save(tmp_path / f"iter_{iteration}.pt", state(float(iteration)))

@@ -11,6 +11,7 @@ import torch
 from common import flags
 from common.errors import UserError
 from common.npu import checkpoint
+from common.npu.distributed import Ranks
 
 
 def option(default, *flags):
@@ -368,12 +369,16 @@ def test_numbers_below_nought_are_refused(flag, capsys):
     assert capsys.readouterr().err.startswith(f"error: --{name} {least - 1}")
 
 
-def test_the_checkpoint_that_finetuning_finds_is_a_flag_of_its_run(monkeypatch):
-    found = {"path": "former/best.pt"}
-    monkeypatch.setattr(flags, "checkpoint_to_use", lambda args, model, ranks: found)
+def test_the_best_checkpoint_that_finetuning_finds_is_a_flag_of_its_run(tmp_path):
+    for name in ("best.pt", "iter_9.pt"):
+        checkpoint.save(tmp_path / "former" / name, {"written_by": "net"})
+    best = str(tmp_path / "former/best.pt")
     recipes = {**RECIPES, "finetune": Recipe()}
     parser = flags.make_parser("Train.", *flags.TRAINING_GROUPS, recipes=recipes)
-    for preset, given in (("small", None), ("finetune", "former/best.pt")):
-        args = parser.parse_args([f"--recipe={preset}"])
-        assert flags.starting_weights(args, "net", None) == ([found] if given else [])
+    for preset, given in (("small", None), ("finetune", best)):
+        args = parser.parse_args([f"--recipe={preset}", f"--output_dir={tmp_path}/new"])
+        states = flags.starting_weights(args, "net", Ranks())
+        assert [state["path"] for state in states] == ([given] if given else [])
         assert args.given.get("checkpoint") == given
+    # An evaluation is of the newest one.
+    assert flags.checkpoint_to_use(args, "net")["path"] == str(tmp_path / "former/iter_9.pt")
