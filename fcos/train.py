@@ -109,17 +109,9 @@ def main(argv: list[str] | None = None) -> int | None:
     for checkpoint in weights:
         report = load_weights(model, checkpoint, train_set.class_names)
         run.log.info(f"{checkpoint['path']}: {report}")
-    if run.resumed is None:
-        frozen = len(weights) > 0
-    else:
-        frozen = run.resumed_identity("backbone frozen")
+    frozen = freezes_backbone(run, has_weights=len(weights) > 0)
     if frozen:
         model.backbone.freeze()
-    elif run.resumed is None:
-        run.log.info(
-            "weights: random: nothing is frozen, batch norm trains; for --pretrained: "
-            "bash download_weights.sh fcos"
-        )
     run.freeze(model, backbone_stages(model), has_weights=len(trained) > 0)
     if run.ranks.main and not run.only_draws:
         run.log.info(size_line(model, *canvas))
@@ -241,6 +233,22 @@ def read_data(
     if run.settings.evaluate:
         val_set.require_annotations()
     return run.subset_of(training_records(index)), val_set
+
+
+def freezes_backbone(run: Run, has_weights: bool) -> bool:
+    """Return whether the backbone's stem, first stage and batch norms stay as they are.
+
+    The recipe keeps them so because they are trained. Random ones must train, which is logged. A
+    resumed run goes on as it began: its network has weights in either case.
+    """
+    if run.resumed is not None:
+        return run.resumed_identity("backbone frozen")
+    if not has_weights:
+        run.log.info(
+            "weights: random: nothing is frozen, batch norm trains; for --pretrained: "
+            "bash download_weights.sh fcos"
+        )
+    return has_weights
 
 
 def evaluate(
