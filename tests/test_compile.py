@@ -180,6 +180,23 @@ def test_a_compiled_run_is_the_same_run(model, data, tmp_path, quick_compiler):
     assert list(states[0]["model"]) == list(states[1]["model"])
 
 
+@pytest.mark.parametrize(
+    ("model", "frozen"), [("ssd_mmdet", "backbone.features."), ("fcos", "backbone.")]
+)
+def test_a_compiled_run_keeps_frozen_stages(model, frozen, data, tmp_path, quick_compiler):
+    run(model, data, tmp_path / "start", "--kind=perf", "--max_iters=1")
+    before = checkpoint.load(tmp_path / "start/iter_1.pt")["model"]
+    flags = (f"--checkpoint={tmp_path}/start/iter_1.pt", "--kind=perf", "--max_iters=2")
+    log = run(model, data, tmp_path / "frozen", *flags, "--freeze=backbone", "--compile")
+    assert "--compile took" in log
+    run(model, data, tmp_path / "plain", *flags, "--freeze=backbone")
+    assert_same_losses(model, tmp_path / "plain", tmp_path / "frozen")
+    after = checkpoint.load(tmp_path / "frozen/iter_2.pt")["model"]
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed
+    assert not [name for name in changed if name.startswith(frozen)]
+
+
 @pytest.mark.slow
 @pytest.mark.again
 @pytest.mark.parametrize("model", MODELS)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
 from common.errors import UserError
 from common.npu import checkpoint
+from ssd_resnet34.tfrecord.loss import decay_term
 from tests import scripts
 from tests.small_models import MODELS, module
 from tests.test_own_data import SHORT, SMALL
@@ -63,3 +65,12 @@ def test_the_whole_backbone_and_wrong_values(data, tmp_path):
     after = checkpoint.load(tmp_path / "run/iter_2.pt")["model"]
     for name, value in after.items():
         assert torch.equal(value, before[name]) == name.startswith("model."), name
+
+
+def test_frozen_weights_are_not_in_the_printed_decay():
+    layers = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    frozen, trained = layers
+    frozen.requires_grad_(False)
+    expected = decay_term(trained.parameters(), 0.5)
+    assert expected > 0
+    assert decay_term(layers.parameters(), 0.5) == expected

@@ -47,6 +47,8 @@ def main() -> int:
     # Before a rank is started, --help and a mistyped flag are answered once, not in every log.
     args = parse(program_flags, "Train and evaluate on the devices of this host.")
     flags.chosen_recipe(args, RECIPES)
+    if args.config:  # a rank starts in another folder
+        program_flags = [*program_flags, f"--config={os.path.abspath(args.config)}"]
     training_folder = Path("training").absolute()
     environments = {0: {}}
     world_size = 1

@@ -78,5 +78,9 @@ class DetectionLoss(nn.Module):
 
 @torch.no_grad()
 def decay_term(parameters: Iterable[Tensor], weight_decay: float) -> Tensor:
-    """Return the weight-decay term of the printed loss; the optimiser adds its gradient itself."""
-    return weight_decay / 2 * nn.utils.get_total_norm(parameters).square()
+    """Return the weight-decay term of the printed loss; the optimiser adds its gradient itself.
+
+    Parameters that do not train have none.
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    return weight_decay / 2 * nn.utils.get_total_norm(trained).square()

@@ -45,6 +45,19 @@ def test_help_and_a_wrong_flag_are_answered_once(
     assert list(tmp_path.iterdir()) == []  # no rank was started
 
 
+def test_a_rank_finds_the_file_of_flags_from_its_own_folder(monkeypatch, tmp_path, capsys):
+    (tmp_path / "flags.json").write_text('{"amp": "O0"}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RANK_TABLE_FILE", raising=False)
+    monkeypatch.setattr("sys.argv", ["launch.py", "--config", "flags.json", "--mode=eval"])
+    # The rank has read the file and ends by what it lacks first.
+    assert launch.main() == 1
+    log = (tmp_path / "training/D0/train_0.log").read_text()
+    assert "flags.json" not in log
+    assert "no checkpoint in --model_dir=result_npu" in log
+    assert "no checkpoint" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("returncodes", "signals", "status", "lines"),
     [
