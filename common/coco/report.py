@@ -55,7 +55,10 @@ def report_results(
         save_results(results_path, result_rows)
     evaluation = evaluate(annotation_file, result_rows, options.faster, classes)
     count = f"{len(result_rows)} detections in {num_images} images"
-    log(f"{evaluation.text}\n{count}: {results_path}")
+    if options.table:
+        log(f"{evaluation.text}\n{count}: {results_path}")
+    else:
+        log(f"{count}, AR100 {evaluation.stats['AR100']:.4f}: {results_path}")
     if options.per_class:
         log(per_class_lines(evaluation))
     if goal is not None:

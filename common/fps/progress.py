@@ -83,6 +83,7 @@ class Progress:
         self.window = LossWindow(terms, run.device)
         self.meter = Meter(self.images_per_step)
         self._evaluated_at = -1
+        self._last_table = ""  # of COCO's figures
         self._began_at = 0  # steps done when this process began
         self.logged_at = 0  # steps done at the last log line
         self._to_report: tuple[int, LossWindow] | None = None  # on its way from the device
@@ -346,6 +347,7 @@ class Progress:
         ap = None
         if evaluation is not None:
             ap = evaluation.stats["AP"]
+            self._last_table = evaluation.text
             self.run.log.val(steps_done, self.lr(steps_done - 1), evaluation.mmdet())
             self.run.log.add_events(steps_done, event_figures(evaluation), evaluation.pictures())
         self.last_ap = self.run.ranks.from_main(ap)
@@ -379,6 +381,8 @@ class Progress:
         log = self.run.log
         folder = self.run.output_dir
         kind = "acc" if self.run.settings.evaluate else "perf"
+        if self._last_table:
+            log.info(f"the last evaluation:\n{self._last_table}")
         log.info(self.meter.formula)
         if not self._logged_losses and any(folder.glob(f"*p_{kind}.log")):
             log.info("nothing was left to log: curves and summary stay as they were")

@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from functools import partial
+from glob import escape, glob
 from pathlib import Path
 
 from common.config_file import FLAGS_ENTRY
@@ -29,7 +30,8 @@ GIT_SECONDS = 10
 READ_AT_ONCE = 1 << 20  # bytes
 # The flags that name files and folders, besides those in `flags.INPUTS`.
 OUTPUT_FLAGS = ("output_dir", "model_dir")
-WEIGHTS_FLAGS = ("checkpoint", "pretrained", "resnet_checkpoint", "resume")
+FLAGS_OF_START_WEIGHTS = ("checkpoint", "pretrained", "resnet_checkpoint")
+WEIGHTS_FLAGS = (*FLAGS_OF_START_WEIGHTS, "resume")
 WORDS_OF_RESUME = ("none", "auto")  # which are no files
 
 
@@ -111,6 +113,21 @@ def describe_files(paths: Iterable[str]) -> list[dict[str, str]]:
     return list(described.values())
 
 
+def describe_weights(paths: Iterable[str]) -> list[dict[str, str]]:
+    """Return absolute paths of weights, of files with their SHA-256.
+
+    A path that is no file may be the beginning of the names of a TensorFlow checkpoint's files.
+    """
+    described = []
+    for path in paths:
+        files = [path] if os.path.isfile(path) else sorted(glob(f"{escape(path)}.*"))
+        if not files:
+            described.append({"path": path})
+        for file in files:
+            described.append({"path": file, "sha256": sha256(file)})
+    return described
+
+
 def sha256(path: str) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
     digest = hashlib.sha256()
@@ -138,7 +155,8 @@ def commit() -> str | None:
 def differences(record: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     """Return in what a run differs from the one whose record it repeats, a line each.
 
-    Compared are the ranks, the numbers of the recipe, and the annotation files of the same paths.
+    Compared are the ranks, the numbers of the recipe, and the annotation files and weights of the
+    same paths.
     """
     lines = []
     before = {"ranks": record.get("ranks"), **record.get("recipe", {})}
@@ -147,8 +165,9 @@ def differences(record: Mapping[str, object], now: Mapping[str, object]) -> list
     for name, value in today.items():
         if name in before and before[name] != value:
             lines.append(f"{name} is {value}; it was {before[name]}")
-    hashes = {file["path"]: file.get("sha256") for file in record.get("data", [])}
-    for file in now["data"]:
+    files_before = [*record.get("data", []), *record.get("weights", [])]
+    hashes = {file["path"]: file.get("sha256") for file in files_before}
+    for file in [*now["data"], *now["weights"]]:
         if "sha256" in file and hashes.get(file["path"], file["sha256"]) != file["sha256"]:
             lines.append(f"{file['path']} has another content than it had")
     return lines

@@ -241,7 +241,7 @@ class Run:
             raise UserError(
                 "--look and --replay need one process", "start it with python3, without torchrun"
             )
-        evaluation_options = flags.evaluation_options(args)
+        evaluation_options = flags.evaluation_options(args)._replace(table=False)
         profile = None
         max_iters = args.max_iters
         if args.profile:
@@ -274,6 +274,11 @@ class Run:
         log = RunLog(ranks, workers)
         log.info(reason)
         log.info(f"precision: {precision}")
+        if profile is not None and args.max_iters:
+            log.warning(
+                f"--max_iters {args.max_iters} has no effect: --profile {profile.steps} takes "
+                f"{profile.num_steps} steps"
+            )
         obstacle = obstacle_to_fused_sgd(device)
         if obstacle is not None:
             log.info(f"optimizer: SGD over lists of tensors, not fused: {obstacle}")
@@ -513,10 +518,16 @@ class Run:
         for name in record.WEIGHTS_FLAGS:
             if name in flags_to_repeat:
                 flags_to_repeat[name] = self._path_after_renaming(flags_to_repeat[name])
+        weights = []
+        if self.resumed is None:  # else they are not read
+            for name in record.FLAGS_OF_START_WEIGHTS:
+                if flags_to_repeat.get(name):
+                    weights.append(flags_to_repeat[name])
         return {
             **program,
             FLAGS_ENTRY: flags_to_repeat,
             "resumed": resumed,
+            "weights": record.describe_weights(weights),
             "data": record.describe_files(inputs),
             "seed": self.seed,
         }

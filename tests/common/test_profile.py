@@ -79,6 +79,14 @@ def test_a_profile_is_of_a_new_run_that_is_long_enough(tmp_path):
         step_through(tmp_path, "--profile=4")
 
 
+def test_a_limit_of_steps_that_a_profile_does_not_know_is_said(tmp_path, capsys):
+    start(tmp_path, "--max_iters=5")
+    assert "--max_iters" not in capsys.readouterr().out
+    start(tmp_path, "--profile=2", "--max_iters=5")
+    message = "--max_iters 5 has no effect: --profile 2 takes 14 steps"
+    assert message in capsys.readouterr().out
+
+
 def test_without_it_nothing_is_wrapped(tmp_path):
     run = start(tmp_path)
     assert run.compiled(augment, "augment") is augment

@@ -112,6 +112,40 @@ def test_the_file_says_where_the_weights_of_a_renamed_run_are(tmp_path):
     assert of_folder(tmp_path / "out")["flags"]["checkpoint"] == str(former / "iter_1.pt")
 
 
+def test_weights_have_hashes_and_other_ones_are_noticed(tmp_path, capsys):
+    weights = tmp_path / "net.pth"
+    torch.save({"model": {"a": torch.ones(1)}}, weights)
+    words = (f"--checkpoint={weights}", "--max_iters=1", "--kind=perf")
+    run = start(tmp_path / "out", *words)
+    train(run, *parts_of(run))
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert of_folder(tmp_path / "out")["weights"] == [{"path": str(weights), "sha256": digest}]
+
+    torch.save({"model": {"a": torch.zeros(1)}}, weights)
+    run = start(tmp_path / "again", f"--config={tmp_path}/out/run.json")
+    run.output_dir = tmp_path / "again"
+    train(run, *parts_of(run))
+    assert f"{weights} has another content than it had" in capsys.readouterr().out
+
+    # A run that goes on does not read them.
+    run = start(tmp_path / "out", *words, "--max_iters=2", "--resume=auto")
+    state, progress = parts_of(run)
+    state.restore()
+    train(run, state, progress)
+    assert of_folder(tmp_path / "out")["weights"] == []
+
+
+def test_weights_of_tensorflow_are_several_files(tmp_path):
+    for name in ("model.ckpt-5.index", "model.ckpt-5.data-00000-of-00001", "model.ckpt-50.index"):
+        (tmp_path / name).write_text(name)
+    files = record.describe_weights([str(tmp_path / "model.ckpt-5")])
+    names = [file["path"].rpartition("/")[2] for file in files]
+    assert names == ["model.ckpt-5.data-00000-of-00001", "model.ckpt-5.index"]
+    assert files[1]["sha256"] == hashlib.sha256(b"model.ckpt-5.index").hexdigest()
+    folder = {"path": str(tmp_path)}
+    assert record.describe_weights([str(tmp_path)]) == [folder]
+
+
 def test_a_list_of_numbers_is_a_line(tmp_path):
     content = {"steps": [3, -5], "scale": [0.5, 1e-07], "command": ["a  b", "[ 1,  2 ]"]}
     record.RunRecord(tmp_path, content).begin()
@@ -129,15 +163,22 @@ def test_a_recipe_with_infinity_is_json():
 
 def test_in_what_a_repeated_run_differs():
     files = [{"path": "/a.json", "sha256": "1"}, {"path": "/images"}]
-    before = {"ranks": 8, "recipe": {"lr": 0.1, "steps": [3], "gone": 1}, "data": files}
+    before = {
+        "ranks": 8,
+        "recipe": {"lr": 0.1, "steps": [3], "gone": 1},
+        "data": files,
+        "weights": [{"path": "/w.pt", "sha256": "4"}],
+    }
     assert record.differences(before, {**before, "recipe": {"lr": 0.1, "steps": (3,)}}) == []
     now = {
         "ranks": 1,
         "recipe": {"lr": 0.2, "steps": [3], "new": 5},
         "data": [{"path": "/a.json", "sha256": "2"}, {"path": "/b.json", "sha256": "3"}],
+        "weights": [{"path": "/w.pt", "sha256": "5"}],
     }
     assert record.differences(before, now) == [
         "ranks is 1; it was 8",
         "lr is 0.2; it was 0.1",
         "/a.json has another content than it had",
+        "/w.pt has another content than it had",
     ]

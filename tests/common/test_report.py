@@ -94,6 +94,16 @@ def test_metrics_are_logged_where_no_file_can_be_written(result_rows, tmp_path):
     assert lines[-1].startswith("Current AP: ")
 
 
+def test_in_training_a_line_stands_for_the_table(result_rows, tmp_path):
+    lines = []
+    options = PLAIN._replace(table=False)
+    evaluation = report.report_results(result_rows, VAL, 50, tmp_path, options, lines.append)
+    (line,) = lines
+    count = f"{len(result_rows)} detections in 50 images"
+    figure = f"{evaluation.stats['AR100']:.4f}"
+    assert line == f"{count}, AR100 {figure}: {tmp_path}/results.bbox.json"
+
+
 def test_the_ap_of_every_class_comes_in_columns(result_rows, tmp_path):
     lines = []
     options = EvaluationOptions(per_class=True, faster=False)

@@ -132,7 +132,13 @@ def opened(run, data_files=()):
 
 def evaluation(ap):
     metrics = {"bbox_mAP": ap, "bbox_mAP_50": ap, "bbox_mAP_75": ap}
-    return SimpleNamespace(stats={"AP": ap}, classes=[], mmdet=lambda: metrics, pictures=list)
+    return SimpleNamespace(
+        stats={"AP": ap},
+        text=f"table of {ap}",
+        classes=[],
+        mmdet=lambda: metrics,
+        pictures=list,
+    )
 
 
 def test_nothing_is_written_before_the_output_is_opened(tmp_path):
@@ -532,6 +538,17 @@ def test_the_last_steps_of_a_run_that_ends_early_are_logged(tmp_path):
     assert [line for line in lines if "Epoch [" in line and "[4/4]" in line]
 
 
+def test_the_table_of_the_last_evaluation_is_logged_at_the_end(tmp_path):
+    recipe = replace(RECIPE, threshold=0.0, epochs=9, evaluation=(1, 2))
+    run = start(tmp_path, "--patience=1", recipe=recipe)
+    assert not run.evaluation_options.table
+    state, progress = parts_of(run, recipe)
+    aps = {4: 0.3, 8: 0.2}
+    train(run, state, progress, evaluate=lambda: state.add_evaluation(look_up, aps))
+    lines = run.log.text_path.read_text().splitlines()
+    assert [line for line in lines if "table of" in line] == ["table of 0.2"]
+
+
 def test_patience_needs_evaluations(tmp_path):
     with pytest.raises(UserError, match="--patience 2: this run does not evaluate; omit it"):
         start(tmp_path, "--patience=2", "--kind=perf")
@@ -546,6 +563,10 @@ class Metrics:
     @property
     def stats(self):
         return {"AP": self.ap}
+
+    @property
+    def text(self):
+        return f"table of {self.ap}"
 
     classes = ()
 
