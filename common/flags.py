@@ -155,6 +155,13 @@ FLAGS = (
     ),
     Flag(
         "run",
+        "--accumulate",
+        1,
+        "send a batch through the network in so many equal parts, which takes less memory; batch "
+        "norm sees a part at a time",
+    ),
+    Flag(
+        "run",
         "--freeze",
         "",
         "backbone, or the number of its first stages that stay as they are",

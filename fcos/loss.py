@@ -4,13 +4,15 @@ Source: FCOS paper, sections 3.1 and 3.2. The network has no background channel:
 no box should give all classes the probability 0.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.npu.operators import constant
-from fcos.anchors import MapSizes, encode, make_anchors, make_axes, point_strides
+from fcos.anchors import MapSizes, encode, make_anchors, make_axes, map_sizes, point_strides
 from fcos.config import Recipe
 from fcos.model import Outputs
 from fcos.targets import assign
@@ -22,6 +24,13 @@ MIN_UNION = 1e-6  # square pixels or strides, IoULoss
 MIN_GIOU_AREA = 1e-7  # square pixels or strides, GIoULoss: union and enclosing box
 
 BACKGROUND = -1  # instead of a class
+
+
+class Divisors(NamedTuple):
+    """What the sums over a batch are divided by, 0-dim: means over all ranks."""
+
+    classes: Tensor  # also of centerness: the number of positive points
+    boxes: Tensor  # their target centerness
 
 
 class DetectionLoss(nn.Module):
@@ -41,11 +50,16 @@ class DetectionLoss(nn.Module):
         self.register_buffer("classes", torch.arange(num_classes), persistent=False)
 
     def forward(
-        self, outputs: Outputs, boxes: Tensor, labels: Tensor, valid: Tensor
+        self,
+        outputs: Outputs,
+        boxes: Tensor,
+        labels: Tensor,
+        valid: Tensor,
+        normaliser: Divisors | None = None,
     ) -> dict[str, Tensor]:
         logits, distances, centerness = outputs.flat()
-        map_sizes = outputs.map_sizes()
-        positive, label, target_distances = self.targets(map_sizes, boxes, labels, valid)
+        sizes = outputs.map_sizes()
+        positive, label, target_distances = self.targets(sizes, boxes, labels, valid)
         # At other points distances mean nothing, and may be infinite. With the distance 1 in their
         # place, no term of the loss and no gradient is nan there.
         one = constant(1.0, distances.device)
@@ -53,25 +67,21 @@ class DetectionLoss(nn.Module):
         distances = torch.where(positive.unsqueeze(-1), distances, one)
         is_positive = positive.float()
         target_centerness = centerness_of(target_distances) * is_positive
-
-        num_positives = is_positive.sum()  # exact: a batch has fewer than 2^24 points
-        total_centerness = target_centerness.sum()
-        means = mean_over_ranks(torch.stack([num_positives, total_centerness]))
-        class_divisor = means[0].clamp(min=1)
-        box_divisor = means[1].clamp(min=MIN_TOTAL_CENTERNESS)
+        if normaliser is None:
+            normaliser = divisors(is_positive, target_centerness)
 
         is_target = label.unsqueeze(-1) == self.classes
         focal = focal_loss(logits, is_target, self.recipe.focal_alpha)
-        loss_cls = focal.sum() / class_divisor
+        loss_cls = focal.sum() / normaliser.classes
 
         box_loss = giou_loss if self.recipe.box_loss == "giou" else iou_loss
         weighted = box_loss(distances, target_distances) * target_centerness
-        loss_bbox = weighted.sum() / box_divisor
+        loss_bbox = weighted.sum() / normaliser.boxes
 
         cross_entropy = F.binary_cross_entropy_with_logits(
             centerness.squeeze(-1), target_centerness, weight=is_positive, reduction="sum"
         )
-        loss_centerness = cross_entropy / class_divisor
+        loss_centerness = cross_entropy / normaliser.classes
         return {
             "loss_cls": loss_cls,
             "loss_bbox": loss_bbox,
@@ -80,8 +90,21 @@ class DetectionLoss(nn.Module):
         }
 
     @torch.no_grad()
+    def normaliser(self, images: Tensor, boxes: Tensor, labels: Tensor, valid: Tensor) -> Divisors:
+        """Return what sums over a batch are divided by; all ranks must call this.
+
+        The parts of the batch are given it, so that their losses add up to that of the batch.
+        """
+        sizes = map_sizes(self.recipe, *images.shape[2:])
+        positive, _, target_distances = self.targets(sizes, boxes, labels, valid)
+        one = constant(1.0, images.device)
+        target_distances = torch.where(positive.unsqueeze(-1), target_distances, one)
+        is_positive = positive.float()
+        return divisors(is_positive, centerness_of(target_distances) * is_positive)
+
+    @torch.no_grad()
     def targets(
-        self, map_sizes: MapSizes, boxes: Tensor, labels: Tensor, valid: Tensor
+        self, sizes: MapSizes, boxes: Tensor, labels: Tensor, valid: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return what each point should predict.
 
@@ -91,13 +114,13 @@ class DetectionLoss(nn.Module):
         """
         recipe = self.recipe
         device = boxes.device
-        axes = make_axes(recipe, map_sizes, device)
+        axes = make_axes(recipe, sizes, device)
         positive, matched, label = assign(axes, boxes, labels, valid, recipe.center_radius)
         label = torch.where(positive, label, constant(BACKGROUND, device))
         matched_boxes = boxes.gather(1, matched.unsqueeze(-1).expand(-1, -1, 4))
-        distances = encode(matched_boxes, make_anchors(recipe, map_sizes, device))
+        distances = encode(matched_boxes, make_anchors(recipe, sizes, device))
         if recipe.norm_on_bbox:
-            distances = distances / point_strides(recipe, map_sizes, device)
+            distances = distances / point_strides(recipe, sizes, device)
         return positive, label, distances
 
 
@@ -124,6 +147,13 @@ def centerness_of(distances: Tensor) -> Tensor:
     across = torch.minimum(left, right) / torch.maximum(left, right)
     down = torch.minimum(top, bottom) / torch.maximum(top, bottom)
     return (across * down).sqrt()
+
+
+def divisors(is_positive: Tensor, target_centerness: Tensor) -> Divisors:
+    """Return the divisors of points (N, P); all ranks must call this."""
+    num_positives = is_positive.sum()  # exact: a batch has fewer than 2^24 points
+    means = mean_over_ranks(torch.stack([num_positives, target_centerness.sum()]))
+    return Divisors(classes=means[0].clamp(min=1), boxes=means[1].clamp(min=MIN_TOTAL_CENTERNESS))
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

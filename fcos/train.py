@@ -116,7 +116,8 @@ def main(argv: list[str] | None = None) -> int | None:
     if run.ranks.main and not run.only_draws:
         run.log.info(size_line(model, *canvas))
     model.to(run.device, memory_format=memory_format(run.device))
-    criterion = run.compiled(DetectionLoss(recipe, num_classes).to(run.device), "loss")
+    detection_loss = DetectionLoss(recipe, num_classes).to(run.device)
+    criterion = run.compiled(detection_loss, "loss")
     if run.only_draws:
         pipeline = Pipeline(recipe, train_set, build_loader, augment, samples_of_batch, criterion)
         steps_per_epoch = iterations_per_epoch(train_set, recipe, run.drawn_world_size)
@@ -143,6 +144,9 @@ def main(argv: list[str] | None = None) -> int | None:
     state.restore()
     parallel_model, optimizer = run.parallel(model, optimizer, cuda_graphs=True)
     parallel_model.train()
+    accumulation = run.accumulation(
+        model, parallel_model, recipe.batch_size, detection_loss.normaliser
+    )
     loader = build_loader(
         recipe,
         train_set,
@@ -169,10 +173,13 @@ def main(argv: list[str] | None = None) -> int | None:
             images, boxes = augment_batch(batch, recipe)
             set_learning_rate(optimizer, progress.lr(step))
             optimizer.zero_grad(set_to_none=True)
-            with run.precision.autocast():
-                outputs = parallel_model(images)
-            losses = criterion(outputs, boxes, batch.labels, batch.valid)
-            run.precision.backward(losses["loss"], optimizer)
+            for part in accumulation.parts(images, boxes, batch.labels, batch.valid):
+                with run.precision.autocast():
+                    outputs = parallel_model(part.images)
+                losses = criterion(outputs, part.boxes, part.labels, part.valid, part.normaliser)
+                run.precision.backward(losses["loss"], optimizer)
+                accumulation.add(losses)
+            losses = accumulation.losses
             gradient_norm = run.precision.step(optimizer, recipe.clip_norm)
             if recipe.clip_norm:
                 # A dynamic scale that overflowed skips its step: that is no reason to stop.

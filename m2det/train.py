@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int | None:
     canvas = (recipe.image_size, recipe.image_size)
     require_memory_for_batch(recipe.batch_size, canvas, run.ranks, run.device)
 
-    require_trainable(recipe)
+    require_trainable(recipe, run.settings.accumulate)
     model = build_model(recipe, num_classes)
     for checkpoint in weights:
         report = load_weights(model, checkpoint, train_set.class_names)
@@ -122,7 +122,8 @@ def main(argv: list[str] | None = None) -> int | None:
     if run.ranks.main and not run.only_draws:
         run.log.info(size_line(model, recipe.image_size, recipe.image_size))
     model.to(run.device, memory_format=memory_format(run.device))
-    criterion = run.compiled(DetectionLoss(recipe, num_classes).to(run.device), "loss")
+    detection_loss = DetectionLoss(recipe, num_classes).to(run.device)
+    criterion = run.compiled(detection_loss, "loss")
     if run.only_draws:
         pipeline = Pipeline(recipe, train_set, build_loader, augment, samples_of_batch, criterion)
         steps_per_epoch = iterations_per_epoch(train_set, recipe, run.drawn_world_size)
@@ -145,6 +146,9 @@ def main(argv: list[str] | None = None) -> int | None:
     state.restore()
     parallel_model, optimizer = run.parallel(model, optimizer)
     parallel_model.train()
+    accumulation = run.accumulation(
+        model, parallel_model, recipe.batch_size, detection_loss.normaliser
+    )
     loader = build_loader(
         recipe,
         train_set,
@@ -172,10 +176,13 @@ def main(argv: list[str] | None = None) -> int | None:
             images, boxes = augment_batch(batch, recipe)
             set_learning_rate(optimizer, progress.lr(step))
             optimizer.zero_grad(set_to_none=True)
-            with run.precision.autocast():
-                outputs = parallel_model(images)
-            losses = criterion(outputs, boxes, batch.labels, batch.valid)
-            run.precision.backward(losses["loss"], optimizer)
+            for part in accumulation.parts(images, boxes, batch.labels, batch.valid):
+                with run.precision.autocast():
+                    outputs = parallel_model(part.images)
+                losses = criterion(outputs, part.boxes, part.labels, part.valid, part.normaliser)
+                run.precision.backward(losses["loss"], optimizer)
+                accumulation.add(losses)
+            losses = accumulation.losses
             run.precision.step(optimizer, recipe.clip_norm, recipe.clip_each)
             progress.add(step, losses, batch.image_ids)
             if progress.first_epoch_done():
@@ -213,10 +220,16 @@ def default_backbone(recipe: Recipe) -> list[dict]:
     return [load_checkpoint(PRETRAINED)]
 
 
-def require_trainable(recipe: Recipe) -> None:
-    """Raise UserError where batch normalisation would see a single value a channel."""
-    if recipe.batch_size == 1 and recipe.anchor_maps[-1] == 1:
-        raise UserError("--batch_size=1: BN on the 1 x 1 map needs at least 2 images a process")
+def require_trainable(recipe: Recipe, accumulate: int) -> None:
+    """Raise UserError where batch normalisation would see a single value a channel.
+
+    `accumulate` is the number of parts in which a batch goes through the network.
+    """
+    if recipe.batch_size <= accumulate and recipe.anchor_maps[-1] == 1:
+        raise UserError(
+            f"--batch_size={recipe.batch_size}, --accumulate={accumulate}: BN on the 1 x 1 map "
+            "needs at least 2 images of a process at a time"
+        )
 
 
 def read_data(

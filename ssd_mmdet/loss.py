@@ -30,7 +30,12 @@ class DetectionLoss(nn.Module):
         self.register_buffer("anchors", make_anchors(recipe), persistent=False)
 
     def forward(
-        self, outputs: tuple[Tensor, Tensor], boxes: Tensor, labels: Tensor, valid: Tensor
+        self,
+        outputs: tuple[Tensor, Tensor],
+        boxes: Tensor,
+        labels: Tensor,
+        valid: Tensor,
+        normaliser: Tensor | None = None,
     ) -> dict[str, Tensor]:
         deltas, logits = outputs
         deltas = deltas.float()
@@ -38,7 +43,8 @@ class DetectionLoss(nn.Module):
         zero = constant(0.0, boxes.device)
         positive, target_deltas, target_channels = self.targets(boxes, labels, valid)
         num_positives = positive.sum(dim=1, dtype=torch.int32)
-        normaliser = num_positives.clamp(min=1).sum(dtype=torch.int32)
+        if normaliser is None:
+            normaliser = self._normaliser(num_positives)
 
         box_loss = F.smooth_l1_loss(deltas, target_deltas, reduction="none").sum(dim=2)
         loss_bbox = torch.where(positive, box_loss, zero).sum() / normaliser
@@ -52,6 +58,19 @@ class DetectionLoss(nn.Module):
         loss_cls = (positive_loss + negative_loss) / normaliser
 
         return {"loss_cls": loss_cls, "loss_bbox": loss_bbox, "loss": loss_cls + loss_bbox}
+
+    def normaliser(self, images: Tensor, boxes: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+        """Return what sums over a batch are divided by, 0-dim.
+
+        The parts of the batch are given it, so that their losses add up to that of the batch.
+        """
+        # The call is the same in all models; this loss does not need the images.
+        positive, _, _ = self.targets(boxes, labels, valid)
+        return self._normaliser(positive.sum(dim=1, dtype=torch.int32))
+
+    def _normaliser(self, num_positives: Tensor) -> Tensor:
+        """Return the number of positives (N,) of all images, at least 1 of each."""
+        return num_positives.clamp(min=1).sum(dtype=torch.int32)
 
     def hard_negatives(
         self, cross_entropy: Tensor, positive: Tensor, num_positives: Tensor

@@ -80,6 +80,7 @@ class Progress:
         self.without_rise = WithoutRise()
         self.goal_reached = False
         self.interrupted = False
+        self.in_step = False  # between a batch and the `add` of its losses
         self.window = LossWindow(terms, run.device)
         self.meter = Meter(self.images_per_step)
         self._evaluated_at = -1
@@ -136,6 +137,7 @@ class Progress:
             if self.run.stop.agreed(self.run.ranks, also=self._data_error is not None):
                 self.interrupted = True
                 return
+            self.in_step = True
             yield self.steps_done, batch
         if self.run.profile is not None:
             del batches  # and its workers
@@ -175,6 +177,7 @@ class Progress:
     def add(self, step: int, losses: dict[str, Tensor], image_ids: Tensor) -> None:
         """Count a step with its losses (0-dim, on the device) and image ids (on the host)."""
         self.window.add(step, losses, image_ids)
+        self.in_step = False
         self.steps_done = step + 1
         self.report()  # of an earlier step: an accelerator has this one to do meanwhile
         self._leave_out_compilation()

@@ -22,20 +22,22 @@ from common.npu.distributed import Ranks
 from common.npu.output import release_output_folders
 from common.npu.terminal import drop_if_broken, make_output_last
 
-DEVICE_MEMORY_IS_FULL = (
-    "the memory of the device is full; lower --batch_size (in evaluation --eval_batch_size), or "
-    "take a device that nothing else uses"
-)
-HOST_MEMORY_IS_FULL = (
-    "the memory of the host is full; lower --num_workers or --batch_size (in evaluation "
-    "--eval_batch_size)"
-)
+DEVICE_MEMORY_IS_FULL = "the memory of the device is full"
+HOST_MEMORY_IS_FULL = "the memory of the host is full"
+# What to do where it is not known which work has filled it.
+REMEDIES = {
+    DEVICE_MEMORY_IS_FULL: (
+        "lower --batch_size (in evaluation --eval_batch_size), or take a device that nothing else "
+        "uses"
+    ),
+    HOST_MEMORY_IS_FULL: ("lower --num_workers or --batch_size (in evaluation --eval_batch_size)"),
+}
 # What is behind some of the OSErrors.
 MEANINGS = {
     errno.EMFILE: MORE_FILES,
     errno.ENFILE: MORE_FILES,
     errno.ENOSPC: "free space on that disk, or on the one that the output is redirected to",
-    errno.ENOMEM: HOST_MEMORY_IS_FULL,
+    errno.ENOMEM: f"{HOST_MEMORY_IS_FULL}; {REMEDIES[HOST_MEMORY_IS_FULL]}",
     errno.EPIPE: "a process that reads this one's output has ended",
     errno.EIO: "a terminal was closed, or a disk or a network drive fails",
 }
@@ -50,18 +52,18 @@ class ForeignError(NamedTuple):
 
 # The only place that reads messages of other libraries: torch, torch_npu, gloo and HCCL raise plain
 # RuntimeErrors where memory is full, a rank is gone or a loader worker was killed.
+FULL_MEMORY = (
+    (re.compile("DefaultCPUAllocator|Cannot allocate memory|bad_alloc"), HOST_MEMORY_IS_FULL),
+    (
+        re.compile("out of memory|STATUS_ALLOC_FAILED|Failed to allocate memory"),
+        DEVICE_MEMORY_IS_FULL,
+    ),
+)
 FOREIGN_ERRORS = (
     ForeignError(
         re.compile(r"DataLoader worker \(pid"),
         "a loader worker has ended, often because memory or /dev/shm is full; lower --num_workers; "
         "a run goes on with --resume=auto",
-    ),
-    ForeignError(
-        re.compile("DefaultCPUAllocator|Cannot allocate memory|bad_alloc"), HOST_MEMORY_IS_FULL
-    ),
-    ForeignError(
-        re.compile("out of memory|STATUS_ALLOC_FAILED|Failed to allocate memory"),
-        DEVICE_MEMORY_IS_FULL,
     ),
     ForeignError(
         re.compile("Too many open files|received 0 items of ancdata"),
@@ -120,10 +122,9 @@ def as_user_error(error: Exception) -> UserError | None:
     message = str(error)
     if isinstance(error, OSError) and error.errno is not None:
         return UserError(_reason(error))
-    if isinstance(error, MemoryError):
-        return UserError(_with_reason(HOST_MEMORY_IS_FULL, _last_line(message)))
-    if isinstance(error, torch.OutOfMemoryError):
-        return UserError(_with_reason(DEVICE_MEMORY_IS_FULL, message.partition("\n")[0]))
+    full = full_memory(error)
+    if full is not None:
+        return full.as_user_error(REMEDIES[full.problem])
     if isinstance(error, EOFError):
         # A tensor of a worker could not be received.
         return UserError(
@@ -141,6 +142,33 @@ def as_user_error(error: Exception) -> UserError | None:
                 return UserError(_with_reason(advice, line))
     if isinstance(error, OSError):  # such as one that a loader worker has met
         return UserError(_last_line(message))
+    return None
+
+
+class FullMemory(NamedTuple):
+    """The memory of the device or of the host was full."""
+
+    problem: str  # DEVICE_MEMORY_IS_FULL or HOST_MEMORY_IS_FULL
+    line: str  # of the message of torch or another library, which may say how much it wanted
+
+    def as_user_error(self, remedy: str, details: str = "") -> UserError:
+        """Return the error with a remedy; `details` follow what was full."""
+        return UserError(self.problem + details, _with_reason(remedy, self.line))
+
+
+def full_memory(error: Exception) -> FullMemory | None:
+    """Return which memory was full where that is what an error says, else None."""
+    message = str(error)
+    if isinstance(error, MemoryError):
+        return FullMemory(HOST_MEMORY_IS_FULL, _last_line(message))
+    if isinstance(error, torch.OutOfMemoryError):
+        return FullMemory(DEVICE_MEMORY_IS_FULL, message.partition("\n")[0])
+    if not isinstance(error, OSError | RuntimeError):
+        return None
+    for pattern, problem in FULL_MEMORY:
+        for line in message.splitlines():
+            if pattern.search(line):
+                return FullMemory(problem, line)
     return None
 
 

@@ -24,7 +24,8 @@ from common.config_file import FLAGS_ENTRY
 from common.errors import UserError, one_line
 from common.fps.profile import Profile
 from common.fps.runlog import RunLog, header_of_step
-from common.npu import checkpoint, distributed, record
+from common.npu import accumulation, checkpoint, distributed, record
+from common.npu.accumulation import Accumulation
 from common.npu.background import BackgroundCall
 from common.npu.compiling import Compiler, Function
 from common.npu.device import (
@@ -32,13 +33,14 @@ from common.npu.device import (
     be_exact,
     environment,
     in_host_memory,
+    memory_mib,
     obstacle_to_fused_sgd,
     setup_device,
     use_one_host_thread,
     versions,
 )
 from common.npu.distributed import Ranks
-from common.npu.entry import StopRequest, as_user_error
+from common.npu.entry import StopRequest, as_user_error, full_memory
 from common.npu.freezing import freeze_stages, number_of_stages, trained_line
 from common.npu.loading import workers_per_rank
 from common.npu.output import claim_output_folder, renamed_folders
@@ -175,6 +177,7 @@ class RunSettings:
     background_metrics: bool  # compute them in a process while training goes on
     patience: int = 0  # evaluations without a higher AP, after which training ends; 0: never
     subset: str = ""  # train on so many images, or on this share of them; "": on all
+    accumulate: int = 1  # parts of a batch that go through the network one after the other
     freeze: str = ""  # "backbone", or the number of its first stages that stay as they are
     look: int = 0  # draw this many samples of an epoch, and train nothing
     epoch: int = 1  # that epoch, from 1
@@ -266,6 +269,8 @@ class Run:
         precision = Precision(device, level, recipe.loss_scale, args.amp_dtype, args.amp_backend)
         if args.compile and precision.apex is not None:
             raise UserError("--compile: not with --amp_backend apex", "omit one of them")
+        if args.accumulate > 1 and precision.apex is not None:
+            raise UserError("--accumulate: not with --amp_backend apex", "omit one of them")
         if profile is not None:
             precision.backward = profile.measured("backward", precision.backward)
             precision.step = profile.measured("optimizer", precision.step)
@@ -320,6 +325,7 @@ class Run:
                 background_metrics=args.background_metrics,
                 patience=args.patience,
                 subset=args.subset,
+                accumulate=args.accumulate,
                 freeze=args.freeze,
                 look=args.look,
                 epoch=args.epoch,
@@ -475,8 +481,37 @@ class Run:
         )
         for message in messages:
             self.log.info(message)
-        with self.log, self._recorded(recipe, progress, inputs):
+        with (
+            self.log,
+            self._recorded(recipe, progress, inputs),
+            self._explained_memory(recipe, progress),
+        ):
             yield self.log
+
+    @contextmanager
+    def _explained_memory(self, recipe, progress: "Progress") -> Iterator[None]:
+        """Say what to lower where a step of a run fills the memory."""
+        try:
+            yield
+        except Exception as error:
+            full = full_memory(error)
+            if full is None or not progress.in_step:
+                raise
+            count = self.settings.accumulate
+            used = memory_mib(self.device)
+            details = (
+                f" in step {progress.steps_done + 1}: {used} MiB were in use, --batch_size "
+                f"{recipe.batch_size}, --accumulate {count}, precision {self.precision}"
+            )
+            remedies = accumulation.more_parts(recipe.batch_size, count)
+            if self.precision.dtype is torch.float32:
+                remedies.append("half precision with --amp=O1")
+            remedies.append("a smaller --batch_size")
+            last = checkpoint.checkpoints_newest_first(self.output_dir)
+            raise full.as_user_error(
+                f"give {' or '.join(remedies)}; last checkpoint: {last[0] if last else 'none'}",
+                details,
+            ) from error
 
     @contextmanager
     def _recorded(self, recipe, progress: "Progress", inputs: Iterable[str]) -> Iterator[None]:
@@ -558,6 +593,21 @@ class Run:
         if self.profile is not None:
             self.profile.measure_network(network)
         return network, optimizer
+
+    def accumulation(
+        self, model: nn.Module, network: nn.Module, batch_size: int, normaliser: Callable
+    ) -> Accumulation:
+        """Return what splits a batch into the parts that `--accumulate` asks for.
+
+        `network` is what `parallel` made of `model`; `normaliser` is that of the loss. Raise
+        UserError where there are no such parts.
+        """
+        count = self.settings.accumulate
+        accumulation.require_equal_parts(batch_size, count)
+        if count > 1:
+            self.log.info(accumulation.description(model, batch_size, count))
+        is_parallel = self.ranks.world_size > 1
+        return Accumulation(count, network, is_parallel, normaliser)
 
     def compiled(self, function: Function, phase: str) -> Function:
         """Return a function or module as it is, with `--compile` its compiled form.

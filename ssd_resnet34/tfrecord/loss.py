@@ -30,7 +30,12 @@ class DetectionLoss(nn.Module):
         self.register_buffer("anchors_xyxy", make_anchors(recipe), persistent=False)
 
     def forward(
-        self, outputs: tuple[Tensor, Tensor], boxes: Tensor, labels: Tensor, valid: Tensor
+        self,
+        outputs: tuple[Tensor, Tensor],
+        boxes: Tensor,
+        labels: Tensor,
+        valid: Tensor,
+        normaliser: Tensor | None = None,
     ) -> dict[str, Tensor]:
         deltas, logits = outputs
         zero = constant(0.0, boxes.device)
@@ -53,9 +58,17 @@ class DetectionLoss(nn.Module):
         is_hard = rank < num_negatives.unsqueeze(1)
         class_loss = positive_loss + torch.where(is_hard, hardest_first, zero).sum(dim=1)
 
-        loss_bbox = (box_loss / num_positives).mean()
-        loss_cls = (class_loss / num_positives).mean()
+        loss_bbox = mean_of_images(box_loss / num_positives, normaliser)
+        loss_cls = mean_of_images(class_loss / num_positives, normaliser)
         return {"loss_cls": loss_cls, "loss_bbox": loss_bbox, "loss": loss_cls + loss_bbox}
+
+    def normaliser(self, images: Tensor, boxes: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+        """Return what sums over a batch are divided by, 0-dim: the number of its images.
+
+        The parts of the batch are given it, so that their losses add up to that of the batch.
+        """
+        # The call is the same in all models; this loss does not need the boxes.
+        return constant(float(len(images)), images.device)
 
     @torch.no_grad()
     def targets(
@@ -74,6 +87,16 @@ class DetectionLoss(nn.Module):
         deltas = torch.where(positive.unsqueeze(-1), deltas, constant(0.0, boxes.device))
         channels = torch.where(positive, label + 1, constant(0, boxes.device))
         return positive, deltas.transpose(1, 2), channels
+
+
+def mean_of_images(losses: Tensor, normaliser: Tensor | None) -> Tensor:
+    """Return the mean of the losses (N,) of a batch; those of a part are divided as the whole is.
+
+    `normaliser` is the number of images of the whole batch, None where there are no parts.
+    """
+    if normaliser is None:
+        return losses.mean()
+    return losses.sum() / normaliser
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ SHARED_FLAGS = (
     "--amp-backend",
     "--background-metrics",
     "--patience",
+    "--accumulate",
     "--freeze",
     "--subset",
     "--compile",

@@ -138,7 +138,8 @@ def main(argv: list[str] | None = None) -> int | None:
     if run.ranks.main and not run.only_draws:
         run.log.info(size_line(model, recipe.image_size, recipe.image_size))
     model.to(run.device, memory_format=memory_format(run.device))
-    criterion = run.compiled(DetectionLoss(recipe, num_classes).to(run.device), "loss")
+    detection_loss = DetectionLoss(recipe, num_classes).to(run.device)
+    criterion = run.compiled(detection_loss, "loss")
     if run.only_draws:
         pipeline = Pipeline(recipe, train_set, build_loader, augment, samples_of_batch, criterion)
         steps_per_epoch = recipe.iters_per_epoch(run.drawn_world_size)
@@ -163,6 +164,9 @@ def main(argv: list[str] | None = None) -> int | None:
     state.restore()
     parallel_model, optimizer = run.parallel(model, optimizer)
     parallel_model.train()
+    accumulation = run.accumulation(
+        model, parallel_model, recipe.batch_size, detection_loss.normaliser
+    )
     loader = build_loader(
         recipe,
         train_set,
@@ -187,13 +191,16 @@ def main(argv: list[str] | None = None) -> int | None:
             images, boxes = augment_batch(batch, recipe)
             set_learning_rate(optimizer, progress.lr(step))
             optimizer.zero_grad(set_to_none=True)
-            with run.precision.autocast():
-                outputs = parallel_model(images)
-            losses = criterion(outputs, boxes, batch.labels, batch.valid)
+            for part in accumulation.parts(images, boxes, batch.labels, batch.valid):
+                with run.precision.autocast():
+                    outputs = parallel_model(part.images)
+                losses = criterion(outputs, part.boxes, part.labels, part.valid, part.normaliser)
+                run.precision.backward(losses["loss"], optimizer)
+                accumulation.add(losses)
+            losses = accumulation.losses
             if progress.log_due(step + 1):
                 decay = decay_term(model.parameters(), recipe.weight_decay)
                 port_lines.add(step, losses["loss"] + decay, batch.image_ids)
-            run.precision.backward(losses["loss"], optimizer)
             run.precision.step(optimizer, recipe.clip_norm)
             progress.add(step, losses, batch.image_ids)
             port_lines.print_logged()
