@@ -581,7 +581,8 @@ class Run:
         """Return the network and the optimizer as the precision and the number of ranks ask.
 
         With `--compile` the network is compiled; `cuda_graphs` as in `Compiler.network`, but not
-        on several ranks, whose gradients are reduced in the midst of the backward pass.
+        on several ranks, whose gradients are reduced in the midst of the backward pass, and not
+        with `--accumulate`, where a part would overwrite the gradients of the one before.
         """
         network, optimizer = self.precision.prepare(
             model, optimizer, will_be_compiled=self.compiler.compiles_networks
@@ -589,7 +590,8 @@ class Run:
         one_rank = self.ranks.world_size == 1
         if not one_rank:
             network = distributed.parallel(network, self.precision.reduce_dtype)
-        network = self.compiler.network(network, cuda_graphs and one_rank)
+        one_part = self.settings.accumulate == 1
+        network = self.compiler.network(network, cuda_graphs and one_rank and one_part)
         if self.profile is not None:
             self.profile.measure_network(network)
         return network, optimizer
