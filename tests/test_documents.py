@@ -94,7 +94,7 @@ def test_the_troubleshooting_page_quotes_messages_of_the_code():
 def test_every_page_is_in_the_websites_navigation():
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/**/*.md")]
     for model in ("ssd_mmdet", "ssd_resnet34", "ssd_resnet34/tfrecord", "m2det", "fcos"):
-        pages.append(ROOT / model / "README.md")
+        pages += [ROOT / model / "README.md", ROOT / model / "README.zh-CN.md"]
     named = set(re.findall(r"- .+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     assert {str(page.relative_to(ROOT)) for page in pages} <= named
     for page in named:
