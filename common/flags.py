@@ -167,6 +167,12 @@ FLAGS = (
         "backbone, or the number of its first stages that stay as they are",
     ),
     Flag("run", "--subset", "", "train on so many images, or on a share such as 0.1; of --seed"),
+    Flag(
+        "run",
+        "--ema",
+        0.0,
+        "evaluate and save a moving average of the weights, with this decay (0.9998); 0: none",
+    ),
     Flag("run", "--patience", 0, "end after so many evaluations without a higher AP; 0: never so"),
     Flag(
         "run",

@@ -140,7 +140,8 @@ def main(argv: list[str] | None = None) -> int | None:
         terms = (*LOSSES, "grad_norm")
     progress = Progress(run, recipe, terms, steps_per_epoch, total_steps, REMEDY)
     identity = {"backbone frozen": frozen}
-    state = RunState(run, model, optimizer, progress, recipe, train_set, val_set, identity)
+    ema = run.weight_average(model)
+    state = RunState(run, model, ema, optimizer, progress, recipe, train_set, val_set, identity)
     state.restore()
     parallel_model, optimizer = run.parallel(model, optimizer, cuda_graphs=True)
     parallel_model.train()
@@ -166,7 +167,7 @@ def main(argv: list[str] | None = None) -> int | None:
         base_lr = recipe.base_lr(world_size, recipe.batch_size)
         progress.begin(len(train_set), num_classes, f"base learning rate {base_lr:g}")
         if progress.evaluation_due():  # left undone by the run that this one goes on from
-            evaluate(run, recipe, progress, state, model, val_set)
+            evaluate(run, recipe, progress, state, ema.model, val_set)
 
         for step, batch in progress.steps(loader):
             batch = batch.to(run.device)
@@ -181,6 +182,7 @@ def main(argv: list[str] | None = None) -> int | None:
                 accumulation.add(losses)
             losses = accumulation.losses
             gradient_norm = run.precision.step(optimizer, recipe.clip_norm)
+            ema.update()
             if recipe.clip_norm:
                 # A dynamic scale that overflowed skips its step: that is no reason to stop.
                 losses["grad_norm"] = gradient_norm.nan_to_num(0.0, posinf=0.0)
@@ -192,7 +194,7 @@ def main(argv: list[str] | None = None) -> int | None:
             if progress.checkpoint_due():
                 state.save()
             if progress.evaluation_due():
-                evaluate(run, recipe, progress, state, model, val_set)
+                evaluate(run, recipe, progress, state, ema.model, val_set)
 
         if progress.interrupted:
             state.save()

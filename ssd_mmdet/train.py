@@ -127,7 +127,8 @@ def main(argv: list[str] | None = None) -> int | None:
     steps_per_epoch = iterations_per_epoch(train_set, recipe, world_size)
     total_steps = recipe.epochs * steps_per_epoch
     progress = Progress(run, recipe, LOSSES, steps_per_epoch, total_steps, REMEDY)
-    state = RunState(run, model, optimizer, progress, recipe, train_set, val_set)
+    ema = run.weight_average(model)
+    state = RunState(run, model, ema, optimizer, progress, recipe, train_set, val_set)
     state.restore()
     parallel_model, optimizer = run.parallel(model, optimizer)
     parallel_model.train()
@@ -153,7 +154,7 @@ def main(argv: list[str] | None = None) -> int | None:
         base_lr = recipe.base_lr(world_size, recipe.batch_size)
         progress.begin(len(train_set), num_classes, f"base learning rate {base_lr:g}")
         if progress.evaluation_due():  # left undone by the run that this one goes on from
-            evaluate(run, recipe, progress, state, model, val_set)
+            evaluate(run, recipe, progress, state, ema.model, val_set)
 
         for step, batch in progress.steps(loader):
             batch = batch.to(run.device)
@@ -168,6 +169,7 @@ def main(argv: list[str] | None = None) -> int | None:
                 accumulation.add(losses)
             losses = accumulation.losses
             run.precision.step(optimizer, recipe.clip_norm)
+            ema.update()
             progress.add(step, losses, batch.image_ids)
             if progress.first_epoch_done():
                 run.log.warn_of("data", turned_images(reader, len(train_set), run.ranks))
@@ -176,7 +178,7 @@ def main(argv: list[str] | None = None) -> int | None:
             if progress.checkpoint_due():
                 state.save()
             if progress.evaluation_due():
-                evaluate(run, recipe, progress, state, model, val_set)
+                evaluate(run, recipe, progress, state, ema.model, val_set)
 
         if progress.interrupted:
             state.save()

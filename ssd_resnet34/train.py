@@ -129,7 +129,8 @@ def main(argv: list[str] | None = None) -> int | None:
     steps_per_epoch = iterations_per_epoch(train_set, recipe, world_size)
     total_steps = recipe.epochs * steps_per_epoch
     progress = Progress(run, recipe, LOSSES, steps_per_epoch, total_steps, REMEDY)
-    state = RunState(run, model, optimizer, progress, recipe, train_set, val_set)
+    ema = run.weight_average(model)
+    state = RunState(run, model, ema, optimizer, progress, recipe, train_set, val_set)
     state.restore()
     parallel_model, optimizer = run.parallel(model, optimizer)
     parallel_model.train()
@@ -156,7 +157,7 @@ def main(argv: list[str] | None = None) -> int | None:
         progress.begin(len(train_set), num_classes, f"base learning rate {base_lr:g}")
         log_rounding(run, recipe)
         if progress.evaluation_due():  # left undone by the run that this one goes on from
-            evaluate(run, recipe, progress, state, model, val_set)
+            evaluate(run, recipe, progress, state, ema.model, val_set)
 
         for step, batch in progress.steps(loader):
             batch = batch.to(run.device)
@@ -171,6 +172,7 @@ def main(argv: list[str] | None = None) -> int | None:
                 accumulation.add(losses)
             losses = accumulation.losses
             run.precision.step(optimizer, recipe.clip_norm)
+            ema.update()
             progress.add(step, losses, batch.image_ids)
             if progress.first_epoch_done():
                 run.log.warn_of("data", turned_images(reader, len(train_set), run.ranks))
@@ -179,7 +181,7 @@ def main(argv: list[str] | None = None) -> int | None:
             if progress.checkpoint_due():
                 state.save()
             if progress.evaluation_due():
-                evaluate(run, recipe, progress, state, model, val_set)
+                evaluate(run, recipe, progress, state, ema.model, val_set)
 
         if progress.interrupted:
             state.save()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from common import __version__, flags
@@ -40,12 +40,13 @@ from common.npu.device import (
     versions,
 )
 from common.npu.distributed import Ranks
+from common.npu.ema import WeightAverage, require_decay
 from common.npu.entry import StopRequest, as_user_error, full_memory
 from common.npu.freezing import freeze_stages, number_of_stages, trained_line
 from common.npu.loading import workers_per_rank
 from common.npu.output import claim_output_folder, renamed_folders
 from common.npu.precision import Precision, default_level
-from common.npu.weights import load_same, weights_on_cpu
+from common.npu.weights import averages_of, load_same, weights_on_cpu
 
 if TYPE_CHECKING:
     from common.fps.progress import Progress
@@ -179,6 +180,7 @@ class RunSettings:
     subset: str = ""  # train on so many images, or on this share of them; "": on all
     accumulate: int = 1  # parts of a batch that go through the network one after the other
     freeze: str = ""  # "backbone", or the number of its first stages that stay as they are
+    ema: float = 0.0  # decay of the average of the weights; 0: none
     look: int = 0  # draw this many samples of an epoch, and train nothing
     epoch: int = 1  # that epoch, from 1
 
@@ -271,6 +273,9 @@ class Run:
             raise UserError("--compile: not with --amp_backend apex", "omit one of them")
         if args.accumulate > 1 and precision.apex is not None:
             raise UserError("--accumulate: not with --amp_backend apex", "omit one of them")
+        require_decay(args.ema)
+        if args.ema and precision.apex is not None:
+            raise UserError("--ema: not with --amp_backend apex", "omit one of them")
         if profile is not None:
             precision.backward = profile.measured("backward", precision.backward)
             precision.step = profile.measured("optimizer", precision.step)
@@ -327,6 +332,7 @@ class Run:
                 subset=args.subset,
                 accumulate=args.accumulate,
                 freeze=args.freeze,
+                ema=args.ema,
                 look=args.look,
                 epoch=args.epoch,
             ),
@@ -433,6 +439,16 @@ class Run:
             f"--freeze {asked}: {self.frozen_stages} of {len(stages)} stages of the backbone stay "
             f"as they are, {trained_line(model)}"
         )
+
+    def weight_average(self, model: nn.Module) -> WeightAverage:
+        """Return what `--ema` makes of the network: its average, or the network itself.
+
+        It comes after `freeze`, and before the network is wrapped.
+        """
+        decay = self.settings.ema
+        if decay:
+            self.log.info(f"--ema {decay:g}: the averages of the weights are evaluated")
+        return WeightAverage(model, decay)
 
     @contextmanager
     def open_output(
@@ -734,6 +750,7 @@ class RunState:
         self,
         run: Run,
         model: nn.Module,
+        ema: WeightAverage,
         optimizer: Optimizer,
         progress: "Progress",
         recipe,
@@ -744,6 +761,7 @@ class RunState:
     ):
         self.run = run
         self.model = model
+        self.ema = ema
         self.optimizer = optimizer
         self.progress = progress
         self.remedy = remedy
@@ -784,6 +802,7 @@ class RunState:
         if len(state["windows"]) == self.run.ranks.world_size:
             self.model.load_state_dict(state["buffers"][rank], strict=False)
             self.progress.window.load_state_dict(state["windows"][rank])
+        self._restore_average(state)
         self._restore_optimizer(state["optimizer"])
         if state["scaler"]:
             self.run.precision.scaler.load_state_dict(state["scaler"])
@@ -804,6 +823,28 @@ class RunState:
             raise UserError(
                 f"--resume {state['path']}: this run differs in {', '.join(texts)}",
                 f"go on as it was, or {self.remedy}",
+            )
+
+    def _restore_average(self, state: dict) -> None:
+        """Restore the averages; log what is done where only one of the two runs has them."""
+        path = state["path"]
+        averages = averages_of(state)
+        if not self.ema.decay:
+            if averages:
+                self.run.log.info(f"{path}: without --ema its averaged weights are dropped")
+            return
+        if not averages:
+            self.ema.begin_again()
+            self.run.log.info(f"{path}: has no averaged weights: --ema begins with its weights")
+            return
+        load_same(self.ema.model, averages["model"], path)
+        if len(averages["buffers"]) == self.run.ranks.world_size:
+            buffers = averages["buffers"][self.run.ranks.rank]
+            self.ema.model.load_state_dict(buffers, strict=False)
+        self.ema.updates = averages["updates"]
+        if averages["decay"] != self.ema.decay:
+            self.run.log.info(
+                f"from here on --ema is {self.ema.decay:g}; it was {averages['decay']:g}"
             )
 
     def _restore_optimizer(self, state: dict) -> None:
@@ -843,10 +884,16 @@ class RunState:
             if not run.settings.save:
                 return
             buffers = distributed.gather_buffers(self.model, run.ranks)
+            averaged_buffers = None
+            if self.ema.decay:
+                averaged_buffers = distributed.gather_buffers(self.ema.model, run.ranks)
             windows = run.ranks.all_gather_objects(self.progress.window.state_dict())
             if run.ranks.main:
                 path = run.output_dir / (name or f"iter_{self.progress.steps_done}.pt")
-                checkpoint.save(path, self._content(buffers, windows))
+                content = self._content(buffers, windows)
+                if averaged_buffers is not None:
+                    content["ema"] = self._averages(averaged_buffers)
+                checkpoint.save(path, content)
                 checkpoint.delete_old(
                     run.output_dir, last_step=self.progress.steps_done, keep=run.settings.keep
                 )
@@ -931,12 +978,9 @@ class RunState:
                 checkpoint.keep_evaluated(run.output_dir, is_best)
 
     def _content(self, buffers: list[dict], windows: list[dict]) -> dict:
-        weights = weights_on_cpu(self.model, distributed.mean_buffers(buffers))
-        for value in weights.values():
-            if not torch.isfinite(value).all():
-                raise UserError(f"weights are not finite; {self.progress.remedy}")
         return {
-            "model": weights,  # running statistics averaged over ranks, for whoever evaluates
+            # Running statistics averaged over ranks, for whoever evaluates
+            "model": self._finite_weights(self.model, buffers),
             "buffers": buffers,  # and each rank's own, for an exact resume
             "windows": windows,
             "optimizer": self.optimizer.state_dict(),
@@ -946,3 +990,22 @@ class RunState:
             "without_rise": tuple(self.progress.without_rise),
             **self.description,
         }
+
+    def _averages(self, buffers: list[dict]) -> dict:
+        return {
+            "model": self._finite_weights(self.ema.model, buffers),
+            "buffers": buffers,
+            "updates": self.ema.updates,
+            "decay": self.ema.decay,
+        }
+
+    def _finite_weights(self, model: nn.Module, buffers: list[dict]) -> dict[str, Tensor]:
+        """Return the weights on the CPU, with the mean over ranks of their `buffers`.
+
+        Raise UserError for values that are not finite.
+        """
+        weights = weights_on_cpu(model, distributed.mean_buffers(buffers))
+        for value in weights.values():
+            if not torch.isfinite(value).all():
+                raise UserError(f"weights are not finite; {self.progress.remedy}")
+        return weights

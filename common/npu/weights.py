@@ -47,10 +47,14 @@ class LoadReport:
     missing: tuple[str, ...]  # not in the file: left as initialised
     unknown: tuple[str, ...]  # in the file, not in the network: not used
     changes: str = ""  # of the classes
+    averaged: bool = False  # whether the weights are averages over the steps of their training
 
     def __str__(self) -> str:
+        loaded = f"{len(self.loaded)} tensors loaded"
+        if self.averaged:
+            loaded += ", the averages of --ema"
         sentences = [
-            f"{len(self.loaded)} tensors loaded",
+            loaded,
             _count_and_names("re-initialised (another number of classes)", self.reinitialised),
             _count_and_names("missing, left as initialised", self.missing),
             _count_and_names("not used", self.unknown),
@@ -128,6 +132,7 @@ def load_whole(
         missing=tuple(match.missing),
         unknown=tuple(match.unknown),
         changes=changes,
+        averaged=bool(averages_of(state)),
     )
 
 
@@ -319,11 +324,12 @@ def name_of(state: Mapping) -> str:
 def tensors_of(state: Mapping) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint without what wraps them.
 
-    They may lie under one of the `WRAPPERS`, or several of them in turn, or at the top. `module.`
-    in front of the names, which distributed training leaves, and `_orig_mod.`, which torch.compile
-    does, are taken off. Raise UserError for a tensor without a name, and for two of the same.
+    They may lie under one of the `WRAPPERS`, or several of them in turn, or at the top. Of a run of
+    ours with `--ema` they are the averages. `module.` in front of the names, which distributed
+    training leaves, and `_orig_mod.`, which torch.compile does, are taken off. Raise UserError for
+    a tensor without a name, and for two of the same.
     """
-    content = state
+    content = averages_of(state) or state
     wrapper = _wrapper(content)
     while wrapper is not None:
         content = content[wrapper]
@@ -336,6 +342,17 @@ def tensors_of(state: Mapping) -> dict[str, Tensor]:
                 "give a state dict, whose keys are the names of the tensors",
             )
     return renamed(state, tensors, _without_prefixes)
+
+
+def averages_of(state: Mapping) -> Mapping:
+    """Return what `RunState` wrote of a run's averaged weights, empty where it had none.
+
+    Other projects have an entry "ema" as well, and no recipe of ours.
+    """
+    entry = mapping(state.get("ema"))
+    if recipe_entry(state) and isinstance(entry.get("model"), Mapping):
+        return entry
+    return {}
 
 
 def _without_prefixes(name: str) -> str:

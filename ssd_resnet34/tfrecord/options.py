@@ -29,6 +29,7 @@ SHARED_FLAGS = (
     "--freeze",
     "--subset",
     "--compile",
+    "--ema",
     "--look",
     "--epoch",
     "--replay",

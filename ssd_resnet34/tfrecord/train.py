@@ -158,8 +158,9 @@ def main(argv: list[str] | None = None) -> int | None:
     progress = Progress(
         run, recipe, LOSSES, steps_per_epoch, total_steps, REMEDY, log_period=total_steps
     )
+    ema = run.weight_average(model)
     state = RunState(
-        run, model, optimizer, progress, recipe, train_set, val_set, remedy=RESUME_REMEDY
+        run, model, ema, optimizer, progress, recipe, train_set, val_set, remedy=RESUME_REMEDY
     )
     state.restore()
     parallel_model, optimizer = run.parallel(model, optimizer)
@@ -184,7 +185,7 @@ def main(argv: list[str] | None = None) -> int | None:
         base_lr = recipe.base_lr(world_size, recipe.batch_size)
         progress.begin(len(train_set), num_classes, f"base learning rate {base_lr:g}")
         if progress.evaluation_due():  # left undone by the run that this one goes on from
-            evaluate(run, recipe, progress, state, model, val_set, args.val_json_file)
+            evaluate(run, recipe, progress, state, ema.model, val_set, args.val_json_file)
 
         for step, batch in progress.steps(loader):
             batch = batch.to(run.device)
@@ -202,6 +203,7 @@ def main(argv: list[str] | None = None) -> int | None:
                 decay = decay_term(model.parameters(), recipe.weight_decay)
                 port_lines.add(step, losses["loss"] + decay, batch.image_ids)
             run.precision.step(optimizer, recipe.clip_norm)
+            ema.update()
             progress.add(step, losses, batch.image_ids)
             port_lines.print_logged()
 
@@ -210,7 +212,7 @@ def main(argv: list[str] | None = None) -> int | None:
                 state.save()
                 port_lines.print_logged()
             if progress.evaluation_due():
-                evaluate(run, recipe, progress, state, model, val_set, args.val_json_file)
+                evaluate(run, recipe, progress, state, ema.model, val_set, args.val_json_file)
 
         if progress.interrupted:
             state.save()

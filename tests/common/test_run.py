@@ -98,7 +98,8 @@ def parts_of(run, recipe=RECIPE, width=3, records=RECORDS):
     )
     progress = Progress(run, recipe, LOSSES, 4, recipe.epochs * 4, REMEDY)
     identity = {"width": width}
-    state = RunState(run, model, optimizer, progress, recipe, records, records, identity)
+    ema = run.weight_average(model)
+    state = RunState(run, model, ema, optimizer, progress, recipe, records, records, identity)
     return state, progress
 
 
@@ -112,6 +113,7 @@ def train(run, state, progress, batches=None, evaluate=lambda: None):
             loss = state.model(batch).square().sum() + batch.sum()
             loss.backward()
             state.optimizer.step()
+            state.ema.update()
             progress.add(step, {"loss_cls": loss, "loss": loss}, torch.tensor([10, 11]))
             state.look_for_metrics()
             if progress.checkpoint_due():
@@ -174,6 +176,78 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
     assert found["optimizer"]["state"].keys() == expected["optimizer"]["state"].keys()
     assert found["classes"] == ["cat", "hat"]
     assert found["category_ids"] == [3, 7]
+
+
+def same(one, other):
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_averaged_weights_go_on_where_they_were(tmp_path):
+    flags = ("--kind=perf", "--ema=0.3")
+    whole = start(tmp_path / "whole", *flags)
+    train(whole, *parts_of(whole))
+    expected = checkpoint.load(tmp_path / "whole" / "iter_12.pt")
+    assert expected["ema"]["updates"] == 12
+    assert not same(expected["ema"]["model"], expected["model"])
+
+    first = start(tmp_path / "run", *flags, "--max_iters=5")
+    train(first, *parts_of(first))
+    second = start(tmp_path / "run", *flags, "--resume=auto")
+    state, progress = parts_of(second)
+    state.restore()
+    assert state.ema.updates == 5
+    train(second, state, progress)
+    found = checkpoint.load(tmp_path / "run" / "iter_12.pt")
+    assert same(expected["model"], found["model"])
+    assert same(expected["ema"]["model"], found["ema"]["model"])
+    assert found["ema"]["updates"] == 12
+
+    third = start(tmp_path / "third", "--ema=0.5", f"--resume={tmp_path}/run/iter_12.pt")
+    parts_of(third)[0].restore()
+    with opened(third):
+        pass
+    assert "from here on --ema is 0.5; it was 0.3" in third.log.text_path.read_text()
+
+
+def test_a_resumed_run_says_what_becomes_of_averaged_weights(tmp_path):
+    plain = start(tmp_path / "plain", "--kind=perf", "--max_iters=2")
+    train(plain, *parts_of(plain))
+    file = tmp_path / "plain" / "iter_2.pt"
+    assert "ema" not in checkpoint.load(file)
+    averaged = start(tmp_path / "averaged", "--max_iters=2", f"--resume={file}", "--ema=0.9")
+    state, progress = parts_of(averaged)
+    state.restore()
+    assert same(state.model.state_dict(), state.ema.model.state_dict())
+    state.progress.steps_done = 1  # as if a step were left
+    train(averaged, state, progress)
+    line = f"{file}: has no averaged weights: --ema begins with its weights"
+    assert line in averaged.log.text_path.read_text()
+    file = tmp_path / "averaged" / "iter_2.pt"
+    assert checkpoint.load(file)["ema"]["updates"] == 1
+
+    without = start(tmp_path / "without", f"--resume={file}")
+    state, _ = parts_of(without)
+    state.restore()
+    assert same(state.model.state_dict(), checkpoint.load(file)["model"])
+    with opened(without):
+        pass
+    line = f"{file}: without --ema its averaged weights are dropped"
+    assert line in without.log.text_path.read_text()
+
+
+@pytest.mark.parametrize("decay", ["1", "1.5"])
+def test_what_is_no_decay_is_refused(tmp_path, decay):
+    with pytest.raises(UserError, match=f"--ema {decay}: not a number from 0 to below 1; give"):
+        start(tmp_path, f"--ema={decay}")
+
+
+def test_averages_that_are_not_finite_are_not_written(tmp_path):
+    run = start(tmp_path, "--ema=0.9", "--max_iters=1", "--kind=perf")
+    state, progress = parts_of(run)
+    state.ema.model[0].weight[0, 0] = torch.inf
+    with pytest.raises(UserError, match=f"weights are not finite; {REMEDY}"):
+        train(run, state, progress)
+    assert not list(tmp_path.glob("*.pt"))
 
 
 def test_a_run_resumed_from_an_earlier_file_leaves_the_later_ones(tmp_path):

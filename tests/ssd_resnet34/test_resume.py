@@ -9,6 +9,7 @@ import shutil
 import signal
 
 import pytest
+import torch
 
 from common.errors import UserError
 from ssd_resnet34 import train
@@ -87,6 +88,23 @@ def test_a_run_killed_in_an_evaluation_repeats_it(data, tmp_path):
         scored = [line["epoch"] for line in scripts.json_lines(run) if line.get("mode") == "val"]
         assert scored == [1, 3]
     scripts.assert_same_state(whole / "iter_7.pt", output / "iter_7.pt")
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.again), 2])
+def test_averaged_weights_of_a_killed_run_are_those_of_an_uninterrupted_one(data, tmp_path, ranks):
+    """They are evaluated after the first epoch, which averages their statistics over the ranks."""
+    whole, output = tmp_path / "whole", tmp_path / "killed"
+    more = ("--ema=0.9", "--kind=acc", "--evaluation=1")
+    scripts.run("train.py", *flags(data, whole, 0), *more, ranks=ranks)
+    with scripts.running("train.py", *flags(data, output, 0), *more, ranks=ranks) as process:
+        scripts.wait_for_step(output, 7, process)
+        scripts.signal_all(process, signal.SIGKILL)
+    assert 9 not in scripts.checkpoints(output)
+    scripts.run("train.py", *flags(data, output, 0), *more, "--resume=auto", ranks=ranks)
+    assert_equal_runs(whole, output)
+    state = torch.load(output / "iter_9.pt", weights_only=True)
+    assert state["ema"]["updates"] == 9
+    assert len(state["ema"]["buffers"]) == ranks
 
 
 def test_means_over_steps_before_and_after_a_resume_are_the_same_on_2_ranks(tmp_path):
