@@ -176,7 +176,7 @@ def shell(folder: Path, text: str) -> None:
     environment["TEST_PROCESSES"] = "1"
     program = ["bash", "-euo", "pipefail", "-c", text]
     done = subprocess.run(
-        program, cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+        program, cwd=folder, env=environment, capture_output=True, text=True, timeout=1800
     )
     assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
 
@@ -191,6 +191,7 @@ def pages_that_run() -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.again  # each program has tests of its own
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("page", pages_that_run())
 def test_the_commands_of_a_page_run_in_order(clone, page):
     for block in blocks_of(ROOT / page):
