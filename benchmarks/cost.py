@@ -121,8 +121,13 @@ def line_of(case: Case, kernels: int) -> str:
     name = f"`{case.package.replace('.', '/')}` {case.recipe}"
     return (
         f"| {name} | {recipe.batch_size} | {flops / 1e9:.0f} | {kept / 2**20:.0f} | "
-        f"{kernels or '-'} | {images_a_second:.0f} | {memory / 2**30:.1f} | {hours:.1f} |"
+        f"{kernels or '-'} | {two_digits(images_a_second)} | {memory / 2**30:.1f} | {hours:.1f} |"
     )
+
+
+def two_digits(estimate: float) -> str:
+    """Return an estimate without the digits that it does not have."""
+    return f"{float(f'{estimate:.1e}'):,.0f}"
 
 
 def bytes_kept(model: nn.Module, case: Case) -> int:
