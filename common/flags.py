@@ -47,7 +47,7 @@ FLAGS = (
     Flag("data", "--train-images", "", "folder instead of the one in --data"),
     Flag("data", "--val-annotations", "", "JSON file instead of the one in --data"),
     Flag("data", "--val-images", "", "folder instead of the one in --data"),
-    Flag("data", "--num-workers", -1, "loader processes per rank; -1: from its share of the cores"),
+    Flag("data", "--num-workers", -1, "loader processes of each rank; -1: its share of the cores"),
     Flag(
         "data",
         "--num-classes",
@@ -69,7 +69,7 @@ FLAGS = (
         "evaluation",
         "--analysis",
         True,
-        "explain what went wrong, of a run at its end: costs of errors, worst images, suspect "
+        "explain what went wrong, in training at its end: costs of errors, worst images, suspect "
         "labels",
     ),
     Flag(
@@ -89,46 +89,50 @@ FLAGS = (
         "half type; auto: bf16 on a CPU, else fp16",
         choices=("auto", "fp16", "bf16"),
     ),
-    Flag("process", "--deterministic", False, "the same bits in every run, and --exact"),
-    Flag("process", "--exact", False, "fp32 with all its bits: no TF32 (CUDA), no HF32 (NPU)"),
+    Flag(
+        "process", "--deterministic", False, "compute the same bits in every run; implies --exact"
+    ),
+    Flag(
+        "process", "--exact", False, "compute fp32 with all its bits: no TF32 (CUDA), no HF32 (NPU)"
+    ),
     Flag("process", "--timeout", 1800.0, "seconds to wait for another rank"),
-    Flag("process", "--local-rank", 0, "what torch.distributed.launch may add; has no effect"),
+    Flag("process", "--local-rank", 0, "has no effect; torch.distributed.launch may add it"),
     # The course of a training run.
     Flag(
         "run",
         "--config",
         "",
-        "JSON file of flags, such as the run.json of a run, which starts again then; flags of the "
-        "command line count more",
+        "JSON file of flags; the run.json of a run starts that run again; flags of the command "
+        "line count more",
     ),
     Flag(
         "run",
         "--resume",
         "none",
-        "go on from a file; auto: from the newest undamaged checkpoint in --output-dir",
+        "checkpoint to go on from; auto: the newest undamaged one in --output-dir",
     ),
-    Flag("run", "--pretrained", "", "ImageNet weights of the backbone"),
-    Flag("run", "-s --seed", 0, "seed of order and augmentation"),
-    Flag("run", "--max-iters", 0, "stop after this many steps; 0: after the epochs"),
+    Flag("run", "--pretrained", "", "file with ImageNet weights of the backbone"),
+    Flag("run", "-s --seed", 0, "seed of the order of images and of the augmentation"),
+    Flag("run", "--max-iters", 0, "end after this many steps; 0: after the epochs"),
     Flag(
         "run",
         "--profile",
         0,
-        "only measure this many steps: phases, operators, memory; and the loader alone",
+        "only measure this many steps (phases, operators, memory) and the loader alone; 0: train",
     ),
     Flag(
         "run",
         "--log-interval --print-interval",
         20,
-        "steps between log lines; if not given, at most one a second",
+        "steps between log lines; if not given, there is at most one line a second",
     ),
     Flag(
         "run",
         "--save-interval",
         0,
-        "steps between checkpoints; 0: epochs of together 3 minutes at least",
+        "steps between checkpoints; 0: at the ends of epochs, at least 3 minutes apart",
     ),
-    Flag("run", "--keep", 2, "checkpoints to keep besides the best"),
+    Flag("run", "--keep", 2, "how many of the newest checkpoints to keep, besides the best"),
     Flag("run", "--save", True, "write checkpoints"),
     Flag(
         "run",
@@ -151,7 +155,7 @@ FLAGS = (
         "--background-metrics",
         False,
         "compute COCO's metrics in a process of its own while training goes on; they are logged "
-        "when they are there",
+        "as soon as they are known",
     ),
     Flag(
         "run",
@@ -164,16 +168,21 @@ FLAGS = (
         "run",
         "--freeze",
         "",
-        "backbone, or the number of its first stages that stay as they are",
+        "what stays as it is: backbone, or the number of its first stages",
     ),
-    Flag("run", "--subset", "", "train on so many images, or on a share such as 0.1; of --seed"),
+    Flag(
+        "run",
+        "--subset",
+        "",
+        "train on this many images, or on a share such as 0.1, drawn by --seed",
+    ),
     Flag(
         "run",
         "--ema",
         0.0,
         "evaluate and save a moving average of the weights, with this decay (0.9998); 0: none",
     ),
-    Flag("run", "--patience", 0, "end after so many evaluations without a higher AP; 0: never so"),
+    Flag("run", "--patience", 0, "end after this many evaluations without a higher AP; 0: do not"),
     Flag(
         "run",
         "--amp-backend",
@@ -292,7 +301,7 @@ def _add_recipe_flags(parser: Parser, recipes: dict) -> None:
         group,
         PRESET_FLAG,
         names[0],
-        "preset that the following flags change; with --help, whose defaults are shown",
+        "preset that the following flags change; --help --recipe=NAME shows its defaults",
         choices=names,
     )
     preset = recipes[names[0]]

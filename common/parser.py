@@ -120,7 +120,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options):
         super().__init__(**options)
         text = f"onestage {__version__}"
-        self.add_argument("--version", action="version", version=text, help="print it and exit")
+        self.add_argument(
+            "--version", action="version", version=text, help="print the version and exit"
+        )
 
     def parse_args(self, argv=None, namespace=None):
         words = sys.argv[1:] if argv is None else list(argv)

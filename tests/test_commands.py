@@ -33,6 +33,7 @@ MODEL_PAGES = [
 ]
 # These have no parser of argparse's; their flags stand in their text.
 SCRIPTS_WITH_FLAGS = ("download_dataset.sh", "download_weights.sh", "run_tests.sh", "gpu.sh")
+ACTIVATE = "source .venv/bin/activate"
 INTERPRETERS = ("python3", "python", ".venv/bin/python")
 
 # What is added at the end of a command, so that it takes seconds.
@@ -194,14 +195,18 @@ def pages_that_run() -> list[str]:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("page", pages_that_run())
 def test_the_commands_of_a_page_run_in_order(clone, page):
+    # The README says itself that the environment has to be active, and the other pages follow it.
+    before = "" if page == "README.md" else f"{ACTIVATE}\n"
     for block in blocks_of(ROOT / page):
         if block.reason:
             continue
         if is_shell(block):
             for command in commands_of(block):
                 print(cut_short(command), flush=True)
-                shell(clone, cut_short(command))
+                shell(clone, before + cut_short(command))
+                if command == ACTIVATE:
+                    before = f"{ACTIVATE}\n"
         elif block.language == "python" and page == "README.md":
             (clone / "program.py").write_text(block.text)
-            shell(clone, ".venv/bin/python program.py")
+            shell(clone, f"{before}python3 program.py")
             assert (clone / "found.jpg").stat().st_size > 0
