@@ -303,14 +303,19 @@ def _suspect_line(suspect: Suspect) -> str:
 
 
 def _cut_out(image: np.ndarray, box_xyxy: Sequence[float]) -> Image.Image:
-    """Return a square tile of the image around a box, which is drawn in it."""
-    left, top, right, bottom = box_xyxy
+    """Return a square tile of the image around a box, which is drawn in it.
+
+    What of the box lies outside of the image is cut off: a network that has learned nothing may
+    give boxes a thousand times as large, whose tile would not fit into the memory.
+    """
+    height, width = image.shape[:2]
+    limits = np.array([width, height, width, height])
+    left, top, right, bottom = np.clip(np.asarray(box_xyxy, np.float64), 0, limits).tolist()
     side = (1 + 2 * CROP_MARGIN) * max(right - left, bottom - top)
     side = max(SMALLEST_CROP, side)
     x = (left + right - side) / 2
     y = (top + bottom - side) / 2
     scale = TILE_SIDE / side
-    height, width = image.shape[:2]
     region = [max(0, round(x)), max(0, round(y))]
     region += [min(width, round(x + side)), min(height, round(y + side))]
     square = Image.new("RGB", (round(side), round(side)), OUTSIDE_COLOUR)

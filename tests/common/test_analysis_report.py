@@ -1,15 +1,16 @@
 """The report on what went wrong: its files, its pictures and its lines in the log."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from common.coco.analysis import NO_LABEL, NOT_FOUND, OTHER_CLASS, analyse
+from common.coco.analysis import NO_LABEL, NOT_FOUND, OTHER_CLASS, Suspect, analyse
 from common.coco.analysis_report import dominant_error, write_analysis
-from common.coco.error_pictures import draw_confusion
+from common.coco.error_pictures import draw_confusion, draw_suspects
 from common.coco.evaluation import EvaluationOptions, to_result_rows
 from common.coco.index import read_annotations, read_index
 from common.coco.report import image_by_id, report_results, to_xyxy
@@ -76,6 +77,20 @@ def test_every_file_and_a_line_for_each_picture(records, tmp_path):
         NOT_FOUND,
         OTHER_CLASS,
     }
+
+
+def test_a_box_far_larger_than_its_image_needs_no_more_memory(tmp_path):
+    """Such boxes come from a network that has learned nothing; their tile took 18 GB once."""
+    boxes = [(-5e4, -5e4, 5e4, 5e4), (-5e4, 3, -4e4, 9)]  # the second one misses the image
+    suspects = [Suspect(NO_LABEL, 1, "a.jpg", box, "", "cat", 0.5) for box in boxes]
+    image = np.full((30, 40, 3), 200, np.uint8)
+    tracemalloc.start()
+    draw_suspects(tmp_path / "suspects.png", suspects, lambda _: image)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    sheet = np.asarray(Image.open(tmp_path / "suspects.png"))
+    assert peak < 1e8
+    assert (sheet == 200).all(axis=2).sum() > 1000  # the image is in the tiles
 
 
 def test_suspect_labels_are_a_coco_file(records, tmp_path):
