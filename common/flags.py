@@ -182,6 +182,7 @@ FLAGS = (
         0.0,
         "evaluate and save a moving average of the weights, with this decay (0.9998); 0: none",
     ),
+    Flag("run", "--sync-bn", False, "batch norm over the images of all processes together"),
     Flag("run", "--patience", 0, "end after this many evaluations without a higher AP; 0: do not"),
     Flag(
         "run",

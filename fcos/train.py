@@ -113,6 +113,7 @@ def main(argv: list[str] | None = None) -> int | None:
     if frozen:
         model.backbone.freeze()
     run.freeze(model, backbone_stages(model), has_weights=len(trained) > 0)
+    run.synchronise_norms(model)
     if run.ranks.main and not run.only_draws:
         run.log.info(size_line(model, *canvas))
     model.to(run.device, memory_format=memory_format(run.device))

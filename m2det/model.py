@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.npu.sync_bn import SyncBatchNorm2d
 from m2det.anchors import anchors_per_cell
 from m2det.backbone import make_backbone, stages_of
 from m2det.config import Recipe
@@ -17,6 +18,8 @@ COORDINATES = 4
 
 def batch_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     """Return the batch norm of a feature map, without counting the batch: M2Det does."""
+    if isinstance(norm, SyncBatchNorm2d):
+        return norm.normalise(x)
     return F.batch_norm(
         x,
         norm.running_mean,

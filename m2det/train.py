@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int | None:
     canvas = (recipe.image_size, recipe.image_size)
     require_memory_for_batch(recipe.batch_size, canvas, run.ranks, run.device)
 
-    require_trainable(recipe, run.settings.accumulate)
+    require_trainable(recipe, run)
     model = build_model(recipe, num_classes)
     for checkpoint in weights:
         report = load_weights(model, checkpoint, train_set.class_names)
@@ -119,6 +119,7 @@ def main(argv: list[str] | None = None) -> int | None:
     if not weights and run.resumed is None:
         run.log.info("weights: random; for --pretrained: bash download_weights.sh m2det")
     run.freeze(model, backbone_stages(model), has_weights=len(trained) > 0)
+    run.synchronise_norms(model)
     if run.ranks.main and not run.only_draws:
         run.log.info(size_line(model, recipe.image_size, recipe.image_size))
     model.to(run.device, memory_format=memory_format(run.device))
@@ -222,11 +223,11 @@ def default_backbone(recipe: Recipe) -> list[dict]:
     return [load_checkpoint(PRETRAINED)]
 
 
-def require_trainable(recipe: Recipe, accumulate: int) -> None:
-    """Raise UserError where batch normalisation would see a single value a channel.
-
-    `accumulate` is the number of parts in which a batch goes through the network.
-    """
+def require_trainable(recipe: Recipe, run: Run) -> None:
+    """Raise UserError where batch normalisation would see a single value a channel."""
+    accumulate = run.settings.accumulate  # parts in which a batch goes through the network
+    if run.settings.sync_bn and run.ranks.world_size > 1:
+        return  # it sees images of several processes
     if recipe.batch_size <= accumulate and recipe.anchor_maps[-1] == 1:
         raise UserError(
             f"--batch_size={recipe.batch_size}, --accumulate={accumulate}: BN on the 1 x 1 map "

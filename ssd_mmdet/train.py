@@ -104,6 +104,7 @@ def main(argv: list[str] | None = None) -> int | None:
     if not weights and run.resumed is None:
         run.log.info("weights: random; for --pretrained: bash download_weights.sh ssd_mmdet")
     run.freeze(model, backbone_stages(model), has_weights=len(trained) > 0)
+    run.synchronise_norms(model)
     if run.ranks.main and not run.only_draws:
         run.log.info(size_line(model, recipe.image_size, recipe.image_size))
     model.to(run.device, memory_format=memory_format(run.device))

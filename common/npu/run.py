@@ -46,6 +46,7 @@ from common.npu.freezing import freeze_stages, number_of_stages, trained_line
 from common.npu.loading import workers_per_rank
 from common.npu.output import claim_output_folder, renamed_folders
 from common.npu.precision import Precision, default_level
+from common.npu.sync_bn import synchronise_norms
 from common.npu.weights import averages_of, load_same, weights_on_cpu
 
 if TYPE_CHECKING:
@@ -181,6 +182,7 @@ class RunSettings:
     accumulate: int = 1  # parts of a batch that go through the network one after the other
     freeze: str = ""  # "backbone", or the number of its first stages that stay as they are
     ema: float = 0.0  # decay of the average of the weights; 0: none
+    sync_bn: bool = False  # batch norm over all ranks
     look: int = 0  # draw this many samples of an epoch, and train nothing
     epoch: int = 1  # that epoch, from 1
 
@@ -280,6 +282,8 @@ class Run:
             precision.backward = profile.measured("backward", precision.backward)
             precision.step = profile.measured("optimizer", precision.step)
         compiler = Compiler(device, args.compile and not only_draws)
+        if args.sync_bn and ranks.world_size > 1 and compiler.compiles_networks:
+            raise UserError("--sync_bn: not with --compile", "omit one of them")
         workers = workers_per_rank(args.num_workers, ranks)
         log = RunLog(ranks, workers)
         log.info(reason)
@@ -333,6 +337,7 @@ class Run:
                 accumulate=args.accumulate,
                 freeze=args.freeze,
                 ema=args.ema,
+                sync_bn=args.sync_bn,
                 look=args.look,
                 epoch=args.epoch,
             ),
@@ -439,6 +444,22 @@ class Run:
             f"--freeze {asked}: {self.frozen_stages} of {len(stages)} stages of the backbone stay "
             f"as they are, {trained_line(model)}"
         )
+
+    def synchronise_norms(self, model: nn.Module) -> None:
+        """Let batch norms that train see the images of all ranks, where `--sync_bn` asks for it.
+
+        It comes after `freeze`.
+        """
+        if not self.settings.sync_bn:
+            return
+        if self.ranks.world_size == 1:
+            self.log.info("--sync_bn: has no effect on a single process")
+            return
+        count = synchronise_norms(model)
+        if count == 0:
+            self.log.info("--sync_bn: has no effect, this network trains no batch norm")
+        else:
+            self.log.info(f"--sync_bn: {count} batch norms see the images of all processes")
 
     def weight_average(self, model: nn.Module) -> WeightAverage:
         """Return what `--ema` makes of the network: its average, or the network itself.

@@ -30,6 +30,7 @@ SHARED_FLAGS = (
     "--subset",
     "--compile",
     "--ema",
+    "--sync-bn",
     "--look",
     "--epoch",
     "--replay",

@@ -135,6 +135,7 @@ def main(argv: list[str] | None = None) -> int | None:
     elif not run.resumed:
         run.log.warning("weights: random; --resnet_checkpoint gives the backbone's")
     run.freeze(model, backbone_stages(model), has_weights=trained is not None)
+    run.synchronise_norms(model)
     if run.ranks.main and not run.only_draws:
         run.log.info(size_line(model, recipe.image_size, recipe.image_size))
     model.to(run.device, memory_format=memory_format(run.device))
