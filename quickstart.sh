@@ -32,4 +32,6 @@ for file in report.html detections.png worst_images.png suspect_labels.png error
     curves.png pr_curves.png train_0.log; do
     [ -e "quickstart/output/$file" ] && echo "  quickstart/output/$file"
 done
-echo "Next: bash download_dataset.sh, then bash ssd_resnet34/test/train_full_1p.sh --data_path=coco"
+echo "Next, detect in pictures, or train on COCO:"
+echo "  ${PYTHON#"$PWD/"} ssd_resnet34/demo.py quickstart/sample/val2017 --checkpoint quickstart/output/best.pt"
+echo "  bash download_dataset.sh coco && bash ssd_resnet34/test/train_full_1p.sh --data_path=coco"
