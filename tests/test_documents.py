@@ -101,6 +101,10 @@ def test_every_page_is_in_the_websites_navigation():
         assert (ROOT / ".ci/site" / page).samefile(ROOT / page)
 
 
+def test_the_picture_of_the_readme_loads_quickly():
+    assert (ROOT / "docs/quickstart.jpg").stat().st_size < 300_000
+
+
 @pytest.mark.slow
 @pytest.mark.again  # installs packages
 def test_the_website_is_built_without_a_warning(tmp_path):
