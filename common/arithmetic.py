@@ -9,3 +9,8 @@ def ceil_div(dividend: int, divisor: int) -> int:
 def round_up(number: int, multiple: int) -> int:
     """Return the smallest multiple of `multiple` that is not below `number`."""
     return ceil_div(number, multiple) * multiple
+
+
+def round_down(number: int, multiple: int) -> int:
+    """Return the largest multiple of `multiple` that is not above `number`."""
+    return number // multiple * multiple

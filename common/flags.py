@@ -148,6 +148,13 @@ FLAGS = (
         0,
         "only draw the batch of this step, from 1, of the run in --output-dir again",
     ),
+    Flag(
+        "run",
+        "--find-lr",
+        False,
+        "only raise the learning rate step by step, draw the losses and suggest a rate; nothing is "
+        "trained",
+    ),
     Flag("run", "--fake-input", False, "repeat the first batch: speed without the loader"),
     Flag("run", "--kind", "acc", "perf: no evaluation at the end", choices=("acc", "perf")),
     Flag(
@@ -252,6 +259,7 @@ OLD_FLAGS_SENTENCE = """\
 Flags of the programs that this one replaces work too, or are answered with
 today's."""
 COMMAND_INDENT = " " * 4  # of the commands in a script's docstring
+FIND = "auto"  # instead of the number of images of a batch
 TRAINING_GROUPS = ("data", "files", "run", "evaluation", "device", "process")
 
 
@@ -261,12 +269,14 @@ def make_parser(
     recipes: dict | None = None,
     log_interval: int | None = None,
     old_flags: tuple[OldFlag, ...] = (),
+    trains: bool = False,
 ) -> Parser:
     """Return the parser of an entry script, with the shared flags of these groups.
 
     Of `documentation`, the script's docstring, `--help` shows the first line and the commands.
     `log_interval` is another default of that flag. `old_flags` of the model come before `OLD_FLAGS`
     of all. With `recipes` there is `--recipe NAME` and a flag for every documented field as well.
+    In a program that `trains`, as those with the group "run" do, `--batch_size` may be FIND.
     The parsed arguments have `started`, the time in epoch seconds at which the launch script did.
     """
     commands = [line for line in documentation.splitlines() if line.startswith(COMMAND_INDENT)]
@@ -280,7 +290,7 @@ def make_parser(
     parser.old_flags = (*old_flags, *OLD_FLAGS)
     parser.reads_config = "run" in groups
     started = os.environ.get("ONESTAGE_LAUNCH_TIME", time.time())
-    parser.set_defaults(started=float(started))
+    parser.set_defaults(started=float(started), find_batch_size=False)
     for title in groups:
         group = parser.add_argument_group(title)
         for flag in FLAGS:
@@ -291,11 +301,11 @@ def make_parser(
                 default = log_interval
             add(group, flag.names, default, flag.help, choices=flag.choices)
     if recipes:
-        _add_recipe_flags(parser, recipes)
+        _add_recipe_flags(parser, recipes, finds_batch_size=trains or "run" in groups)
     return parser
 
 
-def _add_recipe_flags(parser: Parser, recipes: dict) -> None:
+def _add_recipe_flags(parser: Parser, recipes: dict, finds_batch_size: bool) -> None:
     group = parser.add_argument_group("recipe")
     names = tuple(recipes)
     add(
@@ -313,7 +323,11 @@ def _add_recipe_flags(parser: Parser, recipes: dict) -> None:
         flag = "--" + field.name.replace("_", "-")
         flag_names = " ".join([flag, *field.metadata["flags"]])
         text = field.metadata["help"]
-        add(group, flag_names, getattr(preset, field.name), text, only_if_given=True)
+        type_ = None
+        if finds_batch_size and field.name == "batch_size":
+            text += f", or {FIND}: the largest number that fits the device"
+            type_ = number_or_find
+        add(group, flag_names, getattr(preset, field.name), text, only_if_given=True, type_=type_)
         for name, recipe in recipes.items():
             helps[name][field.name] = _with_default(text, getattr(recipe, field.name))
     parser.preset_helps = helps
@@ -326,8 +340,9 @@ def add(
     text: str,
     choices: tuple[str, ...] = (),
     only_if_given: bool = False,
+    type_: Callable[[str], object] | None = None,
 ) -> None:
-    """Add a flag of its default's type.
+    """Add a flag of its default's type, or of `type_`.
 
     `only_if_given`: the parsed arguments have no such attribute unless the flag is given.
     """
@@ -339,7 +354,7 @@ def add(
     elif choices:
         options = {"choices": choices}
     else:
-        options = {"type": type(default)}
+        options = {"type": type_ or type(default)}
     action = group.add_argument(
         *names.split(),
         default=argparse.SUPPRESS,
@@ -410,8 +425,25 @@ def score_or_best(text: str) -> float | str:
         raise argparse.ArgumentTypeError(f"{text!r}: give a number or {BEST!r}") from None
 
 
+def number_or_find(text: str) -> int | str:
+    """Return the value of a training program's `--batch_size`: a number, or FIND as it is."""
+    if text == FIND:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number or {FIND!r}") from None
+
+
 def chosen_recipe(args: argparse.Namespace, recipes: dict):
-    """Return the preset of `--recipe` with the given flags on top."""
+    """Return the preset of `--recipe` with the given flags on top.
+
+    Where `--batch_size` is FIND, the batch is the preset's until it is found, as if it had not been
+    given; then `args.find_batch_size` is set.
+    """
+    if getattr(args, "batch_size", None) == FIND:
+        args.find_batch_size = True
+        del args.batch_size
     preset = recipes[args.recipe]
     changes = {}
     for field in dataclasses.fields(preset):

@@ -510,3 +510,21 @@ def build_loader(
         collate_fn=dataset.collate,
         **options,
     )
+
+
+def largest_sample(recipe: Recipe, records: CocoIndex) -> Batch:
+    """Return a training batch of one image, whose tensors are as large as those of any other.
+
+    The image lies on the largest canvas that a batch can have.
+    """
+    loader = build_loader(replace(recipe, batch_size=1), records, training=True, end=1)
+    batch = next(iter(loader))
+    scales = recipe.scales if recipe.augment else (recipe.eval_scale,)
+    largest_size = (max(short for short, _ in scales), max(long for _, long in scales))
+    height, width = canvas_size([largest_size], recipe.shapes, recipe.scales)
+    image = batch.images[0]
+    if image.shape[0] > image.shape[1]:
+        height, width = width, height
+    canvas = torch.zeros(1, height, width, 3, dtype=torch.uint8)
+    lay_on_canvas(image, canvas[0])
+    return batch._replace(images=canvas)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.npu import distributed
 from common.npu.operators import constant
 from fcos.anchors import MapSizes, encode, make_anchors, make_axes, map_sizes, point_strides
 from fcos.config import Recipe
@@ -158,7 +159,7 @@ def divisors(is_positive: Tensor, target_centerness: Tensor) -> Divisors:
 
 def mean_over_ranks(values: Tensor) -> Tensor:
     """Return the means of `values` over all ranks, all of which must call this."""
-    if not dist.is_initialized():
+    if not distributed.exchanges():
         return values
     values = values / dist.get_world_size()
     dist.all_reduce(values)

@@ -158,6 +158,14 @@ class Recipe:
             f"or take the port's --lr={SAFE_LR:g}"
         ]
 
+    def base_lr(self, world_size: int, batch_size: int) -> float:
+        """Return the learning rate after warm-up, before decay: the same for any global batch."""
+        return self.lr
+
+    def lr_flags(self, rate: float, world_size: int, batch_size: int) -> str:
+        """Return the flags of which `base_lr` makes a rate, to two digits."""
+        return f"--lr={rate:.2g}"
+
     def lr_at(
         self, iteration: int, iters_per_epoch: int, world_size: int, batch_size: int
     ) -> float:

@@ -33,13 +33,16 @@ from common.coco.trained import trained_boxes_line
 from common.errors import UserError
 from common.fps.network_size import size_line
 from common.fps.progress import Progress
+from common.fps.rate_sweep import sweep_rates
 from common.fps.replay import Pipeline, draw_batches
 from common.npu import distributed, entry
+from common.npu.batch_search import find_batch_size
 from common.npu.checkpoint import load as load_checkpoint
 from common.npu.device import memory_format
 from common.npu.loading import repeat_first_batch, require_memory_for_batch
 from common.npu.precision import build_sgd, set_learning_rate
 from common.npu.run import Run, RunState
+from common.npu.trial_step import TrialStep, step_alone
 from common.npu.weights import named_classes
 from m2det.augment import augment
 from m2det.config import RECIPES, Recipe
@@ -49,6 +52,7 @@ from m2det.data import (
     build_loader,
     find_files,
     iterations_per_epoch,
+    largest_sample,
     read_records,
     untrained_boxes,
 )
@@ -111,7 +115,8 @@ def main(argv: list[str] | None = None) -> int | None:
     canvas = (recipe.image_size, recipe.image_size)
     require_memory_for_batch(recipe.batch_size, canvas, run.ranks, run.device)
 
-    require_trainable(recipe, run)
+    if not run.settings.find_batch_size:
+        require_trainable(recipe, run)
     model = build_model(recipe, num_classes)
     for checkpoint in weights:
         report = load_weights(model, checkpoint, train_set.class_names)
@@ -138,6 +143,13 @@ def main(argv: list[str] | None = None) -> int | None:
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
     )
+    if run.settings.find_batch_size:
+        step = step_alone(run, recipe, augment, model, detection_loss, optimizer)
+        least = fewest_images(recipe)
+        batch_size = find_batch_size(
+            run, step, largest_sample, train_set, len(train_set), least=least
+        )
+        recipe = replace(recipe, batch_size=batch_size)
 
     world_size = run.ranks.world_size
     steps_per_epoch = iterations_per_epoch(train_set, recipe, world_size)
@@ -151,6 +163,10 @@ def main(argv: list[str] | None = None) -> int | None:
     accumulation = run.accumulation(
         model, parallel_model, recipe.batch_size, detection_loss.normaliser
     )
+    if run.settings.find_lr:
+        parts = (augment_batch, parallel_model, criterion, accumulation, optimizer)
+        step = TrialStep(recipe, run.precision, *parts)
+        return sweep_rates(run, step, build_loader, train_set, steps_per_epoch)
     loader = build_loader(
         recipe,
         train_set,
@@ -223,12 +239,17 @@ def default_backbone(recipe: Recipe) -> list[dict]:
     return [load_checkpoint(PRETRAINED)]
 
 
+def fewest_images(recipe: Recipe) -> int:
+    """Return how many images of a process must go through the network together."""
+    return 2 if recipe.anchor_maps[-1] == 1 else 1
+
+
 def require_trainable(recipe: Recipe, run: Run) -> None:
     """Raise UserError where batch normalisation would see a single value a channel."""
     accumulate = run.settings.accumulate  # parts in which a batch goes through the network
     if run.settings.sync_bn and run.ranks.world_size > 1:
         return  # it sees images of several processes
-    if recipe.batch_size <= accumulate and recipe.anchor_maps[-1] == 1:
+    if recipe.batch_size < fewest_images(recipe) * accumulate:
         raise UserError(
             f"--batch_size={recipe.batch_size}, --accumulate={accumulate}: BN on the 1 x 1 map "
             "needs at least 2 images of a process at a time"

@@ -121,6 +121,10 @@ class Recipe:
         """
         return self.lr * (world_size * batch_size) / IMAGES_OF_LR
 
+    def lr_flags(self, rate: float, world_size: int, batch_size: int) -> str:
+        """Return the flags of which `base_lr` makes a rate, to two digits."""
+        return f"--lr={rate * IMAGES_OF_LR / (world_size * batch_size):.2g}"
+
     def lr_at(
         self, iteration: int, iters_per_epoch: int, world_size: int, batch_size: int
     ) -> float:

@@ -7,6 +7,7 @@ sample. Colour jitter, flip and normalisation follow on the device (augment.py).
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -431,3 +432,9 @@ def build_loader(
     dataset = TrainingSet(records, recipe, seed)
     order = TrainingOrder(records, recipe, ranks, seed, start, end)
     return DataLoader(dataset, batch_sampler=order, **options)
+
+
+def largest_sample(recipe: Recipe, records: CocoIndex) -> Batch:
+    """Return a training batch of one image, whose tensors are as large as those of any other."""
+    loader = build_loader(replace(recipe, batch_size=1), records, training=True, end=1)
+    return next(iter(loader))

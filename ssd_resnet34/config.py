@@ -115,6 +115,13 @@ class Recipe:
         steps = max(1, round(scaled / self.lr_step))
         return self.lr_step * steps
 
+    def lr_flags(self, rate: float, world_size: int, batch_size: int) -> str:
+        """Return the flags of which `base_lr` makes a rate, to two digits."""
+        text = f"--lr={rate * IMAGES_OF_LR / (world_size * batch_size):.2g}"
+        if self.lr_step:
+            text += " --lr_step=0"  # which does not round it
+        return text
+
     def lr_at(
         self, iteration: int, iters_per_epoch: int, world_size: int, batch_size: int
     ) -> float:

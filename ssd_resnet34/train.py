@@ -30,12 +30,15 @@ from common.coco.sampling import balance_line
 from common.coco.trained import trained_boxes_line
 from common.fps.network_size import size_line
 from common.fps.progress import Progress
+from common.fps.rate_sweep import sweep_rates
 from common.fps.replay import Pipeline, draw_batches
 from common.npu import distributed, entry
+from common.npu.batch_search import find_batch_size
 from common.npu.device import memory_format
 from common.npu.loading import repeat_first_batch, require_memory_for_batch
 from common.npu.precision import build_sgd, set_learning_rate
 from common.npu.run import Run, RunState
+from common.npu.trial_step import TrialStep, step_alone
 from common.npu.weights import named_classes
 from ssd_resnet34.augment import augment
 from ssd_resnet34.config import RECIPES, Recipe
@@ -44,6 +47,7 @@ from ssd_resnet34.data import (
     TURNS_IF_BOTH_FIT,
     build_loader,
     iterations_per_epoch,
+    largest_sample,
     training_records,
     untrained_boxes,
 )
@@ -125,6 +129,10 @@ def main(argv: list[str] | None = None) -> int | None:
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
     )
+    if run.settings.find_batch_size:
+        step = step_alone(run, recipe, augment, model, detection_loss, optimizer)
+        batch_size = find_batch_size(run, step, largest_sample, train_set, len(train_set))
+        recipe = replace(recipe, batch_size=batch_size)
 
     world_size = run.ranks.world_size
     steps_per_epoch = iterations_per_epoch(train_set, recipe, world_size)
@@ -138,6 +146,10 @@ def main(argv: list[str] | None = None) -> int | None:
     accumulation = run.accumulation(
         model, parallel_model, recipe.batch_size, detection_loss.normaliser
     )
+    if run.settings.find_lr:
+        parts = (augment_batch, parallel_model, criterion, accumulation, optimizer)
+        step = TrialStep(recipe, run.precision, *parts)
+        return sweep_rates(run, step, build_loader, train_set, steps_per_epoch)
     loader = build_loader(
         recipe,
         train_set,

@@ -278,6 +278,19 @@ def use_in_this_thread(device: torch.device) -> None:
         getattr(torch, device.type).set_device(device)
 
 
+def get_random_state(device: torch.device) -> torch.Tensor | None:
+    """Return the state of an accelerator's random generator, None of a CPU, which is torch's."""
+    if device.type == "cpu":
+        return None
+    return getattr(torch, device.type).get_rng_state(device)
+
+
+def set_random_state(device: torch.device, state: torch.Tensor | None) -> None:
+    """Put back what `get_random_state` returned."""
+    if state is not None:
+        getattr(torch, device.type).set_rng_state(state, device)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done everything issued so far."""
     if device.type != "cpu":

@@ -3,6 +3,8 @@
 import os
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -80,6 +82,28 @@ class Ranks:
     def barrier(self) -> None:
         """Wait until all ranks have come here."""
         self.any(False)
+
+
+_is_alone = False  # see `alone`
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let this rank compute without the others: what `exchanges` guards is left out.
+
+    So ranks may try what one of them has no memory for, without waiting for it.
+    """
+    global _is_alone
+    _is_alone = True
+    try:
+        yield
+    finally:
+        _is_alone = False
+
+
+def exchanges() -> bool:
+    """Return whether several ranks compute a step together."""
+    return dist.is_initialized() and not _is_alone
 
 
 def may_be_restarted() -> bool:

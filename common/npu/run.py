@@ -185,6 +185,8 @@ class RunSettings:
     sync_bn: bool = False  # batch norm over all ranks
     look: int = 0  # draw this many samples of an epoch, and train nothing
     epoch: int = 1  # that epoch, from 1
+    find_batch_size: bool = False  # the batch is not known yet
+    find_lr: bool = False  # only try learning rates
 
 
 class ReplayedStep(NamedTuple):
@@ -224,6 +226,7 @@ class Run:
     replayed: ReplayedStep | None = None  # the step of `--replay`
     profile: Profile | None = None  # of `--profile`
     frozen_stages: int = 0  # of the backbone, by `freeze`
+    found_batch_size: int = 0  # by `--batch_size auto`; 0: it is a number
 
     @staticmethod
     def start(
@@ -256,10 +259,18 @@ class Run:
                 raise UserError("--profile: the measured run is a new one", "omit --resume")
             profile = Profile(args.profile, device)
             max_iters = profile.num_steps
-        evaluates = args.kind == "acc" and profile is None and not only_draws
+        if args.find_lr:
+            _require_possible_sweep(args)
+        if only_draws and args.find_batch_size:
+            raise UserError(
+                "--batch_size auto: --look and --replay draw batches of a known size",
+                "give the number of the run",
+            )
+        trains = not only_draws and not args.find_lr
+        evaluates = args.kind == "acc" and profile is None and trains
         if evaluates:
             require_evaluator(evaluation_options.faster)
-        elif args.patience and not only_draws:
+        elif args.patience and trains:
             raise UserError(
                 f"--patience {args.patience}: this run does not evaluate",
                 "omit it, or what leaves the evaluations out",
@@ -308,7 +319,7 @@ class Run:
                 warn=log.warning,
             )
             replayed = _replayed_step(args, resumed)
-        elif ranks.main and profile is None:
+        elif ranks.main and profile is None and not args.find_lr:
             resumed = _state_to_resume(args, recipe.model, weights_flag, log)
         return Run(
             ranks=ranks,
@@ -340,6 +351,8 @@ class Run:
                 sync_bn=args.sync_bn,
                 look=args.look,
                 epoch=args.epoch,
+                find_batch_size=args.find_batch_size,
+                find_lr=args.find_lr,
             ),
             evaluation_options=evaluation_options,
             resumed=ranks.from_main(resumed),
@@ -377,6 +390,8 @@ class Run:
         It is that of this process, and may be given in any folder.
         """
         words = [*self.command, f"--replay={step}"]
+        if self.found_batch_size:
+            words.append(f"--batch_size={self.found_batch_size}")
         if self.ranks.world_size > 1:
             # Launch scripts give the number of devices as --device_id, which names the log then.
             words.append("--device_id=0")
@@ -713,6 +728,14 @@ def _state_to_resume(args: Namespace, model: str, weights_flag: str, log: RunLog
         if newest is not None:
             log.warning(f"a former run was renamed; --resume={newest} goes on with it")
     return None
+
+
+def _require_possible_sweep(args: Namespace) -> None:
+    """Raise UserError for flags that ask for something else than what `--find_lr` does."""
+    if args.look or args.replay or args.profile:
+        raise UserError("--find_lr: not with --look, --replay or --profile", "omit one of them")
+    if args.resume not in ("none", "auto"):
+        raise UserError("--find_lr: begins with the weights of a new run", "omit --resume")
 
 
 def _replayed_step(args: Namespace, state: dict | None) -> ReplayedStep:

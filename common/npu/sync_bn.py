@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from common.npu import distributed
 from common.npu.operators import constant
 
 IMAGES_AND_PIXELS = (0, 2, 3)  # dimensions of a feature map (N, C, H, W)
@@ -64,7 +65,8 @@ class _BatchNormOverRanks(torch.autograd.Function):
             grad, x, weight, mean, variance, None, None, False, ctx.eps, [False, True, True]
         )
         means = torch.cat([grad_weight, grad_bias])
-        dist.all_reduce(means)
+        if distributed.exchanges():
+            dist.all_reduce(means)
         weight_mean, bias_mean = (means / count).chunk(2)
         # With z = (x - mean) / deviation, the gradient of x is
         # weight / deviation * (grad - bias_mean - z * weight_mean).
@@ -88,8 +90,10 @@ def _statistics_over_ranks(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     variance, mean = torch.var_mean(x, IMAGES_AND_PIXELS, correction=0)
     count = constant((x.numel() / num_channels,), x.device)
     of_rank = torch.cat([mean, variance, count])
-    of_ranks = [torch.empty_like(of_rank) for _ in range(dist.get_world_size())]
-    dist.all_gather(of_ranks, of_rank)
+    of_ranks = [of_rank]
+    if distributed.exchanges():
+        of_ranks = [torch.empty_like(of_rank) for _ in range(dist.get_world_size())]
+        dist.all_gather(of_ranks, of_rank)
     means, variances, counts = torch.stack(of_ranks).split([num_channels, num_channels, 1], dim=1)
     total = counts.sum()
     shares = counts / total

@@ -7,6 +7,7 @@ resumed run changes a sample. Flip, colour jitter and normalisation follow on th
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -360,3 +361,9 @@ def build_loader(
         end = recipe.total_steps(ranks.world_size)
     order = TrainingOrder(records, recipe, ranks, seed, start, end)
     return DataLoader(TrainingSet(records, recipe, seed), batch_sampler=order, **options)
+
+
+def largest_sample(recipe: Recipe, records: RecordIndex) -> Batch:
+    """Return a training batch of one image, whose tensors are as large as those of any other."""
+    loader = build_loader(replace(recipe, batch_size=1), records, training=True, end=1)
+    return next(iter(loader))

@@ -35,6 +35,7 @@ SHARED_FLAGS = (
     "--epoch",
     "--replay",
     "--profile",
+    "--find-lr",
 )
 
 
@@ -45,7 +46,9 @@ def parse(argv: list[str] | None, documentation: str) -> Namespace:
     device of its local rank. `device_id` is no device any more, but what `Run` and `RunLog` call
     the log: the number that was given, else the rank.
     """
-    parser = flags.make_parser(documentation, "evaluation", "device", "process", recipes=RECIPES)
+    parser = flags.make_parser(
+        documentation, "evaluation", "device", "process", recipes=RECIPES, trains=True
+    )
     group = parser.add_argument_group("run")
     flags.add(group, "--mode", MODES[0], "what to do", choices=MODES)
     flags.add(group, "--training-file-pattern", "", "glob of the training shards, quoted")

@@ -26,19 +26,27 @@ from common.coco.coverage import Presets
 from common.errors import UserError
 from common.fps.network_size import size_line
 from common.fps.progress import Progress
+from common.fps.rate_sweep import sweep_rates
 from common.fps.replay import Pipeline, draw_batches
 from common.npu import distributed, entry
+from common.npu.batch_search import find_batch_size
 from common.npu.device import memory_format
 from common.npu.loading import require_memory_for_batch
 from common.npu.precision import build_sgd, set_learning_rate
 from common.npu.run import Run, RunState
+from common.npu.trial_step import TrialStep, step_alone
 from ssd_resnet34.model import backbone_stages
 from ssd_resnet34.tfrecord.augment import augment
 from ssd_resnet34.tfrecord.categories import find_categories, require_known_categories
 from ssd_resnet34.tfrecord.check import check_data
 from ssd_resnet34.tfrecord.config import EVALUATION_FOLDER, RECIPES, Recipe
 from ssd_resnet34.tfrecord.coverage import MATCHING
-from ssd_resnet34.tfrecord.data import build_loader, trained_records_line, training_records
+from ssd_resnet34.tfrecord.data import (
+    build_loader,
+    largest_sample,
+    trained_records_line,
+    training_records,
+)
 from ssd_resnet34.tfrecord.evaluate import (
     detect_all,
     evaluate_and_save,
@@ -105,9 +113,7 @@ def main(argv: list[str] | None = None) -> int | None:
         recipe = flags.require_agreement(args, recipe, trained)
         run.log_network_change(trained, requested, recipe)
     world_size = run.ranks.world_size
-    steps_per_epoch = recipe.iters_per_epoch(world_size)
-    total_steps = recipe.total_steps(world_size)
-    if steps_per_epoch < 1:
+    if recipe.iters_per_epoch(world_size) < 1 and not run.settings.find_batch_size:
         raise UserError("--num_examples_per_epoch is less than one step's images; give more")
     trained_order = None
     if weights is not None:
@@ -155,7 +161,14 @@ def main(argv: list[str] | None = None) -> int | None:
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
     )
+    if run.settings.find_batch_size:
+        step = step_alone(run, recipe, augment, model, detection_loss, optimizer)
+        num_images = min(len(train_set), recipe.num_examples_per_epoch)
+        batch_size = find_batch_size(run, step, largest_sample, train_set, num_images)
+        recipe = replace(recipe, batch_size=batch_size)
 
+    steps_per_epoch = recipe.iters_per_epoch(world_size)
+    total_steps = recipe.total_steps(world_size)
     progress = Progress(
         run, recipe, LOSSES, steps_per_epoch, total_steps, REMEDY, log_period=total_steps
     )
@@ -169,6 +182,10 @@ def main(argv: list[str] | None = None) -> int | None:
     accumulation = run.accumulation(
         model, parallel_model, recipe.batch_size, detection_loss.normaliser
     )
+    if run.settings.find_lr:
+        parts = (augment_batch, parallel_model, criterion, accumulation, optimizer)
+        step = TrialStep(recipe, run.precision, *parts)
+        return sweep_rates(run, step, build_loader, train_set, steps_per_epoch)
     loader = build_loader(
         recipe,
         train_set,

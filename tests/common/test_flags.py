@@ -137,7 +137,7 @@ def help_of(capsys, *words, documentation="Train."):
 @pytest.mark.parametrize("words", [["--recipe", "large", "--help"], ["-h", "--recipe=large"]])
 def test_help_shows_the_defaults_of_the_preset_that_is_named(words, capsys):
     text = " ".join(help_of(capsys, *words).split())
-    assert "about 32 (default: 64)" in text
+    assert "about 32, or auto: the largest number that fits the device (default: 64)" in text
     assert "about True (default: False)" in text
     assert "about (4, 8); several: 3 5, or =3,5 (default: (4, 8))" in text
 
