@@ -7,9 +7,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from common.errors import UserError
 
+WHOLE_FILE = -1  # in the place of a length
 OPEN_FILES = 65536  # that a process may have, where its hard limit allows it
 MORE_FILES = f"raise the limit with `ulimit -n {OPEN_FILES}`, or lower --num_workers"
 ANOTHER_DISK = "free space or choose another folder"
@@ -26,6 +28,14 @@ REMEDIES = {
     errno.ENFILE: MORE_FILES,
     errno.ENAMETOOLONG: "choose a shorter name",
 }
+
+
+class Extent(NamedTuple):
+    """Bytes of a file that a loader reads at once."""
+
+    path: str
+    offset: int = 0
+    length: int = WHOLE_FILE
 
 
 def encoded(text: str) -> bytes:

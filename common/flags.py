@@ -185,6 +185,14 @@ FLAGS = (
     ),
     Flag(
         "run",
+        "--cache",
+        "none",
+        "ram: keep the bytes of the training set's files in memory, once for all processes of a "
+        "host",
+        choices=("none", "ram"),
+    ),
+    Flag(
+        "run",
         "--ema",
         0.0,
         "evaluate and save a moving average of the weights, with this decay (0.9998); 0: none",

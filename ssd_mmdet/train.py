@@ -160,6 +160,7 @@ def main(argv: list[str] | None = None) -> int | None:
         pin_memory=run.pin_memory,
     )
     reader = loader.dataset.reader
+    run.fill_cache(reader)
     if args.fake_input:
         loader = repeat_first_batch(loader)
 

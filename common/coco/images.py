@@ -3,7 +3,7 @@
 import io
 import struct
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -12,6 +12,10 @@ from PIL import Image, UnidentifiedImageError
 
 from common.coco.index import CocoIndex
 from common.errors import UserError
+from common.files import Extent
+
+if TYPE_CHECKING:
+    from common.npu.file_cache import FileCache
 
 # What Pillow raises for a broken file; the last four are of damaged headers. Its
 # UnidentifiedImageError is an OSError.
@@ -78,6 +82,7 @@ class ImageReader:
     def __init__(self, records: CocoIndex, turns_if_both_fit: bool):
         self.records = records
         self.turns_if_both_fit = turns_if_both_fit
+        self.cache: FileCache | None = None  # of the files in `extents`, by `--cache ram`
         # In shared memory: the workers of a loader write it, the main process counts.
         self._is_turned = torch.zeros(len(records), dtype=torch.bool).share_memory_()
 
@@ -90,7 +95,7 @@ class ImageReader:
         path = self.records.path(i)
         height, width = self.records.sizes[i].tolist()
         image = in_annotated_position(
-            data=_read_bytes(path),
+            data=_read_bytes(path) if self.cache is None else self.cache.read(i),
             where=path,
             size=(height, width),
             far_corner=tuple(self.records.far_corners[i].tolist()),
@@ -99,6 +104,10 @@ class ImageReader:
         if image.is_turned:
             self._is_turned[i] = True
         return image.pixels
+
+    def extents(self) -> list[Extent]:
+        """Return what is read of the file of each image."""
+        return [Extent(self.records.path(i)) for i in range(len(self.records))]
 
     @property
     def is_turned(self) -> np.ndarray:

@@ -8,6 +8,7 @@ import platform
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
@@ -22,11 +23,30 @@ SECONDS_TO_OUTLIVE_SIGTERM = 60
 CHANNELS = 3  # of an image
 FLOAT_BYTES = 4
 MEMORY_INFO = Path("/proc/meminfo")
-# The limit of a container, in the two versions of Linux's control groups.
-MEMORY_LIMITS = (
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+
+
+class ControlGroup(NamedTuple):
+    """Where a container's memory is found: its limit, what is taken of it, and of what."""
+
+    limit: Path
+    usage: Path
+    statistics: Path
+
+
+# In the two versions of Linux's control groups.
+CONTROL_GROUPS = (
+    ControlGroup(
+        Path("/sys/fs/cgroup/memory.max"),
+        Path("/sys/fs/cgroup/memory.current"),
+        Path("/sys/fs/cgroup/memory.stat"),
+    ),
+    ControlGroup(
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.stat"),
+    ),
 )
+OF_FILES = ("active_file", "inactive_file")  # in the statistics: what the system holds of files
 
 
 def usable_cores() -> frozenset[int]:
@@ -85,17 +105,51 @@ def host_memory() -> int | None:
     """Return the bytes of memory and swap that processes may use, None where that is not known."""
     if not MEMORY_INFO.exists():
         return None
+    sizes = _memory_sizes()
+    memory = sizes["MemTotal"]
+    for group in CONTROL_GROUPS:
+        memory = min(memory, _number_in(group.limit) or memory)
+    return memory + sizes.get("SwapTotal", 0)
+
+
+def free_memory() -> int | None:
+    """Return the bytes of memory that processes may still take, None where that is not known.
+
+    What the system holds of files counts as free: it gives that up for processes. Swap does not
+    count.
+    """
+    if not MEMORY_INFO.exists():
+        return None
+    free = _memory_sizes()["MemAvailable"]
+    for group in CONTROL_GROUPS:
+        limit = _number_in(group.limit)
+        usage = _number_in(group.usage)
+        if limit is None or usage is None:
+            continue
+        of_files = 0
+        for line in group.statistics.read_text().splitlines():
+            name, _, size = line.partition(" ")
+            if name in OF_FILES:
+                of_files += int(size)
+        free = min(free, limit - usage + of_files)
+    return max(0, free)
+
+
+def _memory_sizes() -> dict[str, int]:
+    """Return what the system says of its memory, in bytes."""
     sizes = {}
     for line in MEMORY_INFO.read_text().splitlines():
         name, _, size = line.partition(":")
         sizes[name] = int(size.split()[0]) * 1024
-    memory = sizes["MemTotal"]
-    for path in MEMORY_LIMITS:
-        if path.exists():
-            limit = path.read_text().strip()
-            if limit.isdecimal():  # else "max", for none
-                memory = min(memory, int(limit))
-    return memory + sizes.get("SwapTotal", 0)
+    return sizes
+
+
+def _number_in(path: Path) -> int | None:
+    """Return the number in a file, None where there is no file or no number in it."""
+    if not path.exists():
+        return None
+    text = path.read_text().strip()
+    return int(text) if text.isdecimal() else None  # "max" is no limit
 
 
 def loader_options(workers: int, pin_memory: bool) -> dict:

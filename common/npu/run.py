@@ -42,6 +42,7 @@ from common.npu.device import (
 from common.npu.distributed import Ranks
 from common.npu.ema import WeightAverage, require_decay
 from common.npu.entry import StopRequest, as_user_error, full_memory
+from common.npu.file_cache import filled_cache
 from common.npu.freezing import freeze_stages, number_of_stages, trained_line
 from common.npu.loading import workers_per_rank
 from common.npu.output import claim_output_folder, renamed_folders
@@ -180,6 +181,7 @@ class RunSettings:
     patience: int = 0  # evaluations without a higher AP, after which training ends; 0: never
     subset: str = ""  # train on so many images, or on this share of them; "": on all
     accumulate: int = 1  # parts of a batch that go through the network one after the other
+    cache: str = "none"  # ram: keep the bytes of the training set's files in memory
     freeze: str = ""  # "backbone", or the number of its first stages that stay as they are
     ema: float = 0.0  # decay of the average of the weights; 0: none
     sync_bn: bool = False  # batch norm over all ranks
@@ -346,6 +348,7 @@ class Run:
                 patience=args.patience,
                 subset=args.subset,
                 accumulate=args.accumulate,
+                cache=args.cache,
                 freeze=args.freeze,
                 ema=args.ema,
                 sync_bn=args.sync_bn,
@@ -438,6 +441,17 @@ class Run:
             f"--subset {asked}: {size} of {available} images are trained on (seed {self.seed})"
         )
         return records.subset(draw_subset(size, available, self.seed))
+
+    def fill_cache(self, reader) -> None:
+        """With `--cache ram` give a loader's reader what it reads in memory that a host shares.
+
+        `reader` has `extents`, which returns what it reads of files, and `cache`. It comes before
+        the workers are started. Raise UserError, on all ranks, where that memory is not there.
+        """
+        if self.settings.cache == "ram":
+            reader.cache = filled_cache(
+                reader.extents(), self.ranks, lambda: self.stop.requested, self.log.info
+            )
 
     def freeze(self, model: nn.Module, stages: list[list[nn.Module]], has_weights: bool) -> None:
         """Keep the first stages of the backbone as they are, as many as `--freeze` says.

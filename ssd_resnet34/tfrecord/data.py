@@ -21,7 +21,7 @@ from common.npu.distributed import Ranks
 from common.npu.loading import loader_options
 from ssd_resnet34.data import epoch_order, normalise
 from ssd_resnet34.tfrecord.config import Recipe
-from ssd_resnet34.tfrecord.index import RecordIndex
+from ssd_resnet34.tfrecord.index import RecordIndex, RecordReader
 
 NO_COLOUR_JITTER = (0, 1, 1, 0)
 NO_BOXES_REMEDY = "there is nothing to train on; check --training_file_pattern"
@@ -234,6 +234,7 @@ class TrainingSet(Dataset):
         self.records = records
         self.recipe = recipe
         self.seed = seed
+        self.reader = RecordReader(records)
         self.max_boxes = records.max_boxes()
 
     def __len__(self) -> int:
@@ -241,7 +242,7 @@ class TrainingSet(Dataset):
 
     def __getitem__(self, key: tuple[int, int, int]) -> Batch:
         epoch, position, record = key
-        annotated = self.records.read(record)
+        annotated = self.reader.read(record)
         boxes = annotated.boxes_xyxy
         labels = self.records.labels(annotated, record)
         image = self.records.pixels(annotated, record)

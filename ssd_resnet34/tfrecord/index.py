@@ -14,13 +14,14 @@ import zlib
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from common.arithmetic import round_up
 from common.coco.index import BOXES_MULTIPLE, COCO_CLASSES
 from common.errors import UserError
+from common.files import Extent
 from ssd_resnet34.tfrecord.config import COCO_CATEGORY_IDS
 from ssd_resnet34.tfrecord.example import (
     CATEGORY,
@@ -33,7 +34,19 @@ from ssd_resnet34.tfrecord.example import (
     image_size,
     values,
 )
-from ssd_resnet34.tfrecord.records import Span, describe, match_files, read_record, scan_records
+from ssd_resnet34.tfrecord.records import (
+    FOOTER,
+    HEADER,
+    Span,
+    describe,
+    match_files,
+    payload_of,
+    read_record,
+    scan_records,
+)
+
+if TYPE_CHECKING:
+    from common.npu.file_cache import FileCache
 
 CATEGORY_REMEDY = "give the ids of all categories in --category_ids"
 
@@ -130,6 +143,30 @@ class RecordIndex:
     def max_boxes(self) -> int:
         """Return the largest number of boxes of one record, rounded up as that of a CocoIndex."""
         return round_up(int(self.num_boxes.max(initial=1)), BOXES_MULTIPLE)
+
+
+class RecordReader:
+    """Reads the records of an index."""
+
+    def __init__(self, records: RecordIndex):
+        self.records = records
+        self.cache: FileCache | None = None  # of the records in `extents`, by `--cache ram`
+
+    def read(self, record: int) -> AnnotatedImage:
+        """Do what `RecordIndex.read` does."""
+        if self.cache is None:
+            return self.records.read(record)
+        span = Span(*self.records.spans[record])
+        payload = payload_of(self.cache.read(record), self.records.path(record), span)
+        return annotated_image(payload, self.records.where(record))
+
+    def extents(self) -> list[Extent]:
+        """Return the bytes of each record: its header, its payload and the payload's checksum."""
+        extents = []
+        for record, (offset, length) in enumerate(self.records.spans.tolist()):
+            size = HEADER.size + length + FOOTER.size
+            extents.append(Extent(self.records.path(record), offset, size))
+        return extents
 
 
 def wrong_size(where: str, of_record: tuple[int, int], annotated: tuple[int, int]) -> UserError:

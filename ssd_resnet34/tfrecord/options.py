@@ -28,6 +28,7 @@ SHARED_FLAGS = (
     "--accumulate",
     "--freeze",
     "--subset",
+    "--cache",
     "--compile",
     "--ema",
     "--sync-bn",

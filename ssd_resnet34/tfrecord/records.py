@@ -5,6 +5,7 @@ payload, and the payload's masked CRC-32C (uint32), all little endian. All damag
 UserError that names the file, the byte offset of the record and what is wrong.
 """
 
+import io
 import os
 import struct
 from collections.abc import Iterator
@@ -61,6 +62,11 @@ def read_record(path: str, span: Span) -> bytes:
     with _open(path, buffering=0) as file:
         file.seek(span.offset + HEADER.size)
         return _read_payload(path, span, file, verify=True)
+
+
+def payload_of(record: bytes, path: str, span: Span) -> bytes:
+    """Return the payload in the bytes of a record, as `read_record` returns that of its file."""
+    return _read_payload(path, span, io.BytesIO(record[HEADER.size :]), verify=True)
 
 
 def read_records(path: str) -> Iterator[bytes]:

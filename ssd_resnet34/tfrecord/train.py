@@ -197,6 +197,7 @@ def main(argv: list[str] | None = None) -> int | None:
         end=progress.end,
         pin_memory=run.pin_memory,
     )
+    run.fill_cache(loader.dataset.reader)
     port_lines = PortLines(progress, run.device)
 
     with run.open_output(recipe, progress):

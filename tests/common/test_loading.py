@@ -68,9 +68,16 @@ def test_the_first_batch_is_repeated():
 def gib_of_host(tmp_path, monkeypatch):
     """Give the host 3 GiB of memory and 1 GiB of swap; the function limits a container."""
     info = tmp_path / "meminfo"
-    info.write_text("MemTotal: 3145728 kB\nMemFree: 1 kB\nSwapTotal: 1048576 kB\nHuge: 0\n")
+    info.write_text(
+        "MemTotal: 3145728 kB\nMemFree: 1 kB\nMemAvailable: 2097152 kB\n"
+        "SwapTotal: 1048576 kB\nHuge: 0\n"
+    )
     monkeypatch.setattr(loading, "MEMORY_INFO", info)
-    monkeypatch.setattr(loading, "MEMORY_LIMITS", (tmp_path / "max", tmp_path / "v1"))
+    groups = []
+    for version in ("", "v1_"):
+        names = ("max", "current", "stat")
+        groups.append(loading.ControlGroup(*(tmp_path / f"{version}{name}" for name in names)))
+    monkeypatch.setattr(loading, "CONTROL_GROUPS", tuple(groups))
     return lambda limit: (tmp_path / "max").write_text(f"{limit}\n")
 
 
@@ -98,6 +105,17 @@ def test_a_container_has_less_memory(gib_of_host):
     assert loading.host_memory() == 2 * 2**30
 
 
+def test_what_is_free_counts_what_the_system_holds_of_files(gib_of_host, tmp_path):
+    assert loading.free_memory() == 2 * 2**30
+    (tmp_path / "current").write_text(f"{2**30}\n")
+    (tmp_path / "stat").write_text(f"anon {2**28}\ninactive_file {2**28}\nactive_file 1024\n")
+    gib_of_host("max")
+    assert loading.free_memory() == 2 * 2**30
+    gib_of_host(2**30 + 2**20)
+    assert loading.free_memory() == 2**20 + 2**28 + 1024
+
+
 def test_nothing_is_refused_where_the_memory_is_not_known(monkeypatch, tmp_path):
     monkeypatch.setattr(loading, "MEMORY_INFO", tmp_path / "none")
     loading.require_memory_for_batch(10**9, (300, 300), Ranks(), torch.device("cpu"))
+    assert loading.free_memory() is None
