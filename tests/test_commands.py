@@ -39,6 +39,7 @@ INTERPRETERS = ("python3", "python", ".venv/bin/python")
 # What is added at the end of a command, so that it takes seconds.
 SHORT_TRAINING = "--max_iters=1 --batch_size=2 --num_workers=0 --device=cpu"
 SHORT_PROFILE = "--profile=1"
+SHORT_SWEEP = "--max_iters=4"
 SHORT_PARTS = "--batch_size=4 --accumulate=2"
 NOT_TRAINING = ("--help", "--check_data", "--look", "--version", "--replay")
 SHORT_TESTS = "tests/common/test_files.py"
@@ -148,6 +149,8 @@ def cut_short(command: str) -> str:
     added = SHORT_TRAINING
     if any(word.startswith("--profile") for word in words):
         added = f"{SHORT_TRAINING} {SHORT_PROFILE}"
+    if "--find_lr" in words:
+        added = f"{added} {SHORT_SWEEP}"
     if any(word.startswith("--accumulate") for word in words):
         added = f"{added} {SHORT_PARTS}"
     if program.parent.name == "m2det":
