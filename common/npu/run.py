@@ -295,12 +295,8 @@ class Run:
             precision.backward = profile.measured("backward", precision.backward)
             precision.step = profile.measured("optimizer", precision.step)
         compiler = Compiler(device, args.compile and not only_draws)
-        if args.sync_bn and ranks.world_size > 1:
-            if compiler.compiles_networks:
-                raise UserError("--sync_bn: not with --compile", "omit one of them")
-            if args.find_batch_size:
-                # A rank whose memory is full would leave the others amid an exchange.
-                raise UserError("--batch_size auto: not with --sync_bn", "give a number")
+        if args.sync_bn and ranks.world_size > 1 and compiler.compiles_networks:
+            raise UserError("--sync_bn: not with --compile", "omit one of them")
         workers = workers_per_rank(args.num_workers, ranks)
         log = RunLog(ranks, workers)
         log.info(reason)

@@ -470,13 +470,10 @@ def test_samples_are_drawn_by_one_process(flag, tmp_path, monkeypatch):
         start(tmp_path, flag)
 
 
-def test_several_ranks_with_sync_bn_neither_compile_nor_search(tmp_path, monkeypatch):
+def test_several_ranks_with_sync_bn_do_not_compile_the_network(tmp_path, monkeypatch):
     process = Process(Ranks(world_size=2), CPU, "")
     monkeypatch.setattr(run_module, "start_process", lambda *arguments: process)
     args = flags.make_parser("Train.", *flags.TRAINING_GROUPS).parse_args(["--sync_bn"])
-    args.find_batch_size = True
-    with pytest.raises(UserError, match="--batch_size auto: not with --sync_bn; give a number"):
-        Run.start(args, RECIPE)
     compiler = SimpleNamespace(compiles_networks=True)
     monkeypatch.setattr(run_module, "Compiler", lambda *arguments: compiler)
     with pytest.raises(UserError, match="--sync_bn: not with --compile; omit one of them"):
