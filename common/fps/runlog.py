@@ -6,6 +6,7 @@ which reads `step`) works on them. A killed process loses nothing it has logged.
 
 import json
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -23,6 +24,7 @@ from common.npu.distributed import Ranks
 from common.npu.terminal import drop
 
 DATA_SHARE_LIMIT = 0.2  # of the time waiting for the loader, above which the log line has advice
+LINE_LENGTH = 100  # of the header's paragraphs in the text log
 DECIMALS = 5  # of numbers in the JSON log, as MMDetection writes them; a rate is written in full
 
 
@@ -80,10 +82,22 @@ class RunLog:
     def header(self, **about: str | int) -> None:
         """Write the first JSON line: env_info, config, seed, exp_name, ranks, first_step.
 
-        Readers of the log skip it because it has no `mode`. `header_of_step` reads it.
+        Readers of the log skip it because it has no `mode`. `header_of_step` reads it. The text log
+        has the lines of a value as one paragraph.
         """
         self._record(about, step=0)
-        self.info("\n".join(f"{key}: {value}" for key, value in about.items()))
+        paragraphs = []
+        for key, value in about.items():
+            values = ", ".join(str(value).splitlines())
+            paragraph = textwrap.fill(
+                f"{key}: {values}",
+                LINE_LENGTH,
+                subsequent_indent="    ",
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+            paragraphs.append(paragraph)
+        self.info("\n".join(paragraphs))
 
     def info(self, text: str) -> None:
         self._say("INFO", text)

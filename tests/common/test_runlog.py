@@ -73,6 +73,19 @@ def json_lines(path):
     return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
 
 
+def test_the_text_log_has_a_recipe_as_a_paragraph(tmp_path):
+    fields = [f"field_{number} = {number}.5" for number in range(40)]
+    with open_log(tmp_path) as log:
+        log.header(**{**ABOUT, "config": "\n".join(fields)})
+    text = (tmp_path / "train_0.log").read_text().split(" INFO - ", 1)[1]
+    assert text.startswith("env_info: sys.platform: linux\nconfig: field_0 = 0.5, field_1 = 1.5, ")
+    assert ", ".join(fields) in " ".join(text.split())
+    lines = text.splitlines()
+    assert len(lines) < 12
+    assert max(map(len, lines)) <= 100
+    assert json_lines(log.json_path)[0]["config"].splitlines() == fields
+
+
 def test_a_path_that_is_no_utf8_is_logged_escaped(tmp_path):
     folder = tmp_path / os.fsdecode("数据".encode("gbk"))
     with open_log(folder) as log:
