@@ -74,7 +74,7 @@ def test_help_is_printed_once_and_starts_nothing(started, capsys, model, program
     ("words", "line"),
     [
         ("--learning_rat=3", "unrecognized arguments: --learning-rat=3"),
-        ("--batch_size=many", "argument --batch-size/-b: invalid int value: 'many'"),
+        ("--batch_size=many", "argument --batch-size/-b: 'many': give a number or 'auto'"),
         ("configs/fcos.py --data=a", "configs/fcos.py: no config file is read"),
     ],
 )
