@@ -19,6 +19,7 @@ from tests import scripts
 from tests.small_models import module, small_recipe
 from tests.watch import Watch
 
+BACKWARD = "aten::native_batch_norm_backward"
 CHANGES = {"ssd_resnet34": {"backbone": "resnet10"}, "m2det": {"planes": 16}}
 
 
@@ -65,9 +66,12 @@ def of_a_norm(ranks, sizes, shape, dtype):
         x = x.split(sizes)[ranks.rank]
         gradient = gradient.split(sizes)[ranks.rank]
     x.requires_grad_()
-    with Watch():
+    with Watch() as watch:
         y = norm(x)
         y.backward(gradient)
+    if ranks.world_size > 1:
+        [given] = [given for name, *given in watch.calls if name == BACKWARD]
+        assert len(given) == 7  # CUDA's kernel refuses a call without the saved statistics
     assert y.dtype == x.grad.dtype == dtype
     tensors = [y.detach(), x.grad, norm.weight.grad, norm.bias.grad]
     tensors += [norm.running_mean, norm.running_var, norm.num_batches_tracked]

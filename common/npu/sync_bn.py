@@ -60,9 +60,11 @@ class _BatchNormOverRanks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor, *_) -> tuple[Tensor | None, ...]:
         x, weight, mean, variance, count = ctx.saved_tensors
-        # What the gradients are as long as mean and variance are constants.
+        reciprocal = torch.rsqrt(variance + ctx.eps)
+        # What the gradients are as long as mean and variance are constants. CUDA's kernel takes
+        # `mean` and `reciprocal`, that of a CPU `mean` and `variance`: each insists on its own.
         _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, variance, None, None, False, ctx.eps, [False, True, True]
+            grad, x, weight, mean, variance, mean, reciprocal, False, ctx.eps, [False, True, True]
         )
         means = torch.cat([grad_weight, grad_bias])
         if distributed.exchanges():
@@ -70,7 +72,6 @@ class _BatchNormOverRanks(torch.autograd.Function):
         weight_mean, bias_mean = (means / count).chunk(2)
         # With z = (x - mean) / deviation, the gradient of x is
         # weight / deviation * (grad - bias_mean - z * weight_mean).
-        reciprocal = torch.rsqrt(variance + ctx.eps)
         scale = weight * reciprocal
         slope = -scale * reciprocal * weight_mean
         offset = -scale * bias_mean - slope * mean
