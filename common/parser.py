@@ -15,7 +15,7 @@ from common.config_file import flags_of_config, words_of_flag
 # Flags for which -1 has a meaning, and those of which there must be one at least; all other numbers
 # are at least 0.
 MAY_BE_MINUS_ONE = ("num_workers", "local_rank", "eval_interval")
-AT_LEAST_ONE = ("batch_size", "eval_batch_size", "epoch", "repeat")
+AT_LEAST_ONE = ("batch_size", "eval_batch_size", "epoch", "repeat", "accumulate")
 # Flags that are off where they are not given: whoever gives one means a number.
 AT_LEAST_ONE_IF_GIVEN = ("look", "replay", "profile")
 MAX_INTEGER = 2**63

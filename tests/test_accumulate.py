@@ -124,13 +124,15 @@ def test_two_ranks_exchange_the_gradients_of_all_parts(model, data, weights, tmp
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
 
 
-def test_batch_norm_is_told_of_and_wrong_numbers_are_refused(data, tmp_path):
+def test_batch_norm_is_told_of_and_wrong_numbers_are_refused(data, tmp_path, capsys):
     output = tmp_path / "run"
     flags = ("--batch_size=4", "--max_iters=1", "--kind=perf")
     with pytest.raises(UserError, match=r"--accumulate 3: .* --batch_size 4; give one of 1, 2, 4"):
         train("ssd_resnet34", data, output, *flags, "--accumulate=3")
-    with pytest.raises(UserError, match=r"--accumulate 0: must be at least 1"):
-        train("ssd_resnet34", data, output, *flags, "--accumulate=0")
+    for batch in ("--batch_size=4", "--batch_size=auto"):
+        with pytest.raises(SystemExit):
+            train("ssd_resnet34", data, output, batch, "--accumulate=0")
+        assert "--accumulate 0: must be at least 1" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"BN on the 1 x 1 map needs at least 2 images"):
         train("m2det", data, output, "--recipe=320_vgg", *flags, "--accumulate=4")
     assert not output.exists()

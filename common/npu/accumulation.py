@@ -70,8 +70,6 @@ class Accumulation:
 
 def require_equal_parts(batch_size: int, count: int) -> None:
     """Raise UserError where a batch has no `count` equal parts, which keep the shapes fixed."""
-    if count < 1:
-        raise UserError(f"--accumulate {count}: must be at least 1")
     if batch_size % count:
         divisors = [str(n) for n in range(1, batch_size + 1) if batch_size % n == 0]
         raise UserError(
