@@ -842,6 +842,8 @@ class RunState:
             "classes": list(train_set.class_names),
             "category_ids": list(val_set.category_ids),
             "run": self.identity,
+            # Of a resumed run they may be other ones, which is logged: batch norm sees others.
+            "flags": {"accumulate": run.settings.accumulate, "sync_bn": run.settings.sync_bn},
         }
 
     def restore(self) -> None:
@@ -870,6 +872,9 @@ class RunState:
         self.run.log.info(f"resumed from {state['path']} at iteration {state['iteration']}")
         for field, before, now in _differences(state["recipe"], self.description["recipe"]):
             self.run.log.info(f"from here on {field} is {now}; it was {before}")
+        flags_before = state.get("flags", {})  # which earlier versions did not write
+        for flag, before, now in _differences(flags_before, self.description["flags"]):
+            self.run.log.info(f"from here on --{flag} is {now}; it was {before}")
 
     def _require_same_run(self, state: dict) -> None:
         differences = _differences(state["run"], self.identity)

@@ -235,6 +235,21 @@ def test_a_resumed_run_says_what_becomes_of_averaged_weights(tmp_path):
     assert line in without.log.text_path.read_text()
 
 
+def test_a_resumed_run_says_that_batch_norm_sees_other_images(tmp_path):
+    first = start(tmp_path, "--kind=perf", "--max_iters=2", "--sync_bn")
+    train(first, *parts_of(first))
+    for words, lines in (
+        (["--sync_bn"], []),
+        (["--accumulate=2"], ["--accumulate is 2; it was 1", "--sync_bn is False; it was True"]),
+    ):
+        second = start(tmp_path, *words, "--resume=auto")
+        parts_of(second)[0].restore()
+        with opened(second):
+            pass
+        log = second.log.text_path.read_text()
+        assert re.findall("from here on (--.*)", log) == lines
+
+
 @pytest.mark.parametrize("decay", ["1", "1.5"])
 def test_what_is_no_decay_is_refused(tmp_path, decay):
     with pytest.raises(UserError, match=f"--ema {decay}: not a number from 0 to below 1; give"):
