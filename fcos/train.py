@@ -138,7 +138,8 @@ def main(argv: list[str] | None = None) -> int | None:
     )
     if run.settings.find_batch_size:
         step = step_alone(run, recipe, augment, model, detection_loss, optimizer)
-        batch_size = find_batch_size(run, step, largest_sample, train_set, len(train_set))
+        with kernel_choice(recipe.shapes):
+            batch_size = find_batch_size(run, step, largest_sample, train_set, len(train_set))
         recipe = replace(recipe, batch_size=batch_size)
 
     world_size = run.ranks.world_size

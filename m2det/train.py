@@ -150,6 +150,7 @@ def main(argv: list[str] | None = None) -> int | None:
             run, step, largest_sample, train_set, len(train_set), least=least
         )
         recipe = replace(recipe, batch_size=batch_size)
+        require_trainable(recipe, run)  # a resumed run's batch was not searched
 
     world_size = run.ranks.world_size
     steps_per_epoch = iterations_per_epoch(train_set, recipe, world_size)

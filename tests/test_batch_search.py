@@ -233,6 +233,14 @@ def test_a_resumed_run_keeps_its_global_batch(data, tmp_path, limit):
     assert json.loads((output / "run.json").read_text())["flags"]["batch_size"] == 2
 
 
+def test_a_resumed_run_of_m2det_has_two_images_for_batch_norm(data, tmp_path):
+    output = tmp_path / "run"
+    train("m2det", data, output, "--batch_size=2", "--max_iters=1")
+    words = ("--batch_size=auto", "--resume=auto", "--accumulate=2", "--max_iters=2")
+    with pytest.raises(UserError, match=r"^--batch_size=2, --accumulate=2: BN on the 1 x 1 map"):
+        train("m2det", data, output, *words)
+
+
 @pytest.mark.parametrize(("model", "more"), [("fcos", ()), ("ssd_resnet34", ("--sync_bn",))])
 def test_all_ranks_take_what_fits_each_of_them(model, more, data, tmp_path):
     """The loss of fcos and batch norm have means over ranks, for which none may wait in vain."""
@@ -276,6 +284,21 @@ def test_other_words_than_auto_are_refused(data, tmp_path, capsys):
     assert "invalid int value: 'auto'" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"^--batch_size auto: --look and --replay draw batches"):
         train("ssd_mmdet", data, tmp_path / "run", "--batch_size=auto", "--look=1")
+
+
+@pytest.mark.parametrize("shapes", ["two", "exact"])
+def test_kernels_of_fcos_are_chosen_as_in_its_run(shapes, data, tmp_path, monkeypatch):
+    chosen = []
+
+    def note_choice(batch, recipe):
+        chosen.append(torch.backends.cudnn.benchmark)
+        raise UserError("seen")
+
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(module("fcos", "train"), "augment", note_choice)
+    with pytest.raises(UserError, match="seen"):
+        train("fcos", data, tmp_path / "run", "--batch_size=auto", f"--shapes={shapes}")
+    assert chosen == [shapes == "two"]
 
 
 @pytest.mark.parametrize("shapes", ["two", "exact", "square"])
