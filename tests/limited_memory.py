@@ -18,15 +18,16 @@ from common.npu import batch_search, entry, memory
 ROOMY = memory.Memory(total=1 << 50, used=0, room=1 << 49)
 MODEL = "LIMITED_MODEL"
 MOST_IMAGES = "LIMITED_IMAGES"
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
 
-def limit(program, most_images: int) -> None:
+def limit(program, most_images: int, error: Exception = FULL) -> None:
     """Let a training program run out of memory as an accelerator does, above so many images."""
     augment = program.augment
 
     def augment_if_it_fits(batch, recipe):
         if len(batch.images) > most_images:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+            raise type(error)(*error.args)
         return augment(batch, recipe)
 
     program.augment = augment_if_it_fits

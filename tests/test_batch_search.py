@@ -55,12 +55,12 @@ def train(model, data, output, *words):
 def limit(monkeypatch):
     """`limit(model, most_images)`: a device that has memory for so many images."""
 
-    def limit(model, most_images):
+    def limit(model, most_images, error=limited_memory.FULL):
         program = module(model, "train")
         monkeypatch.setattr(program, "augment", program.augment)
         monkeypatch.setattr(batch_search, "in_host_memory", batch_search.in_host_memory)
         monkeypatch.setattr(memory, "memory_of", memory.memory_of)
-        limited_memory.limit(program, most_images)
+        limited_memory.limit(program, most_images, error)
 
     return limit
 
@@ -82,6 +82,18 @@ def test_a_run_with_the_batch_that_was_found_is_one_with_that_number(model, data
     assert scripts.losses(tmp_path / "found") == scripts.losses(tmp_path / "given")
     assert len(scripts.losses(tmp_path / "found")) == 2
     scripts.assert_same_state(tmp_path / "found/iter_2.pt", tmp_path / "given/iter_2.pt")
+
+
+def test_a_kernel_that_lacks_memory_for_its_workspace_is_a_full_memory(data, tmp_path, limit):
+    message = "GET was unable to find an engine to execute this computation"
+    limit("ssd_mmdet", 1, RuntimeError(message))
+    log = train("ssd_mmdet", data, tmp_path / "run", "--batch_size=auto", "--max_iters=1")
+    assert "  batch 2: the memory is full\n" in log
+    assert "--batch_size 1 is taken" in log
+    # Without a smaller batch it may be a version of cuDNN that does not fit the device.
+    limit("ssd_mmdet", 0, RuntimeError(message))
+    with pytest.raises(RuntimeError, match=message):
+        train("ssd_mmdet", data, tmp_path / "other", "--batch_size=auto")
 
 
 def test_the_generators_of_random_numbers_are_put_back(data, tmp_path, limit, monkeypatch):

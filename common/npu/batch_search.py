@@ -15,7 +15,7 @@ from common.arithmetic import round_down
 from common.errors import UserError
 from common.npu import distributed, memory
 from common.npu.device import in_host_memory, synchronize
-from common.npu.entry import full_memory
+from common.npu.entry import found_no_kernel, full_memory
 from common.npu.loading import PREFETCHED_BATCHES
 from common.npu.run import Run
 from common.npu.trial_step import Snapshot, TrialStep
@@ -264,7 +264,8 @@ class BatchSearch:
         try:
             seconds = self._time_step(size)
         except Exception as error:
-            if full_memory(error) is None:
+            lacks_workspace = len(self.fitting) > 0 and found_no_kernel(error)
+            if full_memory(error) is None and not lacks_workspace:
                 raise
             is_full = True
         # The error is gone, and with it what its traceback held.

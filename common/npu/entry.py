@@ -59,6 +59,7 @@ FULL_MEMORY = (
         DEVICE_MEMORY_IS_FULL,
     ),
 )
+NO_KERNEL = re.compile("unable to find an engine to execute this computation")
 FOREIGN_ERRORS = (
     ForeignError(
         re.compile(r"DataLoader worker \(pid"),
@@ -170,6 +171,15 @@ def full_memory(error: Exception) -> FullMemory | None:
             if pattern.search(line):
                 return FullMemory(problem, line)
     return None
+
+
+def found_no_kernel(error: Exception) -> bool:
+    """Return whether cuDNN has found no kernel for a convolution.
+
+    Where one has been found for a smaller batch, the kernels lack memory: torch passes over those
+    whose workspace does not fit, and says only this at the end.
+    """
+    return isinstance(error, RuntimeError) and NO_KERNEL.search(str(error)) is not None
 
 
 def allow_open_files() -> None:
