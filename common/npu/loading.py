@@ -103,13 +103,20 @@ def require_memory_for_batch(
 
 def host_memory() -> int | None:
     """Return the bytes of memory and swap that processes may use, None where that is not known."""
+    memory = total_memory()
+    if memory is None:
+        return None
+    return memory + _memory_sizes().get("SwapTotal", 0)
+
+
+def total_memory() -> int | None:
+    """Return the bytes of memory of this host or container, None where that is not known."""
     if not MEMORY_INFO.exists():
         return None
-    sizes = _memory_sizes()
-    memory = sizes["MemTotal"]
+    memory = _memory_sizes()["MemTotal"]
     for group in CONTROL_GROUPS:
         memory = min(memory, _number_in(group.limit) or memory)
-    return memory + sizes.get("SwapTotal", 0)
+    return memory
 
 
 def free_memory() -> int | None:

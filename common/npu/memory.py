@@ -10,37 +10,12 @@ from typing import NamedTuple
 import torch
 
 from common.npu.device import in_host_memory
-from common.npu.loading import MEMORY_INFO
+from common.npu.loading import free_memory, total_memory
 
 KEPT_FREE = 0.1  # of the memory of a device
 STATUS = Path("/proc/self/status")
 CLEAR_REFERENCES = Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # written there; see proc(5)
-
-
-class ControlGroup(NamedTuple):
-    """Files of a container's memory in a version of Linux's control groups."""
-
-    limit: Path
-    usage: Path  # files that are kept in memory among it
-    statistics: Path
-    given_up: str  # the entry of the files that Linux gives up first
-
-
-CONTROL_GROUPS = (
-    ControlGroup(
-        limit=Path("/sys/fs/cgroup/memory.max"),
-        usage=Path("/sys/fs/cgroup/memory.current"),
-        statistics=Path("/sys/fs/cgroup/memory.stat"),
-        given_up="inactive_file",
-    ),
-    ControlGroup(
-        limit=Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-        usage=Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-        statistics=Path("/sys/fs/cgroup/memory/memory.stat"),
-        given_up="total_inactive_file",
-    ),
-)
 
 
 class Memory(NamedTuple):
@@ -94,34 +69,19 @@ def give_back(device: torch.device) -> None:
 
 
 def _memory_of_host(num_sharing: int) -> Memory | None:
-    if not MEMORY_INFO.exists() or not STATUS.exists():
+    total = total_memory()
+    free = free_memory()
+    if total is None or free is None or not STATUS.exists():
         return None
-    sizes = _table(MEMORY_INFO.read_text().replace("kB", "").replace(":", ""))
-    total = sizes["MemTotal"] * 1024
-    free = sizes["MemAvailable"] * 1024
-    for group in CONTROL_GROUPS:
-        if not group.limit.exists():
-            continue
-        limit = group.limit.read_text().strip()
-        if limit.isdecimal() and int(limit) < total:  # else "max", for none
-            total = int(limit)
-            kept_files = _table(group.statistics.read_text()).get(group.given_up, 0)
-            free = min(free, total - int(group.usage.read_text()) + kept_files)
     used = _status("VmRSS")
     room = used + (free - int(KEPT_FREE * total)) // num_sharing
     return Memory(total, used, room)
 
 
 def _status(name: str) -> int:
-    """Return bytes of an entry of this process's status."""
-    return _table(STATUS.read_text().replace(":", ""))[name] * 1024
-
-
-def _table(text: str) -> dict[str, int]:
-    """Return the numbers of lines that begin with a name and a number."""
-    table = {}
-    for line in text.splitlines():
+    """Return bytes of an entry of this process's status, which has lines of `name: number kB`."""
+    for line in STATUS.read_text().splitlines():
         words = line.split()
-        if len(words) > 1 and words[1].isdecimal():
-            table[words[0]] = int(words[1])
-    return table
+        if words[0] == f"{name}:":
+            return int(words[1]) * 1024
+    raise KeyError(name)
