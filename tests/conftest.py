@@ -33,9 +33,19 @@ def _one_thread():
 
 @pytest.fixture(autouse=True)
 def _handlers():
-    """A run in this process takes the signals; pytest gets them back."""
-    taken = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in taken}
+    """A run in this process takes the signals; pytest gets them back.
+
+    Under `nohup` or in the background some are ignored, here and in what the tests start.
+    """
+    usual = {
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.getsignal(number) for number in usual}
+    for number, handler in before.items():
+        if handler == signal.SIG_IGN:
+            signal.signal(number, usual[number])
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
