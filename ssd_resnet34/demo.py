@@ -74,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     count = len(output)
     total = len(files) + output.num_frames
     print(f"{count} of {total} images drawn in {args.show_dir}, {count / seconds:.1f} images/s")
+    print(output.boxes_line())
     return 0 if count == total else 1
 
 

@@ -193,6 +193,16 @@ class DemoOutput:
         except OSError as error:
             raise cannot_be_written(path, error) from None
 
+    def boxes_line(self) -> str:
+        """Return how many boxes were drawn, or what keeps all of them from being drawn."""
+        count = sum(len(result["boxes"]) for result in self.results.values())
+        if count:
+            return f"boxes: {count}"
+        highest = [float(scores.max()) for _, scores, _ in self.detections if len(scores)]
+        if not highest:
+            return "boxes: none is detected"
+        return f"boxes: none, the highest score is {max(highest):.3f}; lower --min_score"
+
     def write(self, category_ids: Sequence[int] | None = None) -> None:
         """Write `results.json`: boxes (xyxy pixels), scores and class names, a line each image.
 

@@ -145,6 +145,19 @@ def test_each_class_may_have_a_lowest_score_of_its_own(tmp_path):
     assert output.results["a.png"]["classes"] == [NAMES[2], NAMES[1]]
 
 
+def test_the_number_of_boxes_is_told_and_why_there_are_none(tmp_path):
+    image = np.full((50, 60, 3), 128, np.uint8)
+    output = DemoOutput(tmp_path, NAMES, min_score=0.5)
+    output.add("a.png", image, NOTHING)
+    assert output.boxes_line() == "boxes: none is detected"
+    output.add("b.png", image, FOUND)
+    output.add("c.png", image, FOUND)
+    assert output.boxes_line() == "boxes: 4"
+    strict = DemoOutput(tmp_path, NAMES, min_score=0.95)
+    strict.add("a.png", image, FOUND)
+    assert strict.boxes_line() == "boxes: none, the highest score is 0.900; lower --min_score"
+
+
 def test_pictures_and_results(tmp_path):
     image = np.full((50, 60, 3), 128, np.uint8)
     output = DemoOutput(tmp_path / "out", NAMES, min_score=0.5)
