@@ -55,7 +55,7 @@ class RunLog:
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.text_path = folder / f"train_{name}.log"
-        self.json_path = folder / f"{datetime.now():%Y%m%d_%H%M%S}.log.json"
+        self.json_path = _new_json_path(folder)
         for line in self._waiting_lines:
             _append(self.text_path, line)
         self._waiting_lines.clear()
@@ -255,6 +255,20 @@ def header_of_step(folder: Path, step: int) -> dict | None:
         if isinstance(about, dict) and about.get("first_step", 1) <= step:
             newest = about
     return newest
+
+
+def _new_json_path(folder: Path) -> Path:
+    """Return the path of a JSON log that is not there yet, named by the time in seconds.
+
+    A run that begins in the second of another one has the name of a later second: the names are in
+    the order of the runs.
+    """
+    moment = datetime.now()
+    path = folder / f"{moment:%Y%m%d_%H%M%S}.log.json"
+    while path.exists():
+        moment += timedelta(seconds=1)
+        path = folder / f"{moment:%Y%m%d_%H%M%S}.log.json"
+    return path
 
 
 def _append(path: Path, line: str) -> None:

@@ -73,6 +73,16 @@ def json_lines(path):
     return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
 
 
+def test_runs_of_the_same_second_have_a_json_log_each(tmp_path):
+    paths = []
+    for _ in range(3):
+        with open_log(tmp_path) as log:
+            log.header(**ABOUT)
+            paths.append(log.json_path)
+    assert paths == sorted(tmp_path.glob("*.log.json"))
+    assert [len(json_lines(path)) for path in paths] == [1, 1, 1]
+
+
 def test_the_text_log_has_a_recipe_as_a_paragraph(tmp_path):
     fields = [f"field_{number} = {number}.5" for number in range(40)]
     with open_log(tmp_path) as log:
