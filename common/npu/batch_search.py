@@ -242,12 +242,8 @@ class BatchSearch:
 
     def _between(self, grain: int) -> int:
         """Return the size at which memory is expected to be full, else the middle."""
-        last = self.fitting[-1]
-        if len(self.fitting) > 1:
-            before = self.fitting[-2]
-            bytes_per_image = (last.used - before.used) / (last.size - before.size)
-        else:
-            bytes_per_image = (last.used - self.before.used) / last.size
+        before, last = self.fitting[-2:]  # next to a single one nothing is left to try
+        bytes_per_image = (last.used - before.used) / (last.size - before.size)
         if bytes_per_image > 0:
             room = min(self.run.ranks.all_gather_objects(self.before.room))
             size = last.size + int((room - last.used) / bytes_per_image)

@@ -569,7 +569,9 @@ class Run:
                 f" in step {progress.steps_done + 1}: {used} MiB were in use, --batch_size "
                 f"{recipe.batch_size}, --accumulate {count}, precision {self.precision}"
             )
-            remedies = accumulation.more_parts(recipe.batch_size, count)
+            remedies = []
+            if self.precision.apex is None:  # with which there are no parts
+                remedies += accumulation.more_parts(recipe.batch_size, count)
             if self.precision.dtype is torch.float32:
                 remedies.append("half precision with --amp=O1")
             remedies.append("a smaller --batch_size")

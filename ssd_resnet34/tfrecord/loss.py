@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.npu.operators import constant, descending
+from ssd_resnet34.loss import mean_of_images
 from ssd_resnet34.tfrecord.anchors import encode, make_anchors
 from ssd_resnet34.tfrecord.config import Recipe
 from ssd_resnet34.tfrecord.targets import assign
@@ -87,16 +88,6 @@ class DetectionLoss(nn.Module):
         deltas = torch.where(positive.unsqueeze(-1), deltas, constant(0.0, boxes.device))
         channels = torch.where(positive, label + 1, constant(0, boxes.device))
         return positive, deltas.transpose(1, 2), channels
-
-
-def mean_of_images(losses: Tensor, normaliser: Tensor | None) -> Tensor:
-    """Return the mean of the losses (N,) of a batch; those of a part are divided as the whole is.
-
-    `normaliser` is the number of images of the whole batch, None where there are no parts.
-    """
-    if normaliser is None:
-        return losses.mean()
-    return losses.sum() / normaliser
 
 
 @torch.no_grad()
