@@ -162,7 +162,11 @@ def main(argv: list[str] | None = None) -> int | None:
     parallel_model, optimizer = run.parallel(model, optimizer)
     parallel_model.train()
     accumulation = run.accumulation(
-        model, parallel_model, recipe.batch_size, detection_loss.normaliser
+        model,
+        parallel_model,
+        recipe.batch_size,
+        detection_loss.normaliser,
+        least=fewest_images(recipe),
     )
     if run.settings.find_lr:
         parts = (augment_batch, parallel_model, criterion, accumulation, optimizer)
@@ -180,9 +184,10 @@ def main(argv: list[str] | None = None) -> int | None:
         pin_memory=run.pin_memory,
     )
     reader = loader.dataset.reader
-    run.fill_cache(reader)
     if args.fake_input:
         loader = repeat_first_batch(loader)
+    else:
+        run.fill_cache(reader)
 
     with run.open_output(recipe, progress, train_files + val_files):
         progress.begin(len(train_set), num_classes, f"learning rate {recipe.lr:g} after warm-up")

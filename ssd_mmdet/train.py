@@ -160,9 +160,10 @@ def main(argv: list[str] | None = None) -> int | None:
         pin_memory=run.pin_memory,
     )
     reader = loader.dataset.reader
-    run.fill_cache(reader)
     if args.fake_input:
         loader = repeat_first_batch(loader)
+    else:
+        run.fill_cache(reader)
 
     with run.open_output(recipe, progress, (train_files, val_files)):
         base_lr = recipe.base_lr(world_size, recipe.batch_size)

@@ -9,7 +9,7 @@ from torch import nn
 
 from benchmarks.loop import TrainingLoop
 from common.errors import UserError
-from common.npu import checkpoint
+from common.npu import accumulation, checkpoint
 from common.npu.precision import Precision
 from tests import scripts
 from tests.small_models import ALL, MODELS, TFRECORD, module, small_recipe
@@ -142,6 +142,14 @@ def test_batch_norm_is_told_of_and_wrong_numbers_are_refused(data, tmp_path, cap
     assert "--accumulate=2" in json.loads((output / "run.json").read_text())["command"]
 
 
+def test_more_parts_are_advised_as_long_as_each_has_the_images_it_needs():
+    assert accumulation.more_parts(8, count=2, least=1) == ["--accumulate=4"]
+    assert accumulation.more_parts(8, count=2, least=2) == ["--accumulate=4"]
+    assert accumulation.more_parts(8, count=4, least=1) == ["--accumulate=8"]
+    assert accumulation.more_parts(8, count=4, least=2) == []
+    assert accumulation.more_parts(8, count=8, least=1) == []
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_a_full_memory_says_what_to_lower(model, data, tmp_path, monkeypatch):
     """The second step does not find what it needs."""
@@ -156,12 +164,12 @@ def test_a_full_memory_says_what_to_lower(model, data, tmp_path, monkeypatch):
         return augment(batch, recipe)
 
     monkeypatch.setattr(program, "augment", augment_once)
-    flags = ("--batch_size=4", "--kind=perf", "--save_interval=1", "--accumulate=2")
+    flags = ("--batch_size=8", "--kind=perf", "--save_interval=1", "--accumulate=2")
     with pytest.raises(UserError) as error:
         train(model, data, tmp_path / "run", *flags)
     text = str(error.value)
     assert text.startswith("the memory of the device is full in step 2: ")
-    assert "--batch_size 4, --accumulate 2, precision O0 (float32" in text
+    assert "--batch_size 8, --accumulate 2, precision O0 (float32" in text
     assert "give --accumulate=4 or half precision with --amp=O1 or a smaller --batch_size" in text
     assert f"last checkpoint: {tmp_path}/run/iter_1.pt" in text
     assert text.endswith("(CUDA out of memory. Tried to allocate 20 GiB.)")

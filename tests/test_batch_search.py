@@ -253,6 +253,14 @@ def test_a_resumed_run_of_m2det_has_two_images_for_batch_norm(data, tmp_path):
         train("m2det", data, output, *words)
 
 
+def test_a_resumed_run_of_records_has_an_epoch_of_one_step(data, tmp_path):
+    output = tmp_path / "run"
+    train(TFRECORD, data, output, "--batch_size=2", "--max_iters=1")
+    words = ("--batch_size=auto", "--resume=auto", "--num_examples_per_epoch=1")
+    with pytest.raises(UserError, match=r"^--num_examples_per_epoch is less than one step's"):
+        train(TFRECORD, data, output, *words)
+
+
 @pytest.mark.parametrize(("model", "more"), [("fcos", ()), ("ssd_resnet34", ("--sync_bn",))])
 def test_all_ranks_take_what_fits_each_of_them(model, more, data, tmp_path):
     """The loss of fcos and batch norm have means over ranks, for which none may wait in vain."""
@@ -294,6 +302,9 @@ def test_other_words_than_auto_are_refused(data, tmp_path, capsys):
     with pytest.raises(SystemExit):
         module("ssd_mmdet", "evaluate").main([f"--data={data}", "--batch_size=auto"])
     assert "invalid int value: 'auto'" in capsys.readouterr().err
+    words = ["--validation_file_pattern=records", "--val_json_file=a.json", "--batch_size=auto"]
+    with pytest.raises(UserError, match=r"^--batch_size auto: only training finds a batch size"):
+        module(TFRECORD, "evaluate").main(words)
     with pytest.raises(UserError, match=r"^--batch_size auto: --look and --replay draw batches"):
         train("ssd_mmdet", data, tmp_path / "run", "--batch_size=auto", "--look=1")
 

@@ -87,3 +87,12 @@ def test_a_run_reads_no_file_after_it_has_begun_and_is_the_same(model, tmp_path,
     log = (tmp_path / "cached/train_0.log").read_text()
     assert "--cache ram: 4 images" in log
     scripts.assert_same_state(tmp_path / "plain/iter_2.pt", tmp_path / "cached/iter_2.pt")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_single_batch_that_is_repeated_needs_no_cache(model, tmp_path):
+    data = scripts.subset(tmp_path / "data", train=8, val=2)
+    words = [*SMALL[model], *SHORT, f"--data={data}", "--kind=perf", f"--output_dir={tmp_path}/run"]
+    module(model, "train").main([*words, "--cache=ram", "--fake_input"])
+    log = (tmp_path / "run/train_0.log").read_text()
+    assert "--cache ram" not in log

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from common.errors import UserError
-from common.npu import checkpoint, distributed
+from common.npu import accumulation, checkpoint, distributed
 from common.npu.distributed import Ranks
 from common.npu.freezing import FrozenBatchNorm2d, freeze_stages
 from common.npu.sync_bn import SyncBatchNorm2d, synchronise_norms
@@ -154,6 +154,8 @@ def test_norms_that_do_not_train_stay_as_they_are():
     kinds = {type(layer) for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)}
     assert kinds == {FrozenBatchNorm2d, SyncBatchNorm2d}
     assert list(network.state_dict()) == names
+    line = accumulation.description(network, batch_size=8, count=4)
+    assert line.endswith("; batch norm sees 2 images of each process at a time")
     fcos = module("fcos", "model").build_model(small_recipe("fcos"), 3)
     fcos.backbone.freeze()
     assert synchronise_norms(fcos) == 0

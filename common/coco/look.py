@@ -64,7 +64,8 @@ class Sample(NamedTuple):
 
     def line(self, class_names: Sequence[str]) -> str:
         """Return all that is said of the sample in one line."""
-        parts = [f"image {self.image_id}", self.file, f"{len(self.matches)} boxes"]
+        count = len(self.matches)
+        parts = [f"image {self.image_id}", self.file, "1 box" if count == 1 else f"{count} boxes"]
         if self.matches:
             parts[-1] += f" with their matches: {', '.join(self.box_texts(class_names))}"
         if self.losses:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.npu.sync_bn import SyncBatchNorm2d
 
 
 class Part(NamedTuple):
@@ -78,9 +79,12 @@ def require_equal_parts(batch_size: int, count: int) -> None:
         )
 
 
-def more_parts(batch_size: int, count: int) -> list[str]:
-    """Return the flag of the next larger number of equal parts as a list, which may be empty."""
-    for larger in range(count + 1, batch_size + 1):
+def more_parts(batch_size: int, count: int, least: int) -> list[str]:
+    """Return the flag of the next larger number of equal parts as a list, which may be empty.
+
+    A part has `least` images at least.
+    """
+    for larger in range(count + 1, batch_size // least + 1):
         if batch_size % larger == 0:
             return [f"--accumulate={larger}"]
     return []
@@ -92,5 +96,6 @@ def description(model: nn.Module, batch_size: int, count: int) -> str:
     text = f"--accumulate {count}: a batch goes through the network in {count} parts of {size}"
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d) and module.training:
-            return f"{text}; batch norm sees {size} images at a time"
+            whose = " of each process" if isinstance(module, SyncBatchNorm2d) else ""
+            return f"{text}; batch norm sees {size} images{whose} at a time"
     return text

@@ -229,6 +229,7 @@ class Run:
     profile: Profile | None = None  # of `--profile`
     frozen_stages: int = 0  # of the backbone, by `freeze`
     found_batch_size: int = 0  # by `--batch_size auto`; 0: it is a number
+    least_in_part: int = 1  # images that must go through the network together
 
     @staticmethod
     def start(
@@ -496,7 +497,7 @@ class Run:
         It comes after `freeze`, and before the network is wrapped.
         """
         decay = self.settings.ema
-        if decay:
+        if decay and not self.settings.find_lr:
             self.log.info(f"--ema {decay:g}: the averages of the weights are evaluated")
         return WeightAverage(model, decay)
 
@@ -571,7 +572,7 @@ class Run:
             )
             remedies = []
             if self.precision.apex is None:  # with which there are no parts
-                remedies += accumulation.more_parts(recipe.batch_size, count)
+                remedies += accumulation.more_parts(recipe.batch_size, count, self.least_in_part)
             if self.precision.dtype is torch.float32:
                 remedies.append("half precision with --amp=O1")
             remedies.append("a smaller --batch_size")
@@ -665,13 +666,20 @@ class Run:
         return network, optimizer
 
     def accumulation(
-        self, model: nn.Module, network: nn.Module, batch_size: int, normaliser: Callable
+        self,
+        model: nn.Module,
+        network: nn.Module,
+        batch_size: int,
+        normaliser: Callable,
+        least: int = 1,
     ) -> Accumulation:
         """Return what splits a batch into the parts that `--accumulate` asks for.
 
-        `network` is what `parallel` made of `model`; `normaliser` is that of the loss. Raise
-        UserError where there are no such parts.
+        `network` is what `parallel` made of `model`; `normaliser` is that of the loss. The model
+        needs `least` images in a part, which the caller has seen to. Raise UserError where there
+        are no such parts.
         """
+        self.least_in_part = least
         count = self.settings.accumulate
         accumulation.require_equal_parts(batch_size, count)
         if count > 1:

@@ -81,6 +81,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv, __doc__)
     require_files(args, "eval")
     require_ranks()
+    requested = flags.chosen_recipe(args, RECIPES)
+    if args.find_batch_size:
+        raise UserError("--batch_size auto: only training finds a batch size", "give a number")
     ranks, device, reason = start_process(
         args.device, args.device_id, args.timeout, args.deterministic, args.exact, args.card
     )
@@ -90,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     state = ranks.from_main(state)
     if state is None:
         raise UserError(f"no checkpoint in --model_dir={args.model_dir}; train first")
-    recipe = recipe_of_checkpoint(flags.chosen_recipe(args, RECIPES), state)
+    recipe = recipe_of_checkpoint(requested, state)
     recipe = flags.require_agreement(args, recipe, state)
     detector = Detector.from_checkpoint(state, recipe, device)
     records = read_index(args.validation_file_pattern, "--validation_file_pattern")

@@ -113,8 +113,8 @@ def main(argv: list[str] | None = None) -> int | None:
         recipe = flags.require_agreement(args, recipe, trained)
         run.log_network_change(trained, requested, recipe)
     world_size = run.ranks.world_size
-    if recipe.iters_per_epoch(world_size) < 1 and not run.settings.find_batch_size:
-        raise UserError("--num_examples_per_epoch is less than one step's images; give more")
+    if not run.settings.find_batch_size:
+        require_one_step(recipe, world_size)
     trained_order = None
     if weights is not None:
         trained_order = trained_classes(weights)
@@ -166,6 +166,8 @@ def main(argv: list[str] | None = None) -> int | None:
         num_images = min(len(train_set), recipe.num_examples_per_epoch)
         batch_size = find_batch_size(run, step, largest_sample, train_set, num_images)
         recipe = replace(recipe, batch_size=batch_size)
+
+        require_one_step(recipe, world_size)  # a resumed run's batch was not searched
 
     steps_per_epoch = recipe.iters_per_epoch(world_size)
     total_steps = recipe.total_steps(world_size)
@@ -246,6 +248,12 @@ def main(argv: list[str] | None = None) -> int | None:
         )
         port_lines.print_logged()
     return None
+
+
+def require_one_step(recipe: Recipe, world_size: int) -> None:
+    """Raise UserError where an epoch has fewer images than a step of all ranks."""
+    if recipe.iters_per_epoch(world_size) < 1:
+        raise UserError("--num_examples_per_epoch is less than one step's images; give more")
 
 
 def read_training_records(

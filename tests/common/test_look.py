@@ -50,6 +50,8 @@ def test_a_line_says_the_matches_and_the_losses_of_an_image():
     )
     empty = sample([], boxes_xyxy=BOXES[:0], labels=np.zeros(0, int), file="")
     assert empty.line(NAMES) == "image 7; 0 boxes"
+    one = sample([ANCHORS], boxes_xyxy=BOXES[:1], labels=np.zeros(1, int), file="")
+    assert one.line(NAMES) == "image 7; 1 box with their matches: person 2"
 
 
 def test_anchors_are_drawn_at_right_and_boxes_on_both_sides():
