@@ -61,7 +61,7 @@ FLAGS = (
         "files",
         "--checkpoint --checkpoint-path",
         "",
-        "weights to start from; by default the newest checkpoint (train: none; finetune: the best)",
+        "file of weights; by default the newest checkpoint (training: none; finetune: the best)",
     ),
     # How results are reported.
     Flag("evaluation", "--per-class", False, "print the figures of every class"),

@@ -337,8 +337,8 @@ def advise(
     cut = ""
     if tiles:
         cut = (
-            f"cut the images into {tiles} x {tiles} overlapping tiles, in which it sees "
-            f"{percent(shares_in_tiles[tiles])}"
+            f"cut the images into {tiles} x {tiles} overlapping tiles (no program here does), in "
+            f"which it sees {percent(shares_in_tiles[tiles])}"
         )
     if best.preset != chosen.preset:
         sentence = (

@@ -112,13 +112,14 @@ def test_the_table_has_a_line_for_each_preset_that_sees_other_boxes():
             [20, 9] * 10,
             (500, 1000),
             "take --recipe p1000, whose input of 1000 x 1000 sees 50% of the boxes instead of 0%, "
-            "and cut the images into 2 x 2 overlapping tiles, in which it sees 100%.",
+            "and cut the images into 2 x 2 overlapping tiles (no program here does), in which it "
+            "sees 100%.",
         ),
         (
             [6, 9] * 10,
             (500, 600),
             "no other preset sees much more than the 0% of the boxes that this one sees: cut the "
-            "images into 4 x 4 overlapping tiles, in which it sees 50%.",
+            "images into 4 x 4 overlapping tiles (no program here does), in which it sees 50%.",
         ),
         (
             [1] * 20,
