@@ -134,6 +134,30 @@ def test_the_averages_are_evaluated_saved_and_used(model, data, tmp_path, capsys
     assert "ema" not in checkpoint.load(tmp_path / "next" / "iter_1.pt")
 
 
+@pytest.mark.again
+def test_averages_go_with_frozen_stages_parts_patience_and_background_metrics(data, tmp_path):
+    train = module("ssd_resnet34", "train").main
+    words = [*SMALL_FLAGS["ssd_resnet34"], *SHORT, *EVERY_BOX, "--no-analysis", f"--data={data}"]
+    start = tmp_path / "start/iter_2.pt"
+    train([*words, f"--output_dir={start.parent}", "--kind=perf"])
+    words += [
+        f"--checkpoint={start}", "--ema=0.5", "--freeze=1", "--accumulate=2", "--patience=1",
+        "--eval_interval=1", "--lr=0.01", "--max_iters=9", "--save_interval=3",
+    ]  # fmt: skip
+    train([*words, f"--output_dir={tmp_path}/waits"])
+    train([*words, f"--output_dir={tmp_path}/goes_on", "--background_metrics"])
+    for name in ("waits", "goes_on"):
+        log = (tmp_path / name / "train_0.log").read_text()
+        assert "(--patience): training ends here" in log
+    scripts.assert_same_state(tmp_path / "waits/best.pt", tmp_path / "goes_on/best.pt")
+    before = checkpoint.load(start)["model"]
+    averages = checkpoint.load(tmp_path / "waits/best.pt")["ema"]["model"]
+    changed = {name for name, value in averages.items() if not torch.equal(value, before[name])}
+    stem = tuple(name for name in averages if name.startswith(("model.0.", "model.1.", "model.3.")))
+    assert changed.isdisjoint(stem)
+    assert changed.issuperset(name for name in averages if name not in stem)
+
+
 def evaluate(model, data, file, output):
     """What evaluate.py detects with a checkpoint."""
     output.mkdir()
