@@ -21,7 +21,7 @@ OLD_FLAGS = (
     *answered("--performance", "--epochs=1 --kind=perf, as test/train_performance_1p.sh does"),
     *renamed("--test", "--format-only"),
     *renamed("-f --directory", "--img"),
-    *answered("--video --cam", "give the frames as images, or their folder"),
+    *answered("--video --cam", "give the file of the video, or the number of the camera"),
     *needless("--ngpu", value="1"),
     *answered(
         "--ngpu --gpu --device-list",

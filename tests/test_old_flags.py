@@ -173,7 +173,7 @@ def test_m2det_answers_its_own_flags(capsys):
     for words, advice in M2DET_ANSWERS.items():
         assert advice in answer("m2det.train", words.split(), capsys), words
     for words in ("--video True", "--cam=0"):
-        assert "give the frames as images" in answer("m2det.demo", words.split(), capsys)
+        assert "give the file of the video" in answer("m2det.demo", words.split(), capsys)
     several = answer("m2det.train", ["-c=a.py", "--ngpu=8", "--seed=1"], capsys)
     assert "-c=a.py: no config file is read" in several
     assert "--ngpu=8: --device_id=N" in several

@@ -9,7 +9,7 @@ find_python() {
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
     if [ -n "${PYTHON:-}" ]; then
         if ! command -v "$PYTHON" >/dev/null; then
-            echo "error: PYTHON=$PYTHON does not exist" >&2
+            echo "error: PYTHON=$PYTHON does not exist; unset PYTHON, and a .venv is made" >&2
             return 1
         fi
         return 0
