@@ -49,4 +49,7 @@ def test_on_an_ascend_host_an_environment_with_torch_npu_is_taken(repository):
 def test_the_users_interpreter_is_taken_as_it_is(repository, on_npu_host):
     assert find_python(repository, on_npu_host, python="bash").stdout == "bash\n"
     done = find_python(repository, on_npu_host, python="/nowhere/python3")
-    assert done.stderr == "error: PYTHON=/nowhere/python3 does not exist; unset PYTHON, and a .venv is made\n"
+    assert (
+        done.stderr
+        == "error: PYTHON=/nowhere/python3 does not exist; unset PYTHON, and a .venv is made\n"
+    )
