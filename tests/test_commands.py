@@ -175,12 +175,15 @@ def clone(tmp_path_factory) -> Path:
     (folder / "IMAGE").symlink_to(picture)
     (folder / "FOLDER").symlink_to(picture.parent)
     shell(folder, cut_short("bash quickstart.sh"))
-    # After one step no detection is right, so that there is no score with the best F1.
-    metrics = folder / "quickstart/output/metrics.json"
-    metrics.write_text(metrics.read_text().replace('"score": -1.0', '"score": 0.3'))
     (folder / "FILE").symlink_to(folder / "quickstart/output/best.pt")
     (folder / "RUN").symlink_to(folder / "quickstart/output")
     return folder
+
+
+def give_best_scores(folder: Path) -> None:
+    """Put a score with the best F1 where there is none: after one step no detection is right."""
+    metrics = folder / "quickstart/output/metrics.json"
+    metrics.write_text(metrics.read_text().replace('"score": -1.0', '"score": 0.3'))
 
 
 def shell(folder: Path, text: str) -> None:
@@ -208,6 +211,7 @@ def pages_that_run() -> list[str]:
 def test_the_commands_of_a_page_run_in_order(clone, page):
     # The README says itself that the environment has to be active, and the other pages follow it.
     before = "" if page == "README.md" else f"{ACTIVATE}\n"
+    give_best_scores(clone)  # the page before may have run quickstart.sh
     for block in blocks_of(ROOT / page):
         if block.reason:
             continue
