@@ -164,7 +164,7 @@ def assert_same_losses(model, one, other):
     "model",
     [
         "ssd_mmdet",
-        "fcos",
+        pytest.param("fcos", marks=pytest.mark.again),
         pytest.param("ssd_resnet34", marks=pytest.mark.again),
         pytest.param("ssd_resnet34.tfrecord", marks=pytest.mark.again),
         pytest.param("m2det", marks=pytest.mark.again),

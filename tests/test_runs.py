@@ -11,7 +11,7 @@ from common.coco.evaluation import STATS
 from common.errors import UserError
 from common.npu import checkpoint, overlap
 from tests import scripts
-from tests.test_own_data import MODELS, module, train
+from tests.test_own_data import module, train
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +21,10 @@ def data(tmp_path_factory):
     return scripts.subset(tmp_path_factory.mktemp("data") / "coco", train=4, val=2)
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(
+    scope="module",
+    params=["ssd_resnet34", "ssd_mmdet", "fcos", pytest.param("m2det", marks=pytest.mark.again)],
+)
 def model(request):
     return request.param
 

@@ -174,6 +174,7 @@ def launch(model, output, data, *flags, ranks=1):
 
 
 @pytest.mark.slow
+@pytest.mark.again
 def test_a_run_of_two_processes_is_that_of_one_with_their_batch(tmp_path):
     data = scripts.subset(tmp_path / "coco", train=8, val=2)
     flags = ("--backbone=resnet10", "--threshold=0", "--sync_bn")

@@ -68,7 +68,9 @@ def test_raw_outputs_at_a_fixed_size(tmp_path, capsys):
     assert json.loads(notes["mean"]) == list(recipe.mean)
 
 
-@pytest.mark.parametrize(("name", "dynamic"), [("gn", False), ("tricks", True)])
+@pytest.mark.parametrize(
+    ("name", "dynamic"), [("gn", False), pytest.param("tricks", True, marks=pytest.mark.again)]
+)
 def test_decoded_outputs_at_a_fixed_and_at_any_size(tmp_path, name, dynamic):
     recipe, model, weights = saved(tmp_path, name)
     file = tmp_path / "decoded.onnx"
@@ -87,7 +89,7 @@ def test_decoded_outputs_at_a_fixed_and_at_any_size(tmp_path, name, dynamic):
         torch.testing.assert_close(found["scores"], scores, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("opset", [11, 17])
+@pytest.mark.parametrize("opset", [pytest.param(11, marks=pytest.mark.again), 17])
 def test_detections_of_a_fixed_batch(tmp_path, opset, capsys):
     recipe, model, weights = saved(tmp_path, "gn", certain=True)
     file = tmp_path / "detections.onnx"

@@ -37,6 +37,7 @@ def assert_equal_runs(one, other):
     runs.assert_same_state(one / "iter_9.pt", other / "iter_9.pt")
 
 
+@pytest.mark.again
 def test_kill_9_and_resume_equals_an_uninterrupted_run(data, uninterrupted, tmp_path):
     output = tmp_path / "run"
     with runs.running("train.py", *flags(data, output, 2), ranks=2) as process:
@@ -51,6 +52,7 @@ def test_kill_9_and_resume_equals_an_uninterrupted_run(data, uninterrupted, tmp_
     assert logged.items() <= runs.losses(output).items()  # repeated steps: the same again
 
 
+@pytest.mark.again
 def test_sigterm_to_2_ranks_leaves_a_checkpoint_of_that_step(data, uninterrupted, tmp_path):
     output = tmp_path / "run"
     never = (*flags(data, output, 2), "--save_interval=1000")

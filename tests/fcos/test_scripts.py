@@ -133,6 +133,7 @@ def test_data_path_is_asked_for():
 NET = ("--nproc_per_node=1", "--nnodes=2", "--master_addr=10.77.0.1", "--master_port=23333")
 
 
+@pytest.mark.again
 def test_two_nodes_are_two_processes_of_one(two_hosts, data, tmp_path):
     flags = (f"--data_path={data}", *runs.SHORT, "--max_iters=3", "--log_interval=1")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -184,7 +184,8 @@ def test_loss_and_gradients(golden, recipe, case):
 
 
 @pytest.mark.slow
-def test_five_training_steps(golden, recipe, filled_model, tiny_train):
+@pytest.mark.parametrize("steps", [2, pytest.param(5, marks=pytest.mark.again)])
+def test_training_steps(golden, recipe, filled_model, tiny_train, steps):
     expected = golden("train")
     rates = {name: float(expected[name]) for name in ("lr", "momentum", "weight_decay")}
     record = int(np.flatnonzero(tiny_train.image_ids == expected["image_id"])[0])
@@ -196,7 +197,7 @@ def test_five_training_steps(golden, recipe, filled_model, tiny_train):
     assert len(list(model.parameters())) == 449
     optimizer = build_sgd(list(model.parameters()), torch.device("cpu"), **rates)
     found = {"loss_l": [], "loss_c": [], "grad_norm": []}
-    for _ in range(5):
+    for _ in range(steps):
         optimizer.zero_grad(set_to_none=True)
         losses = criterion(model(image), *truth)
         losses["loss"].backward()
@@ -205,11 +206,12 @@ def test_five_training_steps(golden, recipe, filled_model, tiny_train):
         optimizer.step()
         found["loss_l"].append(losses["loss_bbox"].item())
         found["loss_c"].append(losses["loss_cls"].item())
-    for step, (loss_rtol, norm_rtol) in enumerate(
-        ((1e-5, 1e-3), (1e-4, 1e-2), (3e-3, 5e-2), (3e-3, 5e-2), (3e-3, 5e-2))
-    ):
+    tolerances = ((1e-5, 1e-3), (1e-4, 1e-2), (3e-3, 5e-2), (3e-3, 5e-2), (3e-3, 5e-2))
+    for step, (loss_rtol, norm_rtol) in enumerate(tolerances[:steps]):
         for name, rtol in (("loss_l", loss_rtol), ("loss_c", loss_rtol), ("grad_norm", norm_rtol)):
             assert_allclose(found[name][step], expected[name][step], rtol=rtol, err_msg=name)
+    if steps < 5:  # the golden weights are those after five
+        return
     state = model.state_dict()
     for key, l1, l2, moved in zip(
         *(expected[name] for name in ("names", "l1", "l2", "delta_l2")), strict=True

@@ -61,6 +61,7 @@ def test_kill_9_and_resume_equals_an_uninterrupted_run(data, uninterrupted, tmp_
     assert_equal_runs(uninterrupted, output)
 
 
+@pytest.mark.again
 def test_sigterm_to_2_ranks_with_2_workers_leaves_a_checkpoint_of_that_step(
     data, uninterrupted, tmp_path
 ):

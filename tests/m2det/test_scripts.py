@@ -55,6 +55,7 @@ def test_full_training_leaves_every_file(trained):
         assert words in said
 
 
+@pytest.mark.again
 def test_the_320_preset_on_2_processes(data, tmp_path):
     flags = (f"--data_path={data}", f"--output_dir={tmp_path}/8", "--nproc_per_node=2")
     small = ("--recipe=320_vgg", "--backbone=vgg16_thin", "--batch_size=2", "--num_workers=0")
@@ -66,6 +67,7 @@ def test_the_320_preset_on_2_processes(data, tmp_path):
     assert 0 < float(values["ActualLoss"]) < 100
 
 
+@pytest.mark.again
 def test_evaluation_takes_the_newest_checkpoint_or_the_named_one(trained, data, tmp_path):
     output, _ = trained
     accuracy = summary(output, "acc")[1]["TrainAccuracy"]

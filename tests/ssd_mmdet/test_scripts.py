@@ -150,6 +150,7 @@ def test_calc_fps_as_a_program(trained):
     assert calc_fps.fps_per_epoch(calc_fps.read_json_log(path), 2, 4) == pytest.approx(means)
 
 
+@pytest.mark.again
 def test_evaluation_takes_the_newest_checkpoint_or_the_named_one(trained, data, tmp_path):
     output, _ = trained
     accuracy = summary(output, "acc")[1]["TrainAccuracy"]

@@ -73,6 +73,7 @@ def test_a_batch_is_its_images_and_the_layout_does_not_matter(filled_model, imag
         assert_close(last[k], together[k], rtol=0, atol=2e-5)
 
 
+@pytest.mark.again
 def test_autocast_gives_its_dtype_and_nearly_the_same(filled_model, images):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         halves = filled_model(images[:1])

@@ -49,6 +49,7 @@ def coco_lines(stdout):
     return [line for line in stdout.splitlines() if "@[ IoU=" in line]
 
 
+@pytest.mark.again
 def test_8_ranks_and_any_batch_size_evaluate_to_the_single_process_result(trained, tmp_path):
     single, said = evaluate(trained, tmp_path / "1", "--eval_batch_size=1")
     assert len({row["image_id"] for row in single}) == 50
@@ -60,6 +61,7 @@ def test_8_ranks_and_any_batch_size_evaluate_to_the_single_process_result(traine
     assert coco_lines(said) == coco_lines(said_seven) == coco_lines(said_eight)
 
 
+@pytest.mark.again
 def test_2_ranks_go_on_together_while_metrics_are_computed(tmp_path):
     data = scripts.subset(tmp_path / "coco", train=8, val=4)
     output = tmp_path / "run"

@@ -144,6 +144,7 @@ def test_8_processes(data, tmp_path):
     assert scripts.checkpoints(tmp_path / "8") == [2]
 
 
+@pytest.mark.again
 def test_two_nodes_resume_without_a_common_folder(data, tmp_path):
     shared = (f"--data_path={data}", *SHORT, "--batch_size=2", "--log_interval=1")
     net = ("--nnodes=2", "--nproc_per_node=1", "--local_addr=127.0.0.1", "--master_addr=127.0.0.1")

@@ -58,7 +58,10 @@ def test_none_one_and_more_images_than_a_batch(run_folder):
 
 @pytest.mark.parametrize(
     ("flags", "dtype"),
-    [([], torch.float32), (["--amp=O1", "--amp_dtype=bf16"], torch.bfloat16)],
+    [
+        ([], torch.float32),
+        pytest.param(["--amp=O1", "--amp_dtype=bf16"], torch.bfloat16, marks=pytest.mark.again),
+    ],
 )
 def test_evaluation_takes_the_precision_of_its_flags(
     run_folder, golden_dir, tmp_path, monkeypatch, flags, dtype
@@ -111,6 +114,7 @@ def test_an_accelerators_thread_detects_the_same(run_folder, golden_dir, tmp_pat
     assert results[1] == results[0]
 
 
+@pytest.mark.again
 def test_metrics_in_the_background_are_those_of_a_run_that_waits(golden_dir, tmp_path):
     files = [
         f"--training_file_pattern={golden_dir}/train2017*",

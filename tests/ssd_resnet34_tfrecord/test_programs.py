@@ -95,6 +95,7 @@ def results(folder):
     )
 
 
+@pytest.mark.again
 def test_eight_ranks_of_the_rank_table(shards, tmp_path):
     done = run("run_npu_8p.sh", shards, tmp_path, "--train_batch_size=1", "--max_iters=2")
     assert done.stderr == ""
