@@ -101,6 +101,7 @@ def test_without_cann_auto_goes_on_with_the_cpu():
     assert "npu: torch_npu does not load" in done.stdout
 
 
+@pytest.mark.again
 def test_the_launch_script_of_eight_devices(data, tmp_path):
     flags = ("--max_iters=2", "--batch_size=1", "--epochs=2")
     script = scripts.MODEL / "test/train_full_8p.sh"
