@@ -71,7 +71,7 @@ class EvaluationOptions(NamedTuple):
     per_class: bool  # report the figures of every class
     faster: bool  # evaluate with faster-coco-eval instead of pycocotools
     analysis: bool = True  # explain what went wrong, of a run at its end
-    table: bool = True  # log all twelve figures, of a run at its end
+    table: bool = True  # log all twelve figures and where the detections are
 
 
 class OperatingPoint(NamedTuple):

@@ -54,11 +54,9 @@ def report_results(
     with errors.hold_back():
         save_results(results_path, result_rows)
     evaluation = evaluate(annotation_file, result_rows, options.faster, classes)
-    count = f"{len(result_rows)} detections in {num_images} images"
     if options.table:
+        count = f"{len(result_rows)} detections in {num_images} images"
         log(f"{evaluation.text}\n{count}: {results_path}")
-    else:
-        log(f"{count}, AR100 {evaluation.stats['AR100']:.4f}: {results_path}")
     if options.per_class:
         log(per_class_lines(evaluation))
     if goal is not None:

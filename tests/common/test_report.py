@@ -94,14 +94,13 @@ def test_metrics_are_logged_where_no_file_can_be_written(result_rows, tmp_path):
     assert lines[-1].startswith("Current AP: ")
 
 
-def test_in_training_a_line_stands_for_the_table(result_rows, tmp_path):
+def test_in_training_the_line_of_the_epoch_stands_for_the_table(result_rows, tmp_path):
     lines = []
     options = PLAIN._replace(table=False)
-    evaluation = report.report_results(result_rows, VAL, 50, tmp_path, options, lines.append)
+    report.report_results(result_rows, VAL, 50, tmp_path, options, lines.append, goal=0.0)
     (line,) = lines
-    count = f"{len(result_rows)} detections in 50 images"
-    figure = f"{evaluation.stats['AR100']:.4f}"
-    assert line == f"{count}, AR100 {figure}: {tmp_path}/results.bbox.json"
+    assert line.startswith("Current AP: ")
+    assert (tmp_path / "results.bbox.json").exists()
 
 
 def test_the_ap_of_every_class_comes_in_columns(result_rows, tmp_path):
