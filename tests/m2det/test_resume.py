@@ -50,6 +50,7 @@ def assert_equal_runs(one, other):
     scripts.assert_same_state(one / "iter_8.pt", other / "iter_8.pt")
 
 
+@pytest.mark.again
 def test_kill_9_and_resume_equals_an_uninterrupted_run(data, uninterrupted, tmp_path):
     output = tmp_path / "run"
     with scripts.running("train.py", *flags(data, output, 2, 2), ranks=2) as process:

@@ -144,6 +144,7 @@ def test_finetuning_on_own_classes(trained, tmp_path):
     assert {row["category_id"] for row in rows} <= {0, 7, 14}
 
 
+@pytest.mark.again
 def test_demo(trained, tmp_path):
     output, _ = trained
     (tmp_path / "images").mkdir()

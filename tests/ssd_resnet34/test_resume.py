@@ -75,6 +75,7 @@ def test_kill_9_and_resume_equals_an_uninterrupted_run(
     assert logged.items() <= scripts.losses(output).items()  # repeated steps: the same again
 
 
+@pytest.mark.again
 def test_a_run_killed_in_an_evaluation_repeats_it(data, tmp_path):
     whole, output = tmp_path / "whole", tmp_path / "killed"
     more = ("--kind=acc", "--evaluation=1", "--max_iters=7", "--save_interval=1000")
