@@ -263,7 +263,7 @@ def test_a_resumed_run_of_m2det_has_two_images_for_batch_norm(data, tmp_path):
         train("m2det", data, output, *words)
 
 
-def test_a_resumed_run_of_records_has_an_epoch_of_one_step(data, tmp_path):
+def test_a_resumed_run_of_records_needs_images_for_one_step(data, tmp_path):
     output = tmp_path / "run"
     train(TFRECORD, data, output, "--batch_size=2", "--max_iters=1")
     words = ("--batch_size=auto", "--resume=auto", "--num_examples_per_epoch=1")

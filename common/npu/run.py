@@ -676,7 +676,7 @@ class Run:
         """Return what splits a batch into the parts that `--accumulate` asks for.
 
         `network` is what `parallel` made of `model`; `normaliser` is that of the loss. The model
-        needs `least` images in a part, which the caller has seen to. Raise UserError where there
+        needs `least` images in a part, which the caller has checked. Raise UserError where there
         are no such parts.
         """
         self.least_in_part = least

@@ -166,7 +166,6 @@ def main(argv: list[str] | None = None) -> int | None:
         num_images = min(len(train_set), recipe.num_examples_per_epoch)
         batch_size = find_batch_size(run, step, largest_sample, train_set, num_images)
         recipe = replace(recipe, batch_size=batch_size)
-
         require_one_step(recipe, world_size)  # a resumed run's batch was not searched
 
     steps_per_epoch = recipe.iters_per_epoch(world_size)
